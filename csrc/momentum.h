@@ -1,0 +1,74 @@
+// The contract of the op family `momentum`: k steps of one first-order recurrence on a batch of quadratic energies
+// E(y) = 1/2 y'Qy + b'y, forward and backward, for three structures of Q. The kernels behind it know no framework.
+//
+//     m_t     = y_t - y_{t-1}                                   (y_{-1} = y_0)
+//     z_t     = y_t + gamma_t m_t
+//     y_{t+1} = y_t + beta_t m_t - phi_t (Q z_t + b)             t = 0 ... k-1
+//
+//     dense     Q                         diagonal  Q = diag(q)  spectral  Q = R diag(lambda) R'
+//
+// spectral runs diagonally in the eigenbasis: bh = R'b, yh_0 = R'y_0, y_t = R yh_t for t >= 1 (y_0 itself is returned as
+// it came, so k = 0 does not touch R). R need not be orthogonal for the gradients to be those of these formulas:
+//     dR = b dbh' + y_0 dyh_0' + sum over t >= 1 of ybar_t^out yh_t'
+//
+// Backward, with a = the total adjoint of y_{t+1}, t = k-1 ... 0 (derived in unrolled_kernels/ops/momentum/manual.py):
+//
+//     w         = Q'a
+//     ybar_t   += (1 + beta_t) a - phi_t (1 + gamma_t) w         ybar_{t-1} += -beta_t a + phi_t gamma_t w
+//     db       -= phi_t a                                        dQ         -= phi_t a z_t'
+//     dphi_t    = -(w'z_t + a'b)    dbeta_t = a'm_t              dgamma_t    = -phi_t w'm_t
+//
+// Dimensions: B samples, d state, k steps. Every matrix is row-major.
+#pragma once
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace unrolled_kernels {
+
+// One of phi, beta, gamma: logical shape [B, k], a zero stride where it is shared by samples or by steps.
+template <typename Compute>
+struct Coefficient {
+  const Compute* data;   // nullptr: the coefficient is 0 (beta and gamma only, both or neither: gradient descent)
+  int64_t batch_stride;
+  int64_t step_stride;
+};
+
+// What forward and backward read. Nothing is written through these pointers and none may alias an output.
+template <typename Storage>
+struct MomentumInputs {
+  using Compute = compute_type<Storage>;
+  int64_t B, d, k;
+  // dense: Q, each sample [d, d] contiguous. spectral: R, likewise. diagonal: nullptr.
+  const Storage* matrix;
+  int64_t matrix_stride;        // elements from sample to sample; 0: one matrix shared by the batch
+  // diagonal: q. spectral: lambda. each row [d] contiguous. dense: nullptr.
+  const Storage* eigenvalues;
+  int64_t eigenvalues_stride;   // 0: shared
+  const Storage* b;             // rows [d], contiguous
+  int64_t b_stride;             // 0: shared
+  const Storage* y0;            // rows [d], contiguous; nullptr: y_0 = 0, and its product with Q is skipped
+  int64_t y0_stride;
+  Coefficient<Compute> phi, beta, gamma;
+  bool trajectory;              // outputs (and their cotangents) are y_0 ... y_k, [k+1, B, d], instead of y_k, [B, d]
+};
+
+template <typename Storage>
+struct MomentumForward : MomentumInputs<Storage> {
+  Storage* y;                   // [B, d] or [k+1, B, d], contiguous, written in full
+};
+
+// Every output is written in full, whatever was in it; a null pointer says that the gradient is not wanted.
+template <typename Storage>
+struct MomentumBackward : MomentumInputs<Storage> {
+  using Compute = compute_type<Storage>;
+  const Storage* grad_y;        // shape of y, contiguous
+  Storage* d_matrix;            // [B, d, d]; [1, d, d], summed over the batch, where matrix_stride is 0
+  Storage* d_eigenvalues;       // [B, d], also where eigenvalues_stride is 0
+  Storage* db;                  // [B, d], also where b_stride is 0
+  Storage* dy0;                 // [B, d], also where y0 is nullptr
+  // [B or 1, k or 1], summed over what is shared. dbeta, dgamma: nullptr where beta, gamma are 0.
+  Compute *dphi, *dbeta, *dgamma;
+};
+
+}  // namespace unrolled_kernels

@@ -1,0 +1,439 @@
+"""The test law for the op family ``momentum``: every backend against the float64 reference, every row of the law."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import BACKENDS, device_of
+
+import unrolled_kernels as uk
+import unrolled_kernels.functional as F
+from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, poisoned_memory, random_quadratic
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+METHODS = ("gd", "momentum")
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+structures = pytest.mark.parametrize("structure", STRUCTURES)
+methods = pytest.mark.parametrize("method", METHODS)
+trajectories = pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
+
+
+class Problem:
+    """Leaf tensors of one call, and the call as a function of them on any backend and in any dtype."""
+
+    def __init__(self, structure, batch, d, k, *, method="momentum", form="both", warm=True, shared=False,
+                 trajectory=False, device="cpu", seed=0):
+        self.k, self.method, self.trajectory = k, method, trajectory
+        leaves, self.make_Q, b = random_quadratic(
+            structure, batch, d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed
+        )
+        generator = torch.Generator().manual_seed(seed + 1)
+        shape = {"scalar": (), "step": (k,), "sample": (*batch, 1), "both": (*batch, k)}[form]
+        uniform = lambda: torch.rand(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        self.leaves = {f"Q{i}": x for i, x in enumerate(leaves)} | {"b": b}
+        if warm:
+            self.leaves["y0"] = torch.randn(*batch, d, generator=generator, dtype=torch.float64)
+        self.leaves["phi"] = 0.3 + 0.7 * uniform()
+        if method == "momentum":
+            self.leaves |= {"beta": 0.7 * uniform(), "gamma": 0.7 * uniform()}
+        # one rounding for all dtypes: the reference sees what the low-precision run sees
+        self.leaves = {name: x.bfloat16().to(torch.float64).to(device) for name, x in self.leaves.items()}
+        self.cotangent = None
+
+    def cast(self, dtype):
+        schedule = torch.promote_types(dtype, torch.float32)
+        return {n: x.to(schedule if n in ("phi", "beta", "gamma") else dtype) for n, x in self.leaves.items()}
+
+    def call(self, backend, leaves):
+        Q = self.make_Q(*(x for n, x in leaves.items() if n.startswith("Q")))
+        options = {"y0": leaves.get("y0"), "return_trajectory": self.trajectory, "backend": backend}
+        if self.method == "gd":
+            return F.gradient_descent(Q, leaves["b"], leaves["phi"], self.k, **options)
+        return F.momentum(Q, leaves["b"], leaves["phi"], leaves["beta"], leaves["gamma"], self.k, **options)
+
+    def run(self, backend, dtype, cotangent=None, without=()):
+        """The output and the gradient of every leaf not in ``without``, as ``{name: tensor}``."""
+        leaves = {n: x.detach().clone().requires_grad_(n not in without) for n, x in self.cast(dtype).items()}
+        y = self.call(backend, leaves)
+        if self.cotangent is None:
+            generator = torch.Generator().manual_seed(7)
+            self.cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().double()
+        g = self.cotangent.to(y) if cotangent is None else cotangent(y)
+        wanted = [n for n in leaves if n not in without]
+        if not y.requires_grad:
+            return {"y": y.detach()} | {n: None for n in wanted}
+        grads = torch.autograd.grad(y, [leaves[n] for n in wanted], g, allow_unused=True)
+        return {"y": y.detach()} | {n: g for n, g in zip(wanted, grads, strict=True)}
+
+
+def compare(problem, backend, dtype, **options):
+    exact = problem.run("eager", torch.float64, **options)
+    eager = problem.run("eager", torch.float32 if dtype == torch.float64 else dtype, **options)
+    actual = problem.run(backend, dtype, **options)
+    for name in exact:
+        if exact[name] is None:
+            # autograd leaves out what does not reach the output; a kernel may return zeros for it
+            assert actual[name] is None or not actual[name].any(), name
+            continue
+        got = torch.zeros_like(eager[name]) if actual[name] is None else actual[name]
+        assert_as_close_as_eager(got, exact[name], eager[name], what=f"{backend} {name}")
+
+
+@backends
+@structures
+@methods
+@trajectories
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "d", "k"), [(3, 5, 7), (19, 33, 4)], ids=["B3-d5-k7", "B19-d33-k4"])
+def test_forward_and_gradients(backend, structure, method, trajectory, dtype, B, d, k):
+    problem = Problem(structure, (B,), d, k, method=method, trajectory=trajectory, device=device_of(backend))
+    compare(problem, backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@methods
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_edges(backend, structure, method, dtype, warm):
+    for k, B, d, trajectory in itertools.product((0, 1, 7), (0, 1, 3), (1, 5, 33), (False, True)):
+        problem = Problem(
+            structure, (B,), d, k, method=method, warm=warm, trajectory=trajectory, device=device_of(backend), seed=3
+        )
+        compare(problem, backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize("d", [2, 3, 4, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 48, 64, 65, 100, 128, 130, 256])
+def test_sizes(backend, structure, dtype, d):
+    for B in (1, 5, 37):
+        problem = Problem(structure, (B,), d, 3, form="step", device=device_of(backend), seed=d)
+        compare(problem, backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@methods
+@pytest.mark.parametrize("form", ["scalar", "step", "sample", "both"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_schedule_forms_and_shared_Q(backend, structure, method, form, shared):
+    for batch, trajectory in itertools.product(((6,), (2, 5), (70,)), (False, True)):
+        problem = Problem(structure, batch, 6, 5, method=method, form=form, shared=shared, trajectory=trajectory,
+                          device=device_of(backend))
+        compare(problem, backend, torch.float64)
+        compare(problem, backend, torch.float32)
+
+
+@backends
+@structures
+def test_broadcast_batches(backend, structure):
+    device = device_of(backend)
+    (*leaves,), make_Q, _ = random_quadratic(structure, (4, 1), 5, dtype=torch.float64, device=device)
+    b = torch.randn(3, 5, dtype=torch.float64, device=device)
+    y0 = torch.randn(5, dtype=torch.float64, device=device)
+    phi = torch.rand(4, 1, 1, dtype=torch.float64, device=device)
+    results = []
+    for name in ("eager", backend):
+        inputs = [x.clone().requires_grad_() for x in (*leaves, b, y0, phi)]
+        *q, b_, y0_, phi_ = inputs
+        y = F.nesterov(make_Q(*q), b_, phi_, 0.1, 4, y0=y0_, backend=name)
+        assert y.shape == (4, 3, 5)
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for actual, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@backends
+def test_diagonal_of_an_image(backend):
+    device = device_of(backend)
+    q, b = (torch.rand(2, 3, 9, 11, dtype=torch.float64, device=device) for _ in range(2))
+    for phi in (0.5, torch.rand(2, 1, 1, 1, dtype=torch.float64, device=device), torch.rand(2, 3, 1, 4).to(b)):
+        actual, expected = (F.gradient_descent(uk.Diagonal(q), b, phi, 4, backend=n) for n in (backend, "eager"))
+        torch.testing.assert_close(actual, expected)
+
+
+@backends
+@structures
+@trajectories
+def test_gradcheck(backend, structure, trajectory):
+    for method, form in (("gd", "scalar"), ("momentum", "step"), ("momentum", "both")):
+        problem = Problem(structure, (2,), 3, 3, method=method, form=form, trajectory=trajectory,
+                          device=device_of(backend))
+        names = list(problem.leaves)
+        leaves = [problem.leaves[n].requires_grad_() for n in names]
+        function = lambda *xs, names=names, p=problem: p.call(backend, dict(zip(names, xs, strict=True)))
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@backends
+@structures
+def test_second_order_needs_no_first_order_copy(backend, structure):
+    """A Hessian-vector product through ``create_graph`` equals eager's: nothing is silently dropped."""
+    problem = Problem(structure, (3,), 4, 5, device=device_of(backend))
+    results = []
+    for name in ("eager", backend):
+        leaves = {n: x.clone().requires_grad_() for n, x in problem.leaves.items()}
+        y = problem.call(name, leaves)
+        first = torch.autograd.grad(y.pow(3).sum(), list(leaves.values()), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
+    for actual, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def _canonical(structure, method, k, batch_first, device, *, permuted=False, trajectory=False):
+    """Arguments of the raw ops, optionally with every layout a user's tensors may have."""
+    B, d = batch_first, 5
+    (leaves), _, b = random_quadratic(structure, (B,), d, dtype=torch.float64, device=device)
+    y0 = torch.randn(B, d, dtype=torch.float64, device=device)
+    schedule = [torch.rand(B, k, dtype=torch.float64, device=device) for _ in range(3)]
+    if method == "gd":
+        schedule[1] = schedule[2] = None
+    grad = torch.randn((k + 1, B, d) if trajectory else (B, d), dtype=torch.float64, device=device)
+    if permuted:
+        leaves = [x.mT.contiguous().mT for x in leaves]
+        b, y0 = (x.T.contiguous().T for x in (b, y0))
+        schedule = [x if x is None else x.T.contiguous().T for x in schedule]
+        grad = grad.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return list(leaves), b, y0, schedule, grad
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
+@structures
+@methods
+@trajectories
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_opcheck(backend, structure, method, trajectory, permuted):
+    leaves, b, y0, schedule, grad = _canonical(
+        structure, method, 4, 3, device_of(backend), permuted=permuted, trajectory=trajectory
+    )
+    forward = getattr(torch.ops.unrolled_kernels, f"momentum_{structure}").default
+    backward = getattr(torch.ops.unrolled_kernels, f"momentum_{structure}_backward").default
+    rest = (b, y0, *schedule, 4, trajectory)
+    # the raw ops refuse autograd by design, which opcheck's autograd tests would report
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward, (*leaves, *rest), test_utils=tests)
+    for wanted in (True, False):
+        flags = [wanted] * len(leaves)
+        torch.library.opcheck(backward, (grad, *leaves, *rest, *flags, wanted), test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
+def test_raw_ops_refuse_autograd(backend):
+    leaves, b, y0, schedule, _ = _canonical("dense", "gd", 4, 3, device_of(backend))
+    y = torch.ops.unrolled_kernels.momentum_dense(leaves[0].requires_grad_(), b, y0, *schedule, 4, False)
+    with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
+        y.sum().backward()
+
+
+@backends
+@structures
+def test_compile(backend, structure):
+    device = device_of(backend)
+    layer = uk.UnrolledNAG(4, 0.5, learn_step_size=True, backend=backend).to(device)
+    (*leaves,), make_Q, b = random_quadratic(structure, (3,), 5, dtype=torch.float32, device=device)
+
+    def loss(*args):
+        return layer(make_Q(*args[:-1]), args[-1]).square().sum()
+
+    inputs = [x.requires_grad_() for x in (*leaves, b)]
+    expected = torch.autograd.grad(loss(*inputs), [*inputs, layer.step_size])
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), [*inputs, layer.step_size])
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@backends
+def test_compile_dynamic(backend):
+    device = device_of(backend)
+    compiled = torch.compile(
+        lambda Q, b: F.gradient_descent(Q, b, 0.5, 4, backend=backend), fullgraph=True, dynamic=True
+    )
+    for B, d in ((3, 4), (5, 6), (9, 7)):
+        (Q,), _, b = random_quadratic("dense", (B,), d, dtype=torch.float32, device=device)
+        torch.testing.assert_close(compiled(Q, b), F.gradient_descent(Q, b, 0.5, 4, backend="eager"))
+
+
+@backends
+@structures
+def test_layouts(backend, structure):
+    """Sliced, transposed and expanded inputs give what contiguous ones give."""
+    device = device_of(backend)
+    (*leaves,), make_Q, b = random_quadratic(structure, (6,), 5, symmetric=False, dtype=torch.float64, device=device)
+    phi = torch.rand(6, 4, dtype=torch.float64, device=device)
+    sliced = lambda x: torch.cat([x, x + 1, x], -1)[..., x.shape[-1] * 2 :]
+    turned = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    strided = lambda x: x.repeat_interleave(2, 0)[::2]
+    expected = F.gradient_descent(make_Q(*leaves), b, phi, 4, backend="eager")
+    for layout in (sliced, turned, strided):
+        y = F.gradient_descent(make_Q(*(layout(x) for x in leaves)), layout(b), layout(phi), 4, backend=backend)
+        torch.testing.assert_close(y, expected)
+    expanded = F.gradient_descent(make_Q(*leaves), b[:1].expand(6, 5), phi[:1].expand(6, 4), 4, backend=backend)
+    same = F.gradient_descent(make_Q(*leaves), b[:1], phi[:1], 4, backend="eager")
+    torch.testing.assert_close(expanded, same)
+
+
+@backends
+@structures
+@trajectories
+def test_cotangent_layouts(backend, structure, trajectory):
+    problem = Problem(structure, (5,), 6, 4, trajectory=trajectory, device=device_of(backend))
+    for cotangent in (
+        lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),
+        lambda y: torch.randn(*y.shape[:-1], 1, generator=torch.Generator().manual_seed(1)).to(y).expand(y.shape),
+        lambda y: torch.randn(*y.shape[::-1], generator=torch.Generator().manual_seed(1)).to(y).permute(
+            *range(y.dim())[::-1]),
+    ):
+        compare(problem, backend, torch.float64, cotangent=cotangent)
+
+
+@backends
+@structures
+def test_some_inputs_without_gradient(backend, structure):
+    problem = Problem(structure, (4,), 5, 4, device=device_of(backend))
+    names = list(problem.leaves)
+    for without in [(n,) for n in names] + [tuple(m for m in names if m != n) for n in names]:
+        compare(problem, backend, torch.float64, without=without)
+
+
+@backends
+@structures
+def test_steps_compose(backend, structure):
+    """k₁ gradient steps, then k₂ from there, are k₁ + k₂ steps."""
+    device = device_of(backend)
+    (*leaves,), make_Q, b = random_quadratic(structure, (4,), 6, dtype=torch.float64, device=device)
+    Q = make_Q(*leaves)
+    first = F.gradient_descent(Q, b, 0.7, 3, backend=backend)
+    then = F.gradient_descent(Q, b, 0.7, 4, y0=first, backend=backend)
+    torch.testing.assert_close(then, F.gradient_descent(Q, b, 0.7, 7, backend=backend))
+
+
+@backends
+@structures
+@pytest.mark.parametrize("d", [5, 40])
+def test_rows_are_independent(backend, structure, d):
+    problem = Problem(structure, (21,), d, 5, device=device_of(backend))
+    whole = problem.call(backend, problem.leaves)
+    for i in (0, 7, 20):
+        row = problem.call(backend, {n: x[i : i + 1] for n, x in problem.leaves.items()})
+        torch.testing.assert_close(row, whole[i : i + 1])
+
+
+@backends
+@structures
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_reruns_are_bit_equal(backend, structure, shared):
+    problem = Problem(structure, (333,), 7, 6, form="step", shared=shared, device=device_of(backend))
+    results = []
+    for threads in (2, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(problem.run(backend, torch.float32))
+    torch.set_num_threads(2)
+    for name in results[0]:
+        # eager's own reductions may depend on the number of threads; the kernels' do not
+        for other in results[1 : 2 if backend == "manual" else 3]:
+            assert torch.equal(results[0][name], other[name]), name
+
+
+@backends
+@structures
+@trajectories
+def test_nothing_unwritten_is_read(backend, structure, trajectory):
+    for B, d in ((3, 5), (17, 9), (2, 40)):
+        for warm in (False, True):
+            problem = Problem(structure, (B,), d, 4, warm=warm, trajectory=trajectory, device=device_of(backend))
+            clean = problem.run(backend, torch.float32)
+            with poisoned_memory():
+                poisoned = problem.run(backend, torch.float32)
+            for name in clean:
+                assert torch.equal(clean[name], poisoned[name]), name
+
+
+@backends
+@structures
+def test_nan_and_inf_stay_in_their_row(backend, structure):
+    for bad in (math.nan, math.inf):
+        problem = Problem(structure, (20,), 6, 5, device=device_of(backend))
+        clean = problem.run(backend, torch.float32)
+        problem.leaves["b"][4, 2] = bad
+        spoiled = problem.run(backend, torch.float32)
+        assert not spoiled["y"][4].isfinite().all()
+        others = [i for i in range(20) if i != 4]
+        for name in ("y", "b", "Q0"):
+            assert torch.equal(spoiled[name][others], clean[name][others]), name
+
+
+@backends
+@structures
+def test_diverging_steps_overflow_as_eager_does(backend, structure):
+    problem = Problem(structure, (4,), 5, 200, method="gd", form="scalar", device=device_of(backend))
+    problem.leaves["phi"] = torch.tensor(1e3, dtype=torch.float64, device=device_of(backend))
+    actual, eager = (problem.run(name, torch.float32)["y"] for name in (backend, "eager"))
+    assert not actual.isfinite().all()
+    assert not eager.isfinite().all()
+
+
+@backends
+@structures
+@pytest.mark.parametrize("k", [3, 300])
+def test_backward_keeps_only_the_inputs(backend, structure, k):
+    """Bytes that autograd holds between the passes: those of the inputs, whatever k is."""
+    device = device_of(backend)
+    (*leaves,), make_Q, b = random_quadratic(structure, (8,), 6, dtype=torch.float32, device=device)
+    inputs = [x.requires_grad_() for x in (*leaves, b)]
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        F.gradient_descent(make_Q(*inputs[:-1]), inputs[-1], 0.1, k, backend=backend)
+    step_size_bytes = 4
+    assert sum(kept.values()) == sum(x.untyped_storage().nbytes() for x in inputs) + step_size_bytes
+
+
+@backends
+@structures
+def test_func_transforms(backend, structure):
+    device = device_of(backend)
+    (*leaves,), make_Q, b = random_quadratic(structure, (3, 2), 4, dtype=torch.float64, device=device)
+    phi = torch.rand(3, dtype=torch.float64, device=device)
+
+    def loss(name, *args):
+        *q, b, phi = args
+        return F.momentum(make_Q(*q), b, phi, 0.5 * phi, 0.3, 3, backend=name).square().sum()
+
+    n = len(leaves) + 2
+    args = (*leaves, b, phi)
+    for in_dims in ((0,) * n, (*(0,) * len(leaves), None, 0), (*(None,) * len(leaves), 0, 0)):
+        picked = [x if dim == 0 else x[0] for x, dim in zip(args, in_dims, strict=True)]
+        actual, expected = (
+            torch.func.vmap(torch.func.grad(lambda *a, name=name: loss(name, *a), tuple(range(n))), in_dims)(*picked)
+            for name in (backend, "eager")
+        )
+        torch.testing.assert_close(actual, expected)
+    point = [x[0] for x in args]
+    actual, expected = (
+        torch.func.jacrev(torch.func.jacrev(lambda b, name=name: loss(name, *point[:-2], b, point[-1])))(point[-2])
+        for name in (backend, "eager")
+    )
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+        torch.func.jvp(lambda b: loss(backend, *point[:-2], b, point[-1]), (point[-2],), (point[-2],))
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
+def test_compiled_func_grad_is_right_or_loud(backend):
+    (Q,), _, b = random_quadratic("dense", (3,), 4, dtype=torch.float32, device=device_of(backend))
+    gradient = torch.func.grad(lambda b: F.gradient_descent(Q, b, 0.5, 3, backend=backend).square().sum())
+    try:
+        compiled = torch.compile(gradient, fullgraph=True)(b)
+    except Exception as error:  # whatever torch wraps it in, the cause is named
+        assert "bypasses the layer's backward" in str(error)
+    else:
+        torch.testing.assert_close(compiled, gradient(b))

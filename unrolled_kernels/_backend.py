@@ -1,0 +1,100 @@
+"""Which backends this machine has, and which of them runs a call."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+NAMES = ("eager", "cpu", "cuda", "triton")
+_default = os.environ.get("UNROLLED_KERNELS_BACKEND") or "auto"
+
+
+@functools.cache
+def extension():
+    """The compiled module ``unrolled_kernels._C``, which registers the native ops; None where it was not built."""
+    try:
+        return importlib.import_module("unrolled_kernels._C")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def unavailable_reason(name):
+    """Why backend ``name`` cannot run here and how to get it; None where it can."""
+    if name == "eager":
+        return None
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; get it with `pip install triton` (Linux)"
+        if importlib.util.find_spec("unrolled_kernels.ops.momentum.triton_kernels") is None:
+            return "this version has no Triton kernels"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "there is no CUDA device; set TRITON_INTERPRET=1 before the import to interpret the kernels on the CPU"
+        return None
+    if extension() is None:
+        return (
+            "the C++ extension is not built (see `python -m unrolled_kernels.info`); build it with "
+            "`pip install --no-build-isolation .` where a C++17 compiler is"
+        )
+    if name == "cuda":
+        if not extension().build_info()["cuda"]:
+            return "the extension was built without CUDA; rebuild it where nvcc is on the PATH or CUDA_HOME is set"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device, or this torch was built without CUDA"
+    return None
+
+
+def available_backends():
+    """Names of the backends that can run here, among "eager", "cpu", "cuda" and "triton"."""
+    return tuple(name for name in NAMES if unavailable_reason(name) is None)
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Run every call of this process in the block on backend ``name``, unless the call or the layer names its own.
+
+    Args:
+        name: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
+    Raises:
+        ValueError: the name is unknown, or that backend is not available here; the message says how to get it.
+    """
+    global _default
+    check_name(name)
+    previous, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+def check_name(name):
+    """Refuse a backend that is unknown or unavailable."""
+    if name in ("auto", "manual"):
+        return
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {('auto', *NAMES)}, got {name!r}")
+    reason = unavailable_reason(name)
+    if reason is not None:
+        raise ValueError(f"backend: {name!r} is not available here: {reason}")
+
+
+def resolve(backend, device):
+    """The backend that runs a call on ``device``: the call's own, else ``use_backend``'s, the environment's, "auto"."""
+    return _decide(_default if backend is None or backend == "auto" else backend, device.type)
+
+
+# torch.compile takes the answer as a constant of the graph, which it guards on the arguments
+@torch.compiler.assume_constant_result
+def _decide(backend, device_type):
+    check_name(backend)
+    if backend == "auto":
+        candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device_type, ())
+        return next((name for name in candidates if unavailable_reason(name) is None), "eager")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    runs_on = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted else "cuda"}.get(backend, device_type)
+    if device_type != runs_on:
+        raise ValueError(f"backend: {backend!r} runs on {runs_on} tensors, got tensors on device {device_type!r}")
+    return backend

@@ -1,0 +1,75 @@
+"""Validation of user input: every message names the argument, what was got and what was expected."""
+
+import operator
+
+import torch
+
+from unrolled_kernels.quadratics import Diagonal, Spectral
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_num_steps(num_steps):
+    """A non-negative int (NumPy's and symbolic integers too)."""
+    if isinstance(num_steps, (bool, torch.Tensor)) or not hasattr(num_steps, "__index__"):
+        raise TypeError(f"num_steps: expected a non-negative int, got {num_steps!r} ({type(num_steps).__name__})")
+    num_steps = num_steps if isinstance(num_steps, int) else operator.index(num_steps)
+    if num_steps < 0:
+        raise ValueError(f"num_steps: expected a non-negative int, got {num_steps}")
+    return num_steps
+
+
+def check_Q(Q):
+    """A dense ``[*batch, d, d]`` tensor, a Diagonal or a Spectral; returns its tensors by name."""
+    if isinstance(Q, Diagonal):
+        tensors = {"Q": Q.q}
+    elif isinstance(Q, Spectral):
+        tensors = {"Q (eigenvalues)": Q.eigenvalues, "Q (eigenvectors)": Q.eigenvectors}
+    elif isinstance(Q, torch.Tensor):
+        tensors = {"Q": Q}
+        if Q.dim() < 2 or Q.shape[-1] != Q.shape[-2]:
+            raise ValueError(
+                f"Q: expected square matrices [*batch, d, d], got shape {list(Q.shape)}; "
+                "wrap a diagonal in unrolled_kernels.Diagonal"
+            )
+    else:
+        raise TypeError(f"Q: expected a tensor, Diagonal or Spectral, got {type(Q).__name__}")
+    return tensors
+
+
+def check_tensors(tensors):
+    """``{name: tensor}`` share one supported dtype and one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dtype != first.dtype:
+            raise ValueError(f"dtype: {first_name} has {first.dtype} but {name} has {x.dtype}; convert one of them")
+        if x.device != first.device:
+            raise ValueError(f"device: {first_name} is on {first.device} but {name} is on {x.device}; move one of them")
+
+
+def check_broadcast(name, shape, target, target_name):
+    """``shape`` broadcasts to ``target``."""
+    padded = (1,) * (len(target) - len(shape)) + tuple(shape)
+    if len(padded) > len(target) or any(p not in (1, t) for p, t in zip(padded, target, strict=False)):
+        raise ValueError(
+            f"{name}: shape {list(shape)} does not broadcast to {target_name} = {list(target)}"
+        )
+
+
+def check_positive(name, value):
+    """A number above zero; the values of tensors are not read (that would wait for the device)."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value}")
+
+
+def check_number(name, value):
+    """A float or a floating-point tensor."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a float or a floating-point tensor, got a tensor of dtype {value.dtype}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float or a floating-point tensor, got {value!r} ({type(value).__name__})")

@@ -1,0 +1,248 @@
+"""The layers as functions: k steps of a first-order method on a batch of energies 1/2 yᵀQy + bᵀy.
+
+Shapes: ``*batch`` are the batch dimensions of Q and b, broadcast against each other; d is the size of the state. Every
+coefficient (step size, μ, momentum, extrapolation) broadcasts to ``(*batch, num_steps)``: a float, a 0-dim tensor,
+``(num_steps,)`` per step, ``(*batch, 1)`` per sample, ``(*batch, num_steps)`` both. Gradients of what was broadcast
+are summed. All functions are differentiable to second order and beyond in every tensor, and keep nothing for backward
+but their inputs.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from unrolled_kernels import _backend, _check
+from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
+from unrolled_kernels.quadratics import Diagonal, Spectral, smallest_eigenvalue
+from unrolled_kernels.schedules import nesterov_momentum
+
+__all__ = ["gradient_descent", "minimize", "momentum", "nesterov"]
+
+
+def gradient_descent(Q, b, step_size, num_steps, *, y0=None, return_trajectory=False, backend=None):
+    """Run ``num_steps`` gradient-descent steps on a batch of quadratic energies.
+
+        y_{t+1} = y_t - step_size (Q y_t + b)                  (paper, Eq. 9)
+
+    Args:
+        Q: ``[*batch, d, d]`` tensor, or a ``Diagonal`` / ``Spectral``; float16, bfloat16, float32 or float64.
+        b: ``[*batch, d]``, dtype and device of Q.
+        step_size: φ, a float or a tensor that broadcasts to ``(*batch, num_steps)``; stable for φ ≤ 2/(μ + L).
+        num_steps: k ≥ 0.
+        y0: start, broadcastable to ``[*batch, d]``; zero by default.
+        return_trajectory: return every iterate instead of the last.
+        backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; default: ``use_backend``'s, the
+            environment variable ``UNROLLED_KERNELS_BACKEND``'s, else the fastest available.
+    Returns:
+        ``y_k``, shape ``[*batch, d]``, dtype of ``b``; with ``return_trajectory`` the iterates y_0 … y_k,
+        ``[num_steps + 1, *batch, d]``.
+    Raises:
+        TypeError: an argument of the wrong type or dtype; the message names it.
+        ValueError: shapes that do not broadcast, dtypes or devices that differ, a negative ``num_steps``, an unknown
+            or unavailable backend; the message names the argument, what was got and what was expected.
+    """
+    num_steps = _check.check_num_steps(num_steps)
+    return _run(Q, b, ("step_size", step_size), None, None, num_steps, y0, return_trajectory, backend)
+
+
+def nesterov(Q, b, step_size, mu, num_steps, *, y0=None, return_trajectory=False, backend=None):
+    """Run ``num_steps`` of Nesterov's accelerated gradient method on a batch of quadratic energies.
+
+        y_{t+1} = z_t - step_size (Q z_t + b),   z_{t+1} = y_{t+1} + β (y_{t+1} - y_t),   z_0 = y_0
+        β = (1 - √(μ step_size)) / (1 + √(μ step_size))        (paper, Eq. 9)
+
+    Args:
+        Q, b, num_steps, y0, return_trajectory, backend: as in ``gradient_descent``.
+        step_size: φ, a float or a tensor that broadcasts to ``(*batch, num_steps)``; stable for φ ≤ 4/(μ + 3L).
+        mu: strong convexity constant μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the
+            smallest eigenvalue of each sample's Q, detached.
+    Returns:
+        As ``gradient_descent``.
+    Raises:
+        TypeError, ValueError: as ``gradient_descent``, and ``mu <= 0``.
+    """
+    num_steps = _check.check_num_steps(num_steps)
+    _check.check_number("step_size", step_size)
+    if mu is None:
+        _check.check_Q(Q)
+        mu = smallest_eigenvalue(Q).unsqueeze(-1)
+    _check.check_number("mu", mu)
+    _check.check_positive("mu", mu)
+    beta = nesterov_momentum(step_size, mu)
+    names = ("step_size", step_size), ("mu", beta), ("mu", beta)
+    return _run(Q, b, *names, num_steps, y0, return_trajectory, backend)
+
+
+def momentum(
+    Q, b, step_sizes, momentum, extrapolation, num_steps, *, y0=None, return_trajectory=False, backend=None
+):
+    """Run ``num_steps`` of a first-order method with a free schedule on a batch of quadratic energies.
+
+        m_t = y_t - y_{t-1},   y_{t+1} = y_t + β_t m_t - φ_t (Q (y_t + γ_t m_t) + b)
+
+    Gradient descent is β = γ = 0, Nesterov's method γ = β, the heavy ball γ = 0; ``schedules`` has the classical ones.
+
+    Args:
+        Q, b, num_steps, y0, return_trajectory, backend: as in ``gradient_descent``.
+        step_sizes, momentum, extrapolation: φ, β, γ, each a float or a tensor that broadcasts to
+            ``(*batch, num_steps)``.
+    Returns:
+        As ``gradient_descent``.
+    Raises:
+        TypeError, ValueError: as ``gradient_descent``.
+    """
+    num_steps = _check.check_num_steps(num_steps)
+    names = ("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation)
+    return _run(Q, b, *names, num_steps, y0, return_trajectory, backend)
+
+
+def minimize(Q, b):
+    """The exact minimizer -Q⁻¹b of the energy 1/2 yᵀQy + bᵀy, ``Opt`` of the paper (Sec. 2).
+
+    Args:
+        Q: ``[*batch, d, d]`` tensor, or a ``Diagonal`` / ``Spectral``.
+        b: ``[*batch, d]``, dtype and device of Q.
+    Returns:
+        ``[*batch, d]``, differentiable in Q and b. float16 and bfloat16 are solved in float32.
+    Raises:
+        TypeError, ValueError: as ``gradient_descent``. A singular dense Q raises ``torch.linalg.LinAlgError``.
+    """
+    shape = _full_shape(Q, b)
+    work = torch.promote_types(b.dtype, torch.float32)
+    if isinstance(Q, torch.Tensor):
+        rhs = b.to(work).expand(shape).unsqueeze(-1)
+        return -torch.linalg.solve(Q.to(work), rhs).squeeze(-1).to(b.dtype)
+    if isinstance(Q, Diagonal):
+        return -Diagonal(Q.q.to(work)).solve(b.to(work)).to(b.dtype)
+    return -Spectral(Q.eigenvalues.to(work), Q.eigenvectors.to(work)).solve(b.to(work)).to(b.dtype)
+
+
+def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
+    """Validate, bring the arguments to canonical form, run, and give the result its shape back."""
+    if not isinstance(return_trajectory, bool):
+        raise TypeError(f"return_trajectory: expected a bool, got {return_trajectory!r}")
+    if isinstance(b, torch.Tensor) and torch.is_autocast_enabled(b.device.type):
+        Q, b, y0 = _autocast(Q), _autocast(b), _autocast(y0)
+    shape = _full_shape(Q, b, y0)
+    chosen = _backend.resolve(backend, b.device)
+    schedule = tuple(None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma))
+    eigenvalues, matrix, b, y0, batch = _canonical(Q, b, y0, shape, schedule)
+    schedule = tuple(None if c is None else _rows(c, batch) for c in schedule)
+    y = _momentum_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, *schedule)
+    return y.reshape((num_steps + 1, *shape) if return_trajectory else shape)
+
+
+def _full_shape(Q, b, y0=None):
+    """Check Q, b and y0 against each other; returns ``(*batch, d)``."""
+    tensors = _check.check_Q(Q)
+    tensors["b"] = b
+    if y0 is not None:
+        tensors["y0"] = y0
+    _check.check_tensors(tensors)
+    if b.dim() < 1:
+        raise ValueError("b: expected [*batch, d], got a scalar tensor")
+    if isinstance(Q, Diagonal):
+        q_shape = Q.q.shape
+    elif isinstance(Q, Spectral):
+        q_shape = torch.broadcast_shapes(Q.eigenvalues.shape, Q.eigenvectors.shape[:-1])
+    else:
+        q_shape = Q.shape[:-1]
+    if q_shape[-1] != b.shape[-1]:
+        raise ValueError(
+            f"b: expected last dimension d = {q_shape[-1]} to fit Q {_shape_of(Q)}, got shape {list(b.shape)}"
+        )
+    try:
+        shape = torch.broadcast_shapes(q_shape, b.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"Q, b: batch dimensions do not broadcast: Q is {_shape_of(Q)}, b has shape {list(b.shape)}"
+        ) from None
+    if y0 is not None:
+        _check.check_broadcast("y0", y0.shape, shape, "(*batch, d)")
+    return tuple(shape)
+
+
+def _shape_of(Q):
+    if isinstance(Q, Diagonal):
+        return f"Diagonal of shape {list(Q.q.shape)}"
+    if isinstance(Q, Spectral):
+        return f"Spectral of shapes {list(Q.eigenvalues.shape)} and {list(Q.eigenvectors.shape)}"
+    return f"of shape {list(Q.shape)}"
+
+
+def _check_coefficient(name, value, batch, num_steps, b):
+    """One of φ, β, γ as a tensor in the compute dtype that broadcasts to ``(*batch, num_steps)``, at least 1-dim."""
+    _check.check_number(name, value)
+    compute = torch.promote_types(b.dtype, torch.float32)
+    if not isinstance(value, torch.Tensor):
+        return b.new_full((1,), value, dtype=compute)
+    if value.device != b.device and value.dim() > 0:
+        raise ValueError(f"device: b is on {b.device} but {name} is on {value.device}; move one of them")
+    value = value.to(device=b.device, dtype=compute) if value.device != b.device else value.to(compute)
+    if value.dim() == 0:
+        return value.reshape(1)
+    _check.check_broadcast(name, value.shape, (*batch, num_steps), "(*batch, num_steps)")
+    return value
+
+
+class _Batch(NamedTuple):
+    shape: tuple     # the dimensions that the canonical batch dimension stands for
+    dims: int        # how many batch dimensions a coefficient may have
+
+
+def _canonical(Q, b, y0, shape, schedule):
+    """Q, b, y0 as the ops take them, and the batch that the coefficients are to be flattened to."""
+    if isinstance(Q, Diagonal):
+        # elementwise: as few rows as the schedule can tell apart, as long as nothing is broadcast
+        leading = len(shape) - 1
+        whole = Q.q.shape == b.shape and (y0 is None or y0.shape == b.shape)
+        rows = max(_varying_dims(c, leading) for c in schedule if c is not None) if whole else leading
+        flat = (math.prod(shape[:rows]), math.prod(shape[rows:]))
+        eigenvalues, b, y0 = (None if x is None else x.expand(shape).reshape(flat) for x in (Q.q, b, y0))
+        return eigenvalues, None, b, y0, _Batch(shape[:rows], leading)
+    batch, d = shape[:-1], shape[-1]
+    flat = (math.prod(batch), d)
+    b, y0 = (None if x is None else x.expand(shape).reshape(flat) for x in (b, y0))
+    if isinstance(Q, Spectral):
+        eigenvalues = Q.eigenvalues.expand(shape).reshape(flat)
+        return eigenvalues, _flatten_matrix(Q.eigenvectors, batch), b, y0, _Batch(batch, len(batch))
+    return None, _flatten_matrix(Q, batch), b, y0, _Batch(batch, len(batch))
+
+
+def _flatten_matrix(matrix, batch):
+    """``[*batch, d, d]`` as ``[B, d, d]``, or ``[1, d, d]`` where all of the batch shares it."""
+    d = matrix.shape[-1]
+    if math.prod(matrix.shape[:-2]) == 1:
+        return matrix.reshape(1, d, d)
+    return matrix.expand(*batch, d, d).reshape(-1 if 0 not in batch else 0, d, d)
+
+
+def _varying_dims(coefficient, leading):
+    """How many of the ``leading`` batch dimensions, counted from the left, the coefficient tells apart."""
+    own = coefficient.shape[:-1]
+    for i, size in reversed(list(enumerate(own))):
+        if size != 1:
+            return leading - len(own) + i + 1
+    return 0
+
+
+def _rows(coefficient, batch):
+    """A checked coefficient as ``[B or 1, num_steps or 1]``."""
+    steps = coefficient.shape[-1]
+    if math.prod(coefficient.shape[:-1]) == 1:
+        return coefficient.reshape(1, steps)
+    padded = coefficient.reshape((1,) * (batch.dims - coefficient.dim() + 1) + tuple(coefficient.shape))
+    kept = padded.reshape(*padded.shape[: len(batch.shape)], steps)
+    return kept.expand(*batch.shape, steps).reshape(math.prod(batch.shape), steps)
+
+
+def _autocast(x):
+    """Iterating is a reduction over steps: under autocast it runs in float32, as sums do."""
+    if isinstance(x, Diagonal):
+        return Diagonal(_autocast(x.q))
+    if isinstance(x, Spectral):
+        return Spectral(_autocast(x.eigenvalues), _autocast(x.eigenvectors))
+    if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x

@@ -1,0 +1,252 @@
+"""The layers: modules that run k steps of an algorithm on the energy 1/2 yᵀQy + bᵀy that a network puts out."""
+
+import torch
+from torch import nn
+
+from unrolled_kernels import _backend, _check, schedules
+from unrolled_kernels import functional as F
+
+__all__ = ["UnrolledGD", "UnrolledMomentum", "UnrolledNAG"]
+
+
+class _Unrolled(nn.Module):
+    """What the layers share: depth, backend, and coefficients that are fixed numbers or learned parameters."""
+
+    def __init__(self, num_steps, backend):
+        super().__init__()
+        self.num_steps = _check.check_num_steps(num_steps)
+        _backend.check_name(backend)
+        self.backend = backend
+
+    def _coefficient(self, name, value, learn):
+        """Register ``value``: a parameter if learned, a buffer if a fixed tensor, else the exact float."""
+        _check.check_number(name, value)
+        if learn:
+            value = torch.as_tensor(value, dtype=torch.get_default_dtype() if not torch.is_tensor(value) else None)
+            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+        elif isinstance(value, torch.Tensor):
+            self.register_buffer(name, value.detach().clone())
+        else:
+            setattr(self, name, float(value))
+
+    def extra_repr(self):
+        shown = [f"num_steps={self.num_steps}"]
+        for name in self._shown:
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                kind = "learned" if isinstance(value, nn.Parameter) or name in self._parametrised else "fixed"
+                value = f"{value.item():.6g} ({kind})" if value.numel() == 1 else f"{list(value.shape)} ({kind})"
+            shown.append(f"{name}={value}")
+        return ", ".join([*shown, f"backend={self.backend!r}"])
+
+    _shown = ()
+    _parametrised = ()
+
+
+class _StepSize(_Unrolled):
+    """A layer with one step size: fixed or learned, for all steps or per step, free or kept in a stable region."""
+
+    def __init__(self, num_steps, step_size, learn_step_size, per_step, stable_region, backend):
+        super().__init__(num_steps, backend)
+        _check.check_number("step_size", step_size)
+        if per_step and not (isinstance(step_size, torch.Tensor) and step_size.dim() > 0):
+            step_size = torch.as_tensor(step_size, dtype=torch.get_default_dtype()).expand(self.num_steps)
+        self.max_step_size = None
+        if stable_region is not None:
+            self.max_step_size = self._largest_stable_step(*_check_region(stable_region))
+            inside = torch.as_tensor(step_size, dtype=torch.float64)
+            if not bool(((inside > 0) & (inside < self.max_step_size)).all()):
+                raise ValueError(
+                    f"step_size: expected a value inside the stable region (0, {self.max_step_size:.6g}) of "
+                    f"stable_region={tuple(stable_region)}, got {step_size}"
+                )
+            if learn_step_size:
+                self._coefficient("step_size_logit", torch.logit(inside / self.max_step_size).to(
+                    step_size.dtype if isinstance(step_size, torch.Tensor) else torch.get_default_dtype()), True)
+                return
+        self._coefficient("step_size", step_size, learn_step_size)
+
+    def __getattr__(self, name):
+        # a stable region holds the step size as max · sigmoid(logit); everything else sees the step size itself
+        if name == "step_size" and "step_size_logit" in self._parameters:
+            return self.max_step_size * torch.sigmoid(self.step_size_logit)
+        return super().__getattr__(name)
+
+    @property
+    def _parametrised(self):
+        return ("step_size",) if "step_size_logit" in self._parameters else ()
+
+
+class UnrolledGD(_StepSize):
+    """k steps of gradient descent as a layer.
+
+        y_{t+1} = y_t - step_size (Q y_t + b)                  (paper, Eq. 9)
+
+    Args:
+        num_steps: k ≥ 0.
+        step_size: φ, a float or a tensor that broadcasts to ``(*batch, num_steps)``.
+        learn_step_size: make φ an ``nn.Parameter``.
+        per_step: one φ for each step, ``[num_steps]``, all starting at ``step_size``.
+        stable_region: ``(mu, L)``, bounds of the spectrum of Q: keeps a learned φ inside (0, 2/(μ+L)), the paper's
+            stable region (Table 1), by φ = 2/(μ+L) · sigmoid(logit), and refuses a start outside it.
+        backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
+    Raises:
+        TypeError, ValueError: an argument out of its range; the message names it.
+    """
+
+    _shown = ("step_size",)
+
+    def __init__(
+        self, num_steps, step_size=1.0, *, learn_step_size=False, per_step=False, stable_region=None, backend="auto"
+    ):
+        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend)
+
+    @staticmethod
+    def _largest_stable_step(mu, L):
+        return 2 / (mu + L)
+
+    def forward(self, Q, b, y0=None, return_trajectory=False):
+        """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.gradient_descent``."""
+        return F.gradient_descent(
+            Q, b, self.step_size, self.num_steps, y0=y0, return_trajectory=return_trajectory, backend=self.backend
+        )
+
+
+class UnrolledNAG(_StepSize):
+    """k steps of Nesterov's accelerated gradient method as a layer.
+
+        y_{t+1} = z_t - step_size (Q z_t + b),   z_{t+1} = y_{t+1} + β (y_{t+1} - y_t)
+        β = (1 - √(μ step_size)) / (1 + √(μ step_size))        (paper, Eq. 9)
+
+    Args:
+        num_steps, step_size, learn_step_size, per_step, backend: as in ``UnrolledGD``.
+        mu: μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the smallest eigenvalue of
+            each sample's Q, detached.
+        learn_mu: make μ an ``nn.Parameter``.
+        stable_region: as in ``UnrolledGD``, with the region (0, 4/(μ+3L)) of Nesterov's method.
+    Raises:
+        TypeError, ValueError: an argument out of its range; the message names it.
+    """
+
+    _shown = ("step_size", "mu")
+
+    def __init__(
+        self,
+        num_steps,
+        step_size=1.0,
+        mu=0.1,
+        *,
+        learn_step_size=False,
+        learn_mu=False,
+        per_step=False,
+        stable_region=None,
+        backend="auto",
+    ):
+        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend)
+        if mu is None:
+            if learn_mu:
+                raise ValueError("mu: learn_mu=True needs a number to start from, got mu=None")
+            self.mu = None
+        else:
+            _check.check_number("mu", mu)
+            _check.check_positive("mu", mu)
+            self._coefficient("mu", mu, learn_mu)
+
+    @staticmethod
+    def _largest_stable_step(mu, L):
+        return 4 / (mu + 3 * L)
+
+    def forward(self, Q, b, y0=None, return_trajectory=False):
+        """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.nesterov``."""
+        return F.nesterov(
+            Q,
+            b,
+            self.step_size,
+            self.mu,
+            self.num_steps,
+            y0=y0,
+            return_trajectory=return_trajectory,
+            backend=self.backend,
+        )
+
+
+class UnrolledMomentum(_Unrolled):
+    """k steps of a first-order method with a free schedule as a layer.
+
+        m_t = y_t - y_{t-1},   y_{t+1} = y_t + β_t m_t - φ_t (Q (y_t + γ_t m_t) + b)
+
+    Args:
+        num_steps: k ≥ 0.
+        step_sizes, momentum, extrapolation: φ, β, γ, each a float or a tensor that broadcasts to
+            ``(*batch, num_steps)``. A float becomes a schedule ``[num_steps]`` if learnable.
+        learnable: make the three ``nn.Parameter``s.
+        backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
+    Raises:
+        TypeError, ValueError: an argument out of its range; the message names it.
+    """
+
+    _shown = ("step_sizes", "momentum", "extrapolation")
+
+    def __init__(self, num_steps, step_sizes, momentum, extrapolation, *, learnable=True, backend="auto"):
+        super().__init__(num_steps, backend)
+        for name, value in (("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation)):
+            _check.check_number(name, value)
+            if learnable and not isinstance(value, torch.Tensor):
+                value = torch.full((self.num_steps,), float(value))
+            self._coefficient(name, value, learnable)
+
+    @classmethod
+    def _start(cls, schedule, learnable, backend):
+        if learnable:
+            schedule = (x.to(torch.get_default_dtype()) for x in schedule)
+        phi, beta, gamma = schedule
+        return cls(len(phi), phi, beta, gamma, learnable=learnable, backend=backend)
+
+    @classmethod
+    def gd(cls, num_steps, step_size, *, learnable=True, backend="auto"):
+        """Start as gradient descent; see ``schedules.gd``."""
+        return cls._start(schedules.gd(num_steps, step_size), learnable, backend)
+
+    @classmethod
+    def nag(cls, num_steps, step_size, mu, *, learnable=True, backend="auto"):
+        """Start as Nesterov's method; see ``schedules.nag``."""
+        return cls._start(schedules.nag(num_steps, step_size, mu), learnable, backend)
+
+    @classmethod
+    def heavy_ball(cls, num_steps, step_size, momentum, *, learnable=True, backend="auto"):
+        """Start as Polyak's heavy ball; see ``schedules.heavy_ball``."""
+        return cls._start(schedules.heavy_ball(num_steps, step_size, momentum), learnable, backend)
+
+    @classmethod
+    def fista(cls, num_steps, step_size, *, learnable=True, backend="auto"):
+        """Start with FISTA's momentum; see ``schedules.fista``."""
+        return cls._start(schedules.fista(num_steps, step_size), learnable, backend)
+
+    @classmethod
+    def chebyshev(cls, num_steps, mu, L, *, learnable=True, backend="auto"):
+        """Start as the Chebyshev semi-iteration on the spectrum [mu, L]; see ``schedules.chebyshev``."""
+        return cls._start(schedules.chebyshev(num_steps, mu, L), learnable, backend)
+
+    def forward(self, Q, b, y0=None, return_trajectory=False):
+        """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.momentum``."""
+        return F.momentum(
+            Q,
+            b,
+            self.step_sizes,
+            self.momentum,
+            self.extrapolation,
+            self.num_steps,
+            y0=y0,
+            return_trajectory=return_trajectory,
+            backend=self.backend,
+        )
+
+
+def _check_region(stable_region):
+    try:
+        mu, L = (float(x) for x in stable_region)
+    except (TypeError, ValueError):
+        raise TypeError(f"stable_region: expected a pair (mu, L), got {stable_region!r}") from None
+    if not 0 < mu <= L:
+        raise ValueError(f"stable_region: expected 0 < mu <= L, got mu={mu}, L={L}")
+    return mu, L

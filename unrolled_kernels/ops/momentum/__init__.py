@@ -1,0 +1,13 @@
+"""The op family ``momentum``: k steps of a first-order recurrence with a schedule, for three structures of Q.
+
+Every module here takes the *canonical* arguments that ``functional`` prepares:
+
+    eigenvalues    ``[B, d]``, or None when Q is dense
+    matrix         dense: Q, spectral: R, ``[B or 1, d, d]`` (1: shared by the batch); diagonal: None
+    b, y0          ``[B, d]``; ``y0=None`` means zero
+    step_sizes, momentum, extrapolation
+                   φ, β, γ, ``[B or 1, num_steps or 1]`` in the compute dtype (float32 for float16, bfloat16 and
+                   float32; float64 for float64); ``momentum=extrapolation=None`` means gradient descent
+
+and returns y_k, ``[B, d]``, or with ``trajectory`` all of y_0 … y_k, ``[num_steps + 1, B, d]``, in the dtype of b.
+"""

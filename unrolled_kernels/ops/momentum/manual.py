@@ -1,0 +1,131 @@
+"""The hand-written backward of the momentum recurrence, in eager torch: the derivation that every kernel implements.
+
+Let ȳ_t be the total adjoint of the iterate y_t, and take the step
+
+    m_t = y_t - y_{t-1},   z_t = y_t + γ_t m_t,   y_{t+1} = y_t + β_t m_t - φ_t (Q z_t + b).
+
+With a := ȳ_{t+1} and w := Qᵀa, the chain rule through z_t and m_t gives, for any Q, symmetric or not,
+
+    ȳ_t     += (1 + β_t) a - φ_t (1 + γ_t) w          b̄   -= φ_t a
+    ȳ_{t-1} += -β_t a + φ_t γ_t w                     Q̄   -= φ_t a z_tᵀ
+    φ̄_t = -aᵀ(Q z_t + b) = -(wᵀz_t + aᵀb)             β̄_t  = aᵀm_t               γ̄_t = -φ_t wᵀm_t
+
+run for t = k-1 … 0; what reaches y_{-1} belongs to y_0. Only y_k has a cotangent of its own unless the trajectory is
+returned. The iterates are recomputed from the inputs, so nothing that grows with k is kept between the passes.
+
+Q = diag(q): w = q a, and q̄ -= φ_t a z_t elementwise.
+
+Q = R diag(λ) Rᵀ: the diagonal case in the eigenbasis, b̂ = Rᵀb, ŷ_0 = Rᵀy_0, y_t = R ŷ_t for t ≥ 1. Through the
+rotations, b̄ = R b̂̄, ȳ_0 += R ŷ̄_0, and R̄ = b b̂̄ᵀ + y_0 ŷ̄_0ᵀ + Σ_{t≥1} ȳ_t^out ŷ_tᵀ.
+
+The functions below use no in-place operation, so they can be differentiated in turn: that is how second-order
+gradients of every backend are computed.
+"""
+
+import torch
+
+from unrolled_kernels.ops.momentum import reference
+from unrolled_kernels.ops.momentum.reference import columns, iterates, matvec
+
+forward = reference.forward
+
+
+def backward(
+    grad_y,
+    eigenvalues,
+    matrix,
+    b,
+    y0,
+    step_sizes,
+    momentum,
+    extrapolation,
+    num_steps,
+    trajectory,
+    needs_eigenvalues,
+    needs_matrix,
+    needs_schedule,
+):
+    """Gradients of the canonical arguments for the cotangent ``grad_y`` (shape of the forward's output).
+
+    Returns:
+        ``(d_eigenvalues [B, d], d_matrix like matrix, db [B, d], dy0 [B, d], d_step_sizes, d_momentum,
+        d_extrapolation)``, the last three shaped like their inputs; what is not needed, or absent, is a tensor of
+        shape ``[0]``.
+    """
+    storage, compute = b.dtype, step_sizes.dtype
+    schedule = (step_sizes, momentum, extrapolation)
+    grad_y, eigenvalues, matrix, b, y0 = (
+        x if x is None else x.to(compute) for x in (grad_y, eigenvalues, matrix, b, y0)
+    )
+    y0 = torch.zeros_like(b) if y0 is None else y0
+    zero = torch.zeros_like(b)
+    cotangents = list(grad_y.unbind(0)) if trajectory else [zero] * num_steps + [grad_y]
+
+    if eigenvalues is None:
+        d_y0, a, z, d_schedule = _adjoint_sweep(
+            lambda x: matvec(matrix, x), lambda x: matvec(matrix.mT, x), b, y0, schedule, num_steps, cotangents
+        )
+        db = a.sum(0)
+        d_eigenvalues = None
+        equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
+        d_matrix = torch.einsum(equation, a, z).reshape(matrix.shape) if needs_matrix else None
+    elif matrix is None:
+        apply_Q = lambda x: eigenvalues * x  # noqa: E731
+        d_y0, a, z, d_schedule = _adjoint_sweep(apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents)
+        db = a.sum(0)
+        d_eigenvalues = (a * z).sum(0)
+        d_matrix = None
+    else:
+        apply_Q = lambda x: eigenvalues * x  # noqa: E731
+        b_hat, y0_hat = matvec(matrix.mT, b), matvec(matrix.mT, y0)
+        hat = [zero] + [matvec(matrix.mT, c) for c in cotangents[1:]]
+        d_y0_hat, a, z, d_schedule = _adjoint_sweep(apply_Q, apply_Q, b_hat, y0_hat, schedule, num_steps, hat)
+        db_hat = a.sum(0)
+        db = matvec(matrix, db_hat)
+        d_y0 = cotangents[0] + matvec(matrix, d_y0_hat)
+        d_eigenvalues = (a * z).sum(0)
+        d_matrix = None
+        if needs_matrix:
+            y_hat = iterates(apply_Q, b_hat, y0_hat, *schedule, num_steps)
+            left = torch.stack([b, y0, *cotangents[1:]])
+            right = torch.stack([db_hat, d_y0_hat, *y_hat[1:]])
+            equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
+            d_matrix = torch.einsum(equation, left, right).reshape(matrix.shape)
+
+    nothing = b.new_empty(0)
+    d_schedule = [
+        x.sum_to_size(c.shape) if needs_schedule and c is not None else nothing.to(compute)
+        for x, c in zip(d_schedule, schedule, strict=True)
+    ]
+    d_eigenvalues = d_eigenvalues if needs_eigenvalues else None
+    d_inputs = [(nothing if x is None else x).to(storage) for x in (d_eigenvalues, d_matrix, db, d_y0)]
+    return (*d_inputs, *d_schedule)
+
+
+def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents):
+    """Replay the iterates, then run the adjoint down.
+
+    Returns ȳ_0, the stacks A_t = -φ_t ȳ_{t+1} and Z_t = z_t (``[k, B, d]``), and φ̄, β̄, γ̄ (``[B, k]``).
+    """
+    ys = iterates(apply_Q, b, y0, *schedule, num_steps)
+    gradient_descent = schedule[1] is None
+    zero = torch.zeros((1, 1), dtype=b.dtype, device=b.device)
+    phi, beta, gamma = ([zero] * num_steps if c is None else columns(c, num_steps) for c in schedule)
+    a_stack, z_stack, d_phi, d_beta, d_gamma = [], [], [], [], []
+    a, carry = cotangents[num_steps], torch.zeros_like(b)
+    for t in reversed(range(num_steps)):
+        m = ys[t] - ys[max(t - 1, 0)]
+        z = ys[t] if gradient_descent else ys[t] + gamma[t] * m
+        w = apply_Qt(a)
+        a_stack.append(-phi[t] * a)
+        z_stack.append(z)
+        d_phi.append(-(w * z + a * b).sum(-1))
+        d_beta.append((a * m).sum(-1))
+        d_gamma.append(-phi[t].squeeze(-1) * (w * m).sum(-1))
+        y_bar = cotangents[t] + carry + (1 + beta[t]) * a - phi[t] * (1 + gamma[t]) * w
+        carry = -beta[t] * a + phi[t] * gamma[t] * w
+        a = y_bar
+    empty = b.new_zeros((0, *b.shape))
+    a_stack, z_stack = (torch.stack(x) if num_steps else empty for x in (a_stack, z_stack))
+    d_schedule = tuple(torch.stack(x[::-1], 1) if num_steps else empty.sum(-1).mT for x in (d_phi, d_beta, d_gamma))
+    return a + carry, a_stack, z_stack, d_schedule

@@ -1,0 +1,121 @@
+"""The structures of Q in the energy 1/2 yᵀQy + bᵀy: a plain tensor is dense; ``Diagonal`` and ``Spectral`` are not."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """Q = diag(q).
+
+    Args:
+        q: ``[*batch, d]``, any number of dimensions (an image too), floating point.
+    Raises:
+        TypeError: q is not a floating-point tensor.
+        ValueError: q is a scalar.
+    """
+
+    q: torch.Tensor
+
+    def __post_init__(self):
+        _check_floating("q", self.q)
+        if self.q.dim() < 1:
+            raise ValueError("q: expected at least one dimension [*batch, d], got a scalar tensor")
+
+    def matvec(self, y):
+        """Q y for y broadcastable with ``[*batch, d]``."""
+        return self.q * y
+
+    def solve(self, y):
+        """Q⁻¹ y for y broadcastable with ``[*batch, d]``."""
+        return y / self.q
+
+    def to_dense(self):
+        """Q as a ``[*batch, d, d]`` tensor."""
+        return torch.diag_embed(self.q)
+
+    def spectrum_bounds(self):
+        """The smallest and the largest eigenvalue of each sample's Q, two tensors ``[*batch]``."""
+        return self.q.amin(-1), self.q.amax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectral:
+    """Q = R diag(λ) Rᵀ with orthogonal R.
+
+    The recurrence runs in the eigenbasis: two products with R in all, whatever the number of steps. R is taken to be
+    orthogonal and not checked; gradients are those of y_t = R ŷ_t(λ, Rᵀb, Rᵀy_0).
+
+    Args:
+        eigenvalues: λ, ``[*batch, d]``.
+        eigenvectors: R, ``[*batch, d, d]``, one eigenvector a column.
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: the shapes do not fit together; the message names both.
+    """
+
+    eigenvalues: torch.Tensor
+    eigenvectors: torch.Tensor
+
+    def __post_init__(self):
+        _check_floating("eigenvalues", self.eigenvalues)
+        _check_floating("eigenvectors", self.eigenvectors)
+        values, vectors = self.eigenvalues.shape, self.eigenvectors.shape
+        if len(values) < 1 or len(vectors) < 2 or not vectors[-1] == vectors[-2] == values[-1]:
+            raise ValueError(
+                f"eigenvectors: expected [*batch, d, d] beside eigenvalues [*batch, d] of shape {list(values)}, "
+                f"got shape {list(vectors)}"
+            )
+
+    def matvec(self, y):
+        """Q y for y ``[*batch, d]``."""
+        return _rotate(self.eigenvectors, self.eigenvalues * _rotate(self.eigenvectors.mT, y))
+
+    def solve(self, y):
+        """Q⁻¹ y for y ``[*batch, d]``."""
+        return _rotate(self.eigenvectors, _rotate(self.eigenvectors.mT, y) / self.eigenvalues)
+
+    def to_dense(self):
+        """Q as a ``[*batch, d, d]`` tensor."""
+        return (self.eigenvectors * self.eigenvalues.unsqueeze(-2)) @ self.eigenvectors.mT
+
+    def spectrum_bounds(self):
+        """The smallest and the largest eigenvalue of each sample's Q, two tensors ``[*batch]``."""
+        return self.eigenvalues.amin(-1), self.eigenvalues.amax(-1)
+
+
+def smallest_eigenvalue(Q):
+    """μ of each sample's Q, ``[*batch]``, detached."""
+    if isinstance(Q, torch.Tensor):
+        work = Q.detach().to(torch.promote_types(Q.dtype, torch.float32))
+        return torch.linalg.eigvalsh(work)[..., 0]
+    return Q.spectrum_bounds()[0].detach()
+
+
+def _rotate(matrix, y):
+    return (matrix @ y.unsqueeze(-1)).squeeze(-1)
+
+
+def _check_floating(name, x):
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        got = f"a tensor of dtype {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+
+
+def _unflatten(cls, children):
+    # torch.export and torch.func fill structures with things that are not tensors: no checks here
+    instance = object.__new__(cls)
+    for field, child in zip(cls.__dataclass_fields__, children, strict=True):
+        object.__setattr__(instance, field, child)
+    return instance
+
+
+for _cls in (Diagonal, Spectral):
+    pytree.register_pytree_node(
+        _cls,
+        lambda x: ([getattr(x, field) for field in x.__dataclass_fields__], None),
+        lambda children, _, cls=_cls: _unflatten(cls, children),
+        serialized_type_name=f"unrolled_kernels.{_cls.__name__}",
+    )

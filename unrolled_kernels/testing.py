@@ -1,0 +1,92 @@
+"""What the tests, the benchmarks and a user's own checks share: problems to try and one rule for closeness."""
+
+import contextlib
+
+import torch
+
+from unrolled_kernels.quadratics import Diagonal, Spectral
+
+STRUCTURES = ("dense", "diagonal", "spectral")
+
+
+def random_quadratic(structure, batch, d, *, mu=0.1, L=1.0, symmetric=True, shared=False, dtype=None, device=None, seed=0):
+    """A batch of quadratic energies with spectrum in [mu, L], the extremes included where d ≥ 2.
+
+    Args:
+        structure: ``"dense"``, ``"diagonal"`` or ``"spectral"``.
+        batch: tuple of batch dimensions.
+        d: size of the state.
+        symmetric: False adds a skew part to a dense Q.
+        shared: one Q (for spectral: one R) for the whole batch.
+        dtype, device, seed: of the tensors made.
+    Returns:
+        ``(tensors, make_Q, b)``: the leaf tensors of Q, a function from them to Q, and b ``[*batch, d]``.
+    Raises:
+        ValueError: an unknown structure.
+    """
+    dtype = dtype or torch.get_default_dtype()
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    eigenvalues = mu + (L - mu) * torch.rand(*batch, d, generator=generator, dtype=torch.float64)
+    if d >= 2:
+        eigenvalues[..., 0], eigenvalues[..., -1] = L, mu
+    matrix_batch = () if shared else batch
+    eigenvectors = torch.linalg.qr(normal(*matrix_batch, d, d))[0]
+    b = normal(*batch, d)
+    if structure == "diagonal":
+        tensors, make_Q = (eigenvalues,), Diagonal
+    elif structure == "spectral":
+        tensors, make_Q = (eigenvalues, eigenvectors), Spectral
+    elif structure == "dense":
+        values = eigenvalues[(0,) * len(batch)] if shared and eigenvalues.numel() else eigenvalues
+        if shared and not eigenvalues.numel():
+            values = torch.full((d,), mu, dtype=torch.float64)
+        Q = (eigenvectors * values.unsqueeze(-2)) @ eigenvectors.mT
+        if not symmetric:
+            skew = normal(*matrix_batch, d, d) * (0.2 * mu / d)
+            Q = Q + skew - skew.mT
+        tensors, make_Q = (Q,), lambda Q: Q
+    else:
+        raise ValueError(f"structure: expected one of {STRUCTURES}, got {structure!r}")
+    to = lambda x: x.to(dtype=dtype, device=device)  # noqa: E731
+    return tuple(to(x) for x in tensors), make_Q, to(b)
+
+
+def assert_as_close_as_eager(actual, exact, eager, what=""):
+    """The one tolerance of the project: error ≤ 2 × (error of eager in the same dtype) + n eps · max|exact|.
+
+    n = 1 for float16 and bfloat16, which are only stored, and 32 for float32 and float64, which are also accumulated
+    in: sums of hundreds of terms that partly cancel, where a single run of eager may be lucky.
+
+    Args:
+        actual: result under test.
+        exact: the float64 reference.
+        eager: the plain loop's result in the dtype of ``actual``. For float64, whose own error no wider dtype of torch
+            can measure, the float32 result instead: its error is scaled by the ratio of the two epsilons.
+    Raises:
+        AssertionError: shapes or dtypes differ, or the error is larger; the message has both errors.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    eps, eager_eps = (torch.finfo(x.dtype).eps for x in (actual, eager))
+    expected_dtype = torch.float32 if actual.dtype == torch.float64 else actual.dtype
+    assert eager.dtype == expected_dtype, f"{what}: dtype {actual.dtype} against eager's {eager.dtype}"
+    if exact.numel() == 0:
+        return
+    error = (actual.double() - exact).abs().max().item()
+    eager_error = (eager.double() - exact).abs().max().item() * (eps / eager_eps)
+    slack = 32 if actual.dtype in (torch.float32, torch.float64) else 1
+    bound = 2 * eager_error + slack * eps * exact.abs().max().item()
+    assert error <= bound, f"{what}: error {error:.3e}, allowed {bound:.3e} (eager's own error {eager_error:.3e})"
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Fill freshly allocated tensors with NaN, so that reading what was never written shows."""
+    fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(mode)
