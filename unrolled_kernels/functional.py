@@ -122,15 +122,19 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
     """Validate, bring the arguments to canonical form, run, and give the result its shape back."""
     if not isinstance(return_trajectory, bool):
         raise TypeError(f"return_trajectory: expected a bool, got {return_trajectory!r}")
-    if isinstance(b, torch.Tensor) and torch.is_autocast_enabled(b.device.type):
-        Q, b, y0 = _autocast(Q), _autocast(b), _autocast(y0)
+    if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
+        # iterating is a reduction over steps: under autocast it runs in float32, as sums do
+        with torch.autocast(b.device.type, enabled=False):
+            Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
+            return _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend)
     shape = _full_shape(Q, b, y0)
     chosen = _backend.resolve(backend, b.device)
     schedule = tuple(None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma))
     eigenvalues, matrix, b, y0, batch = _canonical(Q, b, y0, shape, schedule)
     schedule = tuple(None if c is None else _rows(c, batch) for c in schedule)
     y = _momentum_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, *schedule)
-    return y.reshape((num_steps + 1, *shape) if return_trajectory else shape)
+    final_shape = (num_steps + 1, *shape) if return_trajectory else shape
+    return y if y.shape == final_shape else y.reshape(final_shape)
 
 
 def _full_shape(Q, b, y0=None):
@@ -145,20 +149,25 @@ def _full_shape(Q, b, y0=None):
     if isinstance(Q, Diagonal):
         q_shape = Q.q.shape
     elif isinstance(Q, Spectral):
-        q_shape = torch.broadcast_shapes(Q.eigenvalues.shape, Q.eigenvectors.shape[:-1])
+        q_shape = Q.eigenvalues.shape
+        if q_shape != Q.eigenvectors.shape[:-1]:
+            q_shape = torch.broadcast_shapes(q_shape, Q.eigenvectors.shape[:-1])
     else:
         q_shape = Q.shape[:-1]
     if q_shape[-1] != b.shape[-1]:
         raise ValueError(
             f"b: expected last dimension d = {q_shape[-1]} to fit Q {_shape_of(Q)}, got shape {list(b.shape)}"
         )
-    try:
-        shape = torch.broadcast_shapes(q_shape, b.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"Q, b: batch dimensions do not broadcast: Q is {_shape_of(Q)}, b has shape {list(b.shape)}"
-        ) from None
-    if y0 is not None:
+    if q_shape == b.shape:
+        shape = b.shape
+    else:
+        try:
+            shape = torch.broadcast_shapes(q_shape, b.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"Q, b: batch dimensions do not broadcast: Q is {_shape_of(Q)}, b has shape {list(b.shape)}"
+            ) from None
+    if y0 is not None and y0.shape != shape:
         _check.check_broadcast("y0", y0.shape, shape, "(*batch, d)")
     return tuple(shape)
 
@@ -176,12 +185,15 @@ def _check_coefficient(name, value, batch, num_steps, b):
     _check.check_number(name, value)
     compute = torch.promote_types(b.dtype, torch.float32)
     if not isinstance(value, torch.Tensor):
-        return b.new_full((1,), value, dtype=compute)
-    if value.device != b.device and value.dim() > 0:
-        raise ValueError(f"device: b is on {b.device} but {name} is on {value.device}; move one of them")
-    value = value.to(device=b.device, dtype=compute) if value.device != b.device else value.to(compute)
+        return b.new_full((1, 1), value, dtype=compute)
+    if value.device != b.device:
+        if value.dim() > 0:
+            raise ValueError(f"device: b is on {b.device} but {name} is on {value.device}; move one of them")
+        value = value.to(b.device)
+    if value.dtype != compute:
+        value = value.to(compute)
     if value.dim() == 0:
-        return value.reshape(1)
+        return value.reshape(1, 1)
     _check.check_broadcast(name, value.shape, (*batch, num_steps), "(*batch, num_steps)")
     return value
 
@@ -199,20 +211,29 @@ def _canonical(Q, b, y0, shape, schedule):
         whole = Q.q.shape == b.shape and (y0 is None or y0.shape == b.shape)
         rows = max(_varying_dims(c, leading) for c in schedule if c is not None) if whole else leading
         flat = (math.prod(shape[:rows]), math.prod(shape[rows:]))
-        eigenvalues, b, y0 = (None if x is None else x.expand(shape).reshape(flat) for x in (Q.q, b, y0))
+        eigenvalues, b, y0 = (_reshape(x, shape, flat) for x in (Q.q, b, y0))
         return eigenvalues, None, b, y0, _Batch(shape[:rows], leading)
     batch, d = shape[:-1], shape[-1]
     flat = (math.prod(batch), d)
-    b, y0 = (None if x is None else x.expand(shape).reshape(flat) for x in (b, y0))
+    b, y0 = _reshape(b, shape, flat), _reshape(y0, shape, flat)
     if isinstance(Q, Spectral):
-        eigenvalues = Q.eigenvalues.expand(shape).reshape(flat)
+        eigenvalues = _reshape(Q.eigenvalues, shape, flat)
         return eigenvalues, _flatten_matrix(Q.eigenvectors, batch), b, y0, _Batch(batch, len(batch))
     return None, _flatten_matrix(Q, batch), b, y0, _Batch(batch, len(batch))
+
+
+def _reshape(x, shape, flat):
+    """x broadcast to ``shape`` and then of shape ``flat``; as it is where nothing has to be done."""
+    if x is None or x.shape == flat:
+        return x
+    return (x if x.shape == shape else x.expand(shape)).reshape(flat)
 
 
 def _flatten_matrix(matrix, batch):
     """``[*batch, d, d]`` as ``[B, d, d]``, or ``[1, d, d]`` where all of the batch shares it."""
     d = matrix.shape[-1]
+    if matrix.dim() == 3 and matrix.shape[:-2] == batch:
+        return matrix
     if math.prod(matrix.shape[:-2]) == 1:
         return matrix.reshape(1, d, d)
     return matrix.expand(*batch, d, d).reshape(-1 if 0 not in batch else 0, d, d)
@@ -230,6 +251,8 @@ def _varying_dims(coefficient, leading):
 def _rows(coefficient, batch):
     """A checked coefficient as ``[B or 1, num_steps or 1]``."""
     steps = coefficient.shape[-1]
+    if coefficient.shape[:-1] == (1,):
+        return coefficient
     if math.prod(coefficient.shape[:-1]) == 1:
         return coefficient.reshape(1, steps)
     padded = coefficient.reshape((1,) * (batch.dims - coefficient.dim() + 1) + tuple(coefficient.shape))
@@ -237,12 +260,15 @@ def _rows(coefficient, batch):
     return kept.expand(*batch.shape, steps).reshape(math.prod(batch.shape), steps)
 
 
-def _autocast(x):
-    """Iterating is a reduction over steps: under autocast it runs in float32, as sums do."""
+def _autocasting(device_type):
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
+def _to_float32(x):
     if isinstance(x, Diagonal):
-        return Diagonal(_autocast(x.q))
+        return Diagonal(_to_float32(x.q))
     if isinstance(x, Spectral):
-        return Spectral(_autocast(x.eigenvalues), _autocast(x.eigenvectors))
+        return Spectral(_to_float32(x.eigenvalues), _to_float32(x.eigenvectors))
     if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16):
         return x.float()
     return x

@@ -34,13 +34,12 @@ class _Unrolled(nn.Module):
         for name in self._shown:
             value = getattr(self, name)
             if isinstance(value, torch.Tensor):
-                kind = "learned" if isinstance(value, nn.Parameter) or name in self._parametrised else "fixed"
+                kind = "fixed" if name in self._buffers else "learned"
                 value = f"{value.item():.6g} ({kind})" if value.numel() == 1 else f"{list(value.shape)} ({kind})"
             shown.append(f"{name}={value}")
         return ", ".join([*shown, f"backend={self.backend!r}"])
 
     _shown = ()
-    _parametrised = ()
 
 
 class _StepSize(_Unrolled):
@@ -53,7 +52,7 @@ class _StepSize(_Unrolled):
             step_size = torch.as_tensor(step_size, dtype=torch.get_default_dtype()).expand(self.num_steps)
         self.max_step_size = None
         if stable_region is not None:
-            self.max_step_size = self._largest_stable_step(*_check_region(stable_region))
+            self.max_step_size = self.largest_stable_step(*_check_region(stable_region))
             inside = torch.as_tensor(step_size, dtype=torch.float64)
             if not bool(((inside > 0) & (inside < self.max_step_size)).all()):
                 raise ValueError(
@@ -61,20 +60,19 @@ class _StepSize(_Unrolled):
                     f"stable_region={tuple(stable_region)}, got {step_size}"
                 )
             if learn_step_size:
-                self._coefficient("step_size_logit", torch.logit(inside / self.max_step_size).to(
-                    step_size.dtype if isinstance(step_size, torch.Tensor) else torch.get_default_dtype()), True)
+                dtype = step_size.dtype if isinstance(step_size, torch.Tensor) else torch.get_default_dtype()
+                self._coefficient("step_size_logit", torch.logit(inside / self.max_step_size).to(dtype), learn=True)
                 return
         self._coefficient("step_size", step_size, learn_step_size)
 
     def __getattr__(self, name):
-        # a stable region holds the step size as max · sigmoid(logit); everything else sees the step size itself
-        if name == "step_size" and "step_size_logit" in self._parameters:
-            return self.max_step_size * torch.sigmoid(self.step_size_logit)
+        # held in other coordinates, but read as what they are
+        parameters = self.__dict__.get("_parameters", {})
+        if name == "step_size" and "step_size_logit" in parameters:
+            return self.max_step_size * torch.sigmoid(parameters["step_size_logit"])
+        if name == "mu" and "mu_log" in parameters:
+            return parameters["mu_log"].exp()
         return super().__getattr__(name)
-
-    @property
-    def _parametrised(self):
-        return ("step_size",) if "step_size_logit" in self._parameters else ()
 
 
 class UnrolledGD(_StepSize):
@@ -102,7 +100,8 @@ class UnrolledGD(_StepSize):
         super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend)
 
     @staticmethod
-    def _largest_stable_step(mu, L):
+    def largest_stable_step(mu, L):
+        """2/(μ+L), the upper end of the paper's stable region (Table 1) for a spectrum in [μ, L]."""
         return 2 / (mu + L)
 
     def forward(self, Q, b, y0=None, return_trajectory=False):
@@ -122,7 +121,7 @@ class UnrolledNAG(_StepSize):
         num_steps, step_size, learn_step_size, per_step, backend: as in ``UnrolledGD``.
         mu: μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the smallest eigenvalue of
             each sample's Q, detached.
-        learn_mu: make μ an ``nn.Parameter``.
+        learn_mu: learn μ, held as its logarithm so that it stays positive.
         stable_region: as in ``UnrolledGD``, with the region (0, 4/(μ+3L)) of Nesterov's method.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
@@ -150,10 +149,15 @@ class UnrolledNAG(_StepSize):
         else:
             _check.check_number("mu", mu)
             _check.check_positive("mu", mu)
-            self._coefficient("mu", mu, learn_mu)
+            if learn_mu:
+                # held as its logarithm, so that no update makes μ ≤ 0
+                self._coefficient("mu_log", torch.as_tensor(mu, dtype=torch.get_default_dtype()).log(), learn=True)
+            else:
+                self._coefficient("mu", mu, learn=False)
 
     @staticmethod
-    def _largest_stable_step(mu, L):
+    def largest_stable_step(mu, L):
+        """4/(μ+3L), the upper end of the paper's stable region (Table 1) for a spectrum in [μ, L]."""
         return 4 / (mu + 3 * L)
 
     def forward(self, Q, b, y0=None, return_trajectory=False):

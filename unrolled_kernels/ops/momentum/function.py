@@ -19,7 +19,17 @@ def momentum(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_si
     return MomentumFunction.apply(backend, num_steps, trajectory, *tensors)
 
 
-class MomentumFunction(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args):
+        # Function.apply binds default arguments through inspect, several times the cost of a small launch; ours have
+        # none. Its base is what it ends up calling where no torch.func transform is active.
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+class MomentumFunction(_Function):
     """y_k, or y_0 … y_k, of the recurrence; keeps its inputs for backward and nothing else."""
 
     # torch.compile counts the arguments of forward: no *args here
@@ -37,9 +47,15 @@ class MomentumFunction(torch.autograd.Function):
     def backward(ctx, grad_y):
         needs = ctx.needs_input_grad[3:]
         needs_flags = (needs[0], needs[1], any(needs[4:]))
-        grads = MomentumBackwardFunction.apply(
-            ctx.backend, ctx.num_steps, ctx.trajectory, needs_flags, grad_y, *ctx.saved_tensors
-        )
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            grads = MomentumBackwardFunction.apply(
+                ctx.backend, ctx.num_steps, ctx.trajectory, needs_flags, grad_y, *ctx.saved_tensors
+            )
+        else:
+            # nothing will differentiate this backward: straight to the launcher
+            grads = _LAUNCHERS[ctx.backend].backward(
+                grad_y, *ctx.saved_tensors, ctx.num_steps, ctx.trajectory, *needs_flags
+            )
         return (None, None, None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
     @staticmethod
@@ -56,7 +72,7 @@ class MomentumFunction(torch.autograd.Function):
         return y.unflatten(int(trajectory), (info.batch_size, batch)), int(trajectory)
 
 
-class MomentumBackwardFunction(torch.autograd.Function):
+class MomentumBackwardFunction(_Function):
     """The gradients of ``MomentumFunction`` as a differentiable function of the cotangent and of the inputs."""
 
     @staticmethod

@@ -1,0 +1,56 @@
+# `make demo` and `make test` need Python ≥ 3.11, a C++17 compiler and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+# installed only where Python has no torch yet
+TORCH  ?= torch==2.13.0
+
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install -q --disable-pip-version-check
+# where the machine runs other work too, spinning OpenMP threads collapse
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test test-slow bench gpu lint build clean
+
+demo: build
+	$(BIN)/python -m unrolled_kernels.experiments synthetic --preset quick --out runs/demo
+
+test: build
+	$(BIN)/python -m pytest python_tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_momentum.py -k triton
+
+test-slow: build
+	$(BIN)/python -m pytest python_tests -m slow
+
+bench: build
+	$(BIN)/python -m benchmarks.momentum --out runs/bench/momentum.csv
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave
+
+# on a machine with a GPU, with its own python3 and torch: builds in place and installs nothing
+gpu:
+	UNROLLED_KERNELS_EXTENSION=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest python_tests/test_momentum.py -k "cuda or triton"
+	$(PYTHON) -m benchmarks.momentum --device cuda --out benchmarks/results/gpu/momentum.csv
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# incremental: only what changed is compiled again
+build: $(VENV)/.installed
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make PYTHON=..."; exit 1; }
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	  echo "installing $(TORCH)"; $(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) "$(TORCH)"; \
+	fi
+	@echo "installing the build and test dependencies"
+	@$(PIP) "setuptools>=77" wheel ninja pybind11
+	@UNROLLED_KERNELS_EXTENSION=0 $(PIP) --no-build-isolation -e ".[experiments,dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) runs unrolled_kernels/_C*.so

@@ -1,0 +1,140 @@
+"""Interleaved timing, the roof measured in the same run, and the long CSV that every table and figure is made from."""
+
+import csv
+import dataclasses
+import datetime
+import hashlib
+import importlib.util
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    "op structure method backend mode dtype B d k p50_us p20_us p80_us compile_s bytes flops percent_of_roof "
+    "copy_gb_s fma_gflop_s threads device torch triton commit kernel_sources_sha256 date"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Roof:
+    """What this machine reaches on memory and on arithmetic alone, measured when it is needed."""
+
+    copy_bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, num_bytes, flops):
+        """The least time the work can take: the slower of its memory traffic and its arithmetic."""
+        return max(num_bytes / self.copy_bytes_per_s, flops / self.flops_per_s)
+
+
+def measure_roof(device):
+    """Copy bandwidth (read + write, larger than the caches) and float32 FMA rate (a large matrix product)."""
+    source = torch.ones(64 * 2**20, device=device)
+    target = torch.empty_like(source)
+    n = 4096 if device == "cuda" else 1536
+    square = torch.rand(n, n, device=device)
+    copy = interleave({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"].p20
+    product = interleave({"mm": lambda: square @ square}, device, rounds=10)["mm"].p20
+    return Roof(2 * source.nbytes / copy, 2 * n**3 / product)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Quantiles of the time of one call, in seconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def interleave(functions, device, *, rounds=30, min_seconds=0.002, max_seconds=20.0):
+    """Time ``{name: call}`` in turns, so that a noisy moment falls on all of them alike.
+
+    Args:
+        functions: each is called without arguments, several times a round if it is short.
+        device: "cpu" or "cuda".
+        rounds: turns for each function, fewer for one that would take more than ``max_seconds`` in all.
+    Returns:
+        ``{name: Timing}``.
+    """
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    repeats, allowed, samples = {}, {}, {name: [] for name in functions}
+
+    def run(call, n):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(n):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) / n
+
+    for name, call in functions.items():
+        run(call, 2)
+        once = run(call, 1)
+        repeats[name] = max(1, int(min_seconds / max(once, 1e-7)))
+        allowed[name] = max(3, min(rounds, int(max_seconds / max(once * repeats[name], 1e-9))))
+    for i in range(rounds):
+        for name, call in functions.items():
+            if i < allowed[name]:
+                samples[name].append(run(call, repeats[name]))
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _timing(samples):
+    quantiles = torch.quantile(torch.tensor(samples, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
+    return Timing(*quantiles.tolist())
+
+
+def environment(device):
+    """The columns that say where and with what a row was measured."""
+    triton = importlib.util.find_spec("triton")
+    return {
+        "threads": torch.get_num_threads() if device == "cpu" else "",
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "triton": importlib.import_module("triton").__version__ if triton else "",
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "unrolled_kernels") else ""),
+        "kernel_sources_sha256": kernel_sources_sha256(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_name():
+    """The processor's name as the system gives it, with the instruction sets the kernels tell apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    flags = fields.get("flags", "").split()
+    best = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "baseline"
+    return f"{fields.get('model name', platform.machine())} (family {fields.get('cpu family', '?')}, {best})"
+
+
+def kernel_sources_sha256():
+    """One hash of every file a kernel is made of, so that a stale result can be told from a fresh one."""
+    digest = hashlib.sha256()
+    sources = [*(ROOT / "csrc").rglob("*"), *(ROOT / "unrolled_kernels/ops").rglob("*.py")]
+    for path in sorted(p for p in sources if p.is_file() and "__pycache__" not in p.parts):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _git(*arguments):
+    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def write_csv(path, rows):
+    """Write the rows, in ``COLUMNS`` order, replacing the file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

@@ -1,0 +1,275 @@
+"""The modules: what they compute, what they learn, what they keep in a stable region, and how they survive a save."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import unrolled_kernels as uk
+import unrolled_kernels.functional as F
+from unrolled_kernels import schedules
+from unrolled_kernels.testing import random_quadratic
+
+
+@pytest.fixture
+def problem():
+    (Q,), _, b = random_quadratic("dense", (4,), 5, dtype=torch.float64)
+    return Q, b
+
+
+def nesterov_as_in_the_paper(Q, b, step_size, mu, k):
+    """Eq. 9 word for word, with the two sequences y and z."""
+    beta = (1 - (mu * step_size) ** 0.5) / (1 + (mu * step_size) ** 0.5)
+    y = z = torch.zeros_like(b)
+    for _ in range(k):
+        y_next = z - step_size * (torch.einsum("bij,bj->bi", Q, z) + b)
+        z = y_next + beta * (y_next - y)
+        y = y_next
+    return y
+
+
+def test_gd_is_the_papers(problem):
+    Q, b = problem
+    y = torch.zeros_like(b)
+    for _ in range(7):
+        y = y - 0.8 * (torch.einsum("bij,bj->bi", Q, y) + b)
+    torch.testing.assert_close(uk.UnrolledGD(7, 0.8)(Q, b), y)
+
+
+def test_nag_is_the_papers(problem):
+    Q, b = problem
+    torch.testing.assert_close(uk.UnrolledNAG(7, 0.8, 0.1)(Q, b), nesterov_as_in_the_paper(Q, b, 0.8, 0.1, 7))
+
+
+def test_nag_takes_mu_from_each_sample(problem):
+    Q, b = problem
+    Q = Q.clone().requires_grad_()
+    mu = torch.linalg.eigvalsh(Q.detach())[:, :1]
+    y = uk.UnrolledNAG(7, 0.8, mu=None)(Q, b)
+    torch.testing.assert_close(y, nesterov_as_in_the_paper(Q, b, 0.8, mu, 7))
+    expected = torch.autograd.grad(nesterov_as_in_the_paper(Q, b, 0.8, mu, 7).sum(), Q)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), Q), expected)
+    for structure in ("diagonal", "spectral"):
+        leaves, make_Q, _ = random_quadratic(structure, (4,), 5, dtype=torch.float64)
+        structured = make_Q(*leaves)
+        actual = F.nesterov(structured, b, 0.8, None, 7)
+        torch.testing.assert_close(actual, F.nesterov(structured.to_dense(), b, 0.8, None, 7))
+
+
+def test_structures_agree_with_dense():
+    for structure in ("diagonal", "spectral"):
+        leaves, make_Q, b = random_quadratic(structure, (4,), 6, dtype=torch.float64)
+        leaves = [x.requires_grad_() for x in leaves]
+        Q = make_Q(*leaves)
+        y0 = torch.randn_like(b)
+        for k in (0, 1, 9):
+            structured, dense = (F.nesterov(q, b, 0.6, 0.1, k, y0=y0, return_trajectory=True) for q in (Q, Q.to_dense()))
+            torch.testing.assert_close(structured, dense)
+        torch.testing.assert_close(Q.matvec(b), (Q.to_dense() @ b.unsqueeze(-1)).squeeze(-1))
+        torch.testing.assert_close(Q.solve(b), torch.linalg.solve(Q.to_dense(), b))
+        low, high = Q.spectrum_bounds()
+        assert (low.min().item(), high.max().item()) == pytest.approx((0.1, 1.0))
+        # λ (or q) alone: R is data in a spectral energy, free variations of it leave the orthogonal matrices
+        grads = (
+            torch.autograd.grad(F.nesterov(q, b, 0.6, 0.1, 9, y0=y0).square().sum(), leaves[0])[0]
+            for q in (Q, Q.to_dense())
+        )
+        torch.testing.assert_close(*grads)
+
+
+def test_gradient_of_eigenvectors_along_rotations():
+    """R̄ agrees with the dense path in every direction that keeps R orthogonal: R exp(tS), S skew."""
+    (values, vectors), _, b = random_quadratic("spectral", (4,), 6, dtype=torch.float64)
+    y0 = torch.randn_like(b)
+    skew = torch.randn(4, 6, 6, dtype=torch.float64)
+    skew = skew - skew.mT
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    rotated = vectors @ torch.matrix_exp(t * skew)
+    slopes = []
+    for Q in (uk.Spectral(values, rotated), uk.Spectral(values, rotated).to_dense()):
+        y = F.nesterov(Q, b, 0.6, 0.1, 9, y0=y0, return_trajectory=True)
+        slopes.append(torch.autograd.grad(y.pow(3).sum(), t, retain_graph=True)[0])
+    torch.testing.assert_close(*slopes)
+
+
+def test_minimize_is_where_the_gradient_vanishes():
+    for structure in ("dense", "diagonal", "spectral"):
+        leaves, make_Q, b = random_quadratic(structure, (2, 3), 5, dtype=torch.float64)
+        leaves = [x.requires_grad_() for x in leaves]
+        Q = make_Q(*leaves)
+        y = F.minimize(Q, b)
+        dense = Q if structure == "dense" else Q.to_dense()
+        torch.testing.assert_close((dense @ y.unsqueeze(-1)).squeeze(-1), -b)
+        torch.testing.assert_close(y, F.nesterov(Q, b, 1.0, 0.1, 400))
+        torch.autograd.grad(y.sum(), leaves[0])
+
+
+def test_minimize_in_half_precision():
+    (Q,), _, b = random_quadratic("dense", (3,), 5, dtype=torch.float32)
+    y = F.minimize(Q.bfloat16(), b.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), F.minimize(Q.bfloat16().float(), b.bfloat16().float()), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "schedule"),
+    [
+        (uk.UnrolledMomentum.gd(6, 0.8), schedules.gd(6, 0.8)),
+        (uk.UnrolledMomentum.nag(6, 0.8, 0.1), schedules.nag(6, 0.8, 0.1)),
+        (uk.UnrolledMomentum.heavy_ball(6, 0.8, 0.4), schedules.heavy_ball(6, 0.8, 0.4)),
+        (uk.UnrolledMomentum.fista(6, 0.8), schedules.fista(6, 0.8)),
+        (uk.UnrolledMomentum.chebyshev(6, 0.1, 1.0, learnable=False), schedules.chebyshev(6, 0.1, 1.0)),
+    ],
+    ids=["gd", "nag", "heavy_ball", "fista", "chebyshev"],
+)
+def test_momentum_layer_starts_on_its_schedule(problem, layer, schedule):
+    Q, b = problem
+    expected = F.momentum(Q, b, *schedule, 6)
+    torch.testing.assert_close(layer(Q, b), expected, rtol=1e-6, atol=1e-6)
+    assert len(list(layer.parameters())) == (0 if "fixed" in repr(layer) else 3)
+
+
+def test_schedules_coincide_with_the_layers(problem):
+    Q, b = problem
+    torch.testing.assert_close(F.momentum(Q, b, *schedules.gd(6, 0.8), 6), uk.UnrolledGD(6, 0.8)(Q, b))
+    torch.testing.assert_close(F.momentum(Q, b, *schedules.nag(6, 0.8, 0.1), 6), uk.UnrolledNAG(6, 0.8, 0.1)(Q, b))
+
+
+def test_chebyshev_reaches_its_optimal_factor():
+    """After k steps no eigenvalue in [μ, L] keeps more than 1/T_k((L+μ)/(L-μ)) of its error, and one keeps just that."""
+    mu, L, k = 0.1, 1.0, 9
+    q = torch.linspace(mu, L, 4001, dtype=torch.float64).reshape(-1, 1)
+    b = torch.ones_like(q)
+    y = F.momentum(uk.Diagonal(q), b, *schedules.chebyshev(k, mu, L), k)
+    factor = ((y + b / q) * q).abs().max().item()
+    optimum = 1 / torch.special.chebyshev_polynomial_t(torch.tensor((L + mu) / (L - mu), dtype=torch.float64), k).item()
+    assert factor == pytest.approx(optimum, rel=1e-9)
+    for phi, beta, gamma in (schedules.chebyshev(4, 1.0, 1.0), schedules.chebyshev(0, 0.1, 1.0)):
+        assert phi.isfinite().all()
+        assert beta.isfinite().all()
+        assert len(phi) == len(beta) == len(gamma)
+
+
+def test_fista_momentum_is_the_published_sequence():
+    _, beta, gamma = schedules.fista(4, 1.0)
+    # s = 1, 1.6180, 2.1935, 2.7498, 3.2949
+    torch.testing.assert_close(beta, torch.tensor([0.0, 0.28175, 0.43402, 0.53106], dtype=torch.float64), rtol=1e-4, atol=0)
+    torch.testing.assert_close(beta, gamma)
+
+
+def test_learned_step_size_trains(problem):
+    Q, b = problem
+    target = F.minimize(Q, b)
+    for layer in (
+        uk.UnrolledGD(5, 0.3, learn_step_size=True),
+        uk.UnrolledGD(5, 0.3, learn_step_size=True, per_step=True),
+        uk.UnrolledNAG(5, 0.3, learn_step_size=True, learn_mu=True),
+        uk.UnrolledMomentum.heavy_ball(5, 0.3, 0.1),
+    ):
+        optimizer = torch.optim.Adam(layer.parameters(), 0.02)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (layer(Q, b) - target).square().sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(("cls", "largest"), [(uk.UnrolledGD, 2 / 1.1), (uk.UnrolledNAG, 4 / 3.1)], ids=["gd", "nag"])
+def test_stable_region_holds_the_step_size(problem, cls, largest):
+    Q, b = problem
+    layer = cls(20, 1.0, learn_step_size=True, stable_region=(0.1, 1.0))
+    assert layer.max_step_size == pytest.approx(largest)
+    assert layer.step_size.item() == pytest.approx(1.0)
+    optimizer = torch.optim.SGD(layer.parameters(), 100.0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        # a loss that pushes the step size up without end
+        (-layer.step_size + 0.0 * layer(Q, b).sum()).backward()
+        optimizer.step()
+    # float32 rounds the end of the open interval
+    assert 0 < layer.step_size.item() <= largest * (1 + 1e-6)
+    assert layer(Q, b).isfinite().all()
+    assert f"step_size={layer.step_size.item():.6g} (learned)" in repr(layer)
+    with pytest.raises(ValueError, match=r"step_size: expected a value inside the stable region \(0, "):
+        cls(20, 2.0, stable_region=(0.1, 1.0))
+    per_step = cls(6, 1.0, learn_step_size=True, per_step=True, stable_region=(0.1, 1.0))
+    assert per_step.step_size.shape == (6,)
+
+
+def test_warm_start_and_trajectory(problem):
+    Q, b = problem
+    layer = uk.UnrolledNAG(6, 0.8)
+    y0 = torch.randn_like(b)
+    ys = layer(Q, b, y0=y0, return_trajectory=True)
+    assert ys.shape == (7, *b.shape)
+    assert torch.equal(ys[0], y0)
+    torch.testing.assert_close(ys[-1], layer(Q, b, y0=y0))
+
+
+def test_no_steps_returns_the_start(problem):
+    Q, b = problem
+    y0 = torch.randn_like(b)
+    y = uk.UnrolledGD(0)(Q, b, y0=y0)
+    assert torch.equal(y, y0)
+    assert y.data_ptr() != y0.data_ptr()
+    assert not uk.UnrolledGD(0)(Q, b).any()
+
+
+def test_unbatched(problem):
+    Q, b = problem
+    layer = uk.UnrolledNAG(6, 0.8)
+    torch.testing.assert_close(layer(Q[1], b[1]), layer(Q, b)[1])
+
+
+def test_save_copy_move(problem):
+    Q, b = problem
+    for make in (
+        lambda: uk.UnrolledGD(6, 0.8, learn_step_size=True, per_step=True),
+        lambda: uk.UnrolledNAG(6, 0.8, learn_step_size=True, learn_mu=True, stable_region=(0.1, 1.0)),
+        lambda: uk.UnrolledNAG(6, torch.tensor(0.8)),
+        lambda: uk.UnrolledMomentum.fista(6, 0.8),
+    ):
+        layer, other = make(), make()
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.mul_(0.9)
+        other.load_state_dict(layer.state_dict(), strict=True)
+        for same in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(same(Q, b), layer(Q, b))
+        layer.double()
+        assert all(p.dtype == torch.float64 for p in layer.parameters())
+        assert layer(Q, b).dtype == torch.float64
+
+
+def test_fixed_floats_are_exact_in_double(problem):
+    """A fixed step size never passes through float32 on its way into a float64 energy."""
+    Q, b = problem
+    torch.testing.assert_close(uk.UnrolledGD(3, 0.1)(Q, b), F.gradient_descent(Q, b, 0.1, 3), rtol=0, atol=0)
+    exact = b * 0
+    for _ in range(3):
+        exact = exact - 0.1 * ((Q @ exact.unsqueeze(-1)).squeeze(-1) + b)
+    torch.testing.assert_close(uk.UnrolledGD(3, 0.1)(Q, b), exact, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(problem, dtype):
+    Q, b = problem
+    Q, b = Q.float(), b.float()
+    linear = torch.nn.Linear(5, 5)
+    with torch.autocast("cpu", dtype=dtype):
+        low = linear(b)
+        assert low.dtype == dtype
+        # Q stays float32 while b is half: under autocast the layer takes both and runs in float32
+        y = uk.UnrolledNAG(6, 0.8)(Q, low)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, uk.UnrolledNAG(6, 0.8)(Q, low.float()))
+
+
+def test_repr_says_what_is_learned():
+    assert repr(uk.UnrolledGD(3, 0.5)) == "UnrolledGD(num_steps=3, step_size=0.5, backend='auto')"
+    assert "step_size=0.5 (learned), mu=0.1" in repr(uk.UnrolledNAG(3, 0.5, learn_step_size=True))
+    assert "step_size=[3] (learned)" in repr(uk.UnrolledGD(3, 0.5, learn_step_size=True, per_step=True))
