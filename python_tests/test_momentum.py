@@ -78,7 +78,10 @@ def compare(problem, backend, dtype, **options):
             assert actual[name] is None or not actual[name].any(), name
             continue
         got = torch.zeros_like(eager[name]) if actual[name] is None else actual[name]
-        assert_as_close_as_eager(got, exact[name], eager[name], what=f"{backend} {name}")
+        # a coefficient's gradient sums wᵀz + aᵀb over samples and steps, which cancels near the minimizer, where z is
+        # up to L/μ = 10 times as long as b; autograd forms the small Qz + b first
+        condition = 10 if name in ("phi", "beta", "gamma") else 1
+        assert_as_close_as_eager(got, exact[name], eager[name], what=f"{backend} {name}", condition=condition)
 
 
 @backends
@@ -433,7 +436,8 @@ def test_compiled_func_grad_is_right_or_loud(backend):
     gradient = torch.func.grad(lambda b: F.gradient_descent(Q, b, 0.5, 3, backend=backend).square().sum())
     try:
         compiled = torch.compile(gradient, fullgraph=True)(b)
-    except Exception as error:  # whatever torch wraps it in, the cause is named
-        assert "bypasses the layer's backward" in str(error)
+    except RuntimeError as error:
+        # torch's own refusal comes first where the transform is traced, ours where it is not
+        assert "bypasses the layer's backward" in str(error) or "functorch transforms" in str(error)
     else:
         torch.testing.assert_close(compiled, gradient(b))

@@ -1,6 +1,8 @@
 """``python -m unrolled_kernels.info``: versions, and each backend: available, or why not and how to get it."""
 
+import json
 import platform
+from pathlib import Path
 
 import torch
 
@@ -25,9 +27,11 @@ def report():
     extension = _backend.extension()
     lines += ["", "extension"]
     if extension is None:
-        lines.append(f"  not built: {_build_failure()}")
+        lines.append(f"  not built: {_build_record('extension_reason')}")
     else:
         lines += [f"  {name:22s} {value}" for name, value in extension.build_info().items()]
+        if not extension.build_info()["cuda"]:
+            lines.append(f"  without CUDA kernels: {_build_record('cuda_reason')}")
     chosen = {kind: _backend.resolve(None, torch.device(kind)) for kind in ("cpu", "cuda")}
     lines += ["", f'backend="auto" takes {chosen["cpu"]!r} on cpu tensors, {chosen["cuda"]!r} on cuda tensors']
     return "\n".join(lines)
@@ -41,13 +45,12 @@ def _triton_version():
     return triton.__version__
 
 
-def _build_failure():
-    """What the build recorded when it left the extension out."""
-    try:
-        from unrolled_kernels._build import FAILURE
-    except ImportError:
+def _build_record(key):
+    """What the build wrote down for ``key``; see setup.py."""
+    record = Path(__file__).with_name("_build.json")
+    if not record.exists():
         return "no build was recorded here; run `pip install --no-build-isolation .`"
-    return FAILURE
+    return json.loads(record.read_text())[key]
 
 
 def main():

@@ -1,0 +1,722 @@
+"""The theory against the layers: bounds hold and are attained, printed numbers come out, advice is sound."""
+
+import argparse
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unrolled_kernels import Diagonal, Spectral, UnrolledGD, UnrolledMomentum, UnrolledNAG, theory
+from unrolled_kernels import functional as F
+from unrolled_kernels.testing import random_quadratic
+from unrolled_kernels.theory.bounds import REGIMES
+from unrolled_kernels.theory.empirical import make_layer
+from unrolled_kernels.theory.properties import ALGORITHMS
+
+MU, L, PHI = 0.1, 1.0, 1.0
+SLACK = 1 + 1e-11
+
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+bounded_time = settings(max_examples=15, deadline=None, derandomize=True)
+spectra = st.tuples(st.floats(1e-3, 1.0), st.floats(1.01, 100.0)).map(lambda x: (x[0], x[0] * x[1]))
+fractions = st.floats(0.01, 1.0)
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # thousands of calls on tiny tensors: a second thread only waits
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# k: Cvg, Stab_b, Stab_Q, |∂φ y| for μ = 0.1, L = 1, φ = 1, ‖b‖ = 1, with the digits that were printed
+ANCHORS = {
+    "gd": {
+        1: (".9000", "1.000", "0.00", "1.0000"),
+        5: (".5905", "4.095", "8.15", "3.2805"),
+        10: (".3487", "6.513", "26.39", "3.8742"),
+        20: (".1216", "8.784", "60.83", "2.7017"),
+        30: (".0424", "9.576", "81.63", "1.4130"),
+    },
+    "nag": {
+        1: (".900000", "1.000", "0.00", "1.00000"),
+        5: (".385806", "6.142", "18.13", "3.27897"),
+        10: (".092992", "9.070", "59.78", "1.79707"),
+        20: (".003656", "9.963", "95.77", ".15330"),
+        30: (".000117", "9.999", "99.74", ".00758"),
+    },
+}
+
+
+@pytest.mark.parametrize(("algorithm", "k"), [(a, k) for a in ALGORITHMS for k in ANCHORS[a]])
+def test_anchors(algorithm, k):
+    stab = theory.stability(algorithm, k, PHI, MU)
+    # the derivative at the eigenvalue μ, by autograd through the layer itself
+    phi = torch.tensor(PHI, dtype=torch.float64, requires_grad=True)
+    y = _run(algorithm, Diagonal(torch.tensor([MU], dtype=torch.float64)), torch.ones(1, dtype=torch.float64), phi, k)
+    (slope,) = torch.autograd.grad(y.sum(), phi)
+    numbers = theory.convergence_rate(algorithm, k, PHI, MU), stab.wrt_b, stab.wrt_Q, slope.abs()
+    for number, printed in zip(numbers, ANCHORS[algorithm][k], strict=True):
+        digits = len(printed.partition(".")[2])
+        assert f"{number.item():.{digits}f}".removeprefix("0") == printed.removeprefix("0")
+    torch.testing.assert_close(slope.abs(), theory.sensitivity(algorithm, k, PHI, MU))
+
+
+@algorithms
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize(("mu", "L"), [(0.1, 1.0), (0.01, 1.0), (2.0, 3.0), (1.0, 1.0)])
+def test_layers_converge_at_the_rate_of_the_theory(algorithm, fraction, mu, L):
+    phi = fraction * theory.stable_region(algorithm, mu, L)[1]
+    k = torch.arange(31)
+    rate = theory.convergence_rate(algorithm, k, phi, mu)
+    measured = theory.measure_convergence(algorithm, 30, phi, mu, L, num_samples=400)
+    torch.testing.assert_close(measured, rate, rtol=1e-6, atol=1e-14)
+    # as the layer is used: from zero, against the exact minimizer
+    Q, b = theory.random_energies(400, mu, L)
+    y_star = F.minimize(Q, b)
+    ys = make_layer(algorithm, 30, phi, mu)(Q, b, return_trajectory=True)
+    from_zero = ((ys - y_star).norm(dim=-1) / y_star.norm(dim=-1)).amax(-1)
+    assert (from_zero - rate).abs().max() < 1e-6
+
+
+@algorithms
+def test_ten_thousand_pairs_that_do_not_commute(algorithm):
+    pairs = theory.random_pairs(10_000, MU, L, seed=11)
+    assert torch.linalg.matrix_norm(pairs.Q @ pairs.Q2 - pairs.Q2 @ pairs.Q).min() > 1e-10
+    for Q in pairs[:2]:
+        assert torch.linalg.eigvalsh(Q).min() > MU * (1 - 1e-9)
+        assert torch.linalg.eigvalsh(Q).max() < L * SLACK
+    generator = torch.Generator().manual_seed(12)
+    phi = torch.rand(10_000, 1, generator=generator, dtype=torch.float64) * theory.stable_region(algorithm, MU, L)[1]
+    ratio = theory.stability_ratio(algorithm, 20, phi, MU, pairs)
+    assert ratio.shape == (20, 10_000)
+    assert ratio.max() <= SLACK
+    # the bound is not idle: it is nearly attained at every depth
+    assert ratio.amax(-1).min() > 0.95
+
+
+@algorithms
+def test_ascent_finds_no_violation(algorithm):
+    largest = theory.ascend_stability_ratio(algorithm, 8, PHI, MU, L)
+    assert 0.9 < largest <= SLACK
+
+
+@algorithms
+def test_bounds_are_attained(algorithm):
+    k = torch.arange(25)
+    stab, measured = theory.stability(algorithm, k, PHI, MU), theory.measure_stability(algorithm, 24, PHI, MU, L)
+    torch.testing.assert_close(measured.wrt_b, stab.wrt_b, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(measured.wrt_Q, stab.wrt_Q, rtol=1e-4, atol=1e-6)
+    sens = theory.measure_sensitivity(algorithm, 24, 0.3, MU, L)
+    torch.testing.assert_close(sens, theory.sensitivity(algorithm, k, 0.3, MU), rtol=1e-4, atol=1e-6)
+
+
+@algorithms
+@given(spectrum=spectra, fraction=fractions, k=st.integers(1, 25), dim=st.integers(2, 6), seed=seeds)
+@bounded_time
+def test_properties_hold_everywhere_in_the_class(algorithm, spectrum, fraction, k, dim, seed):
+    mu, L = spectrum
+    phi = fraction * theory.stable_region(algorithm, mu, L)[1]
+    pairs = theory.random_pairs(32, mu, L, dim=dim, seed=seed)
+    assert theory.stability_ratio(algorithm, k, phi, mu, pairs).max() <= SLACK
+    steps = torch.arange(k + 1)
+    cvg = theory.measure_convergence(algorithm, k, phi, mu, L, dim=dim, num_samples=32, seed=seed)
+    assert (cvg <= theory.convergence_rate(algorithm, steps, phi, mu) * SLACK + 1e-14).all()
+    stab = theory.stability(algorithm, steps, phi, mu)
+    assert (stab.wrt_Q <= stab.wrt_b / mu * SLACK).all()
+    c0 = 0.9 * phi
+    sens = theory.measure_sensitivity(algorithm, k, c0, mu, L, dim=dim, num_samples=64, seed=seed)
+    # of almost equal step sizes: the rounding of y, at most 1/μ, over 1e-7 of the region
+    noise = 1e-8 / (mu * theory.stable_region(algorithm, mu, L)[1])
+    assert (sens <= theory.sensitivity(algorithm, steps, c0, mu) * (1 + 1e-6) + noise).all()
+
+
+@algorithms
+def test_orders_in_k(algorithm):
+    fits = theory.measured_orders(algorithm, PHI, MU, L)
+    # Table 1 prints k^1 for Cvg of NAG and k^3 for its Sens; the layers show k^2
+    powers = {"gd": (0, 0, 1), "nag": (1, 1, 2)}[algorithm]
+    for (order, rate), power in zip(fits.values(), powers, strict=True):
+        assert order.power == pytest.approx(power, abs=0.2)
+        assert order.rate == pytest.approx(rate, rel=5e-3)
+
+
+def test_fit_order_recovers_what_it_is_given():
+    k = torch.arange(3, 40)
+    order = theory.fit_order(k, 7 * k.double() ** 3 * 0.8**k)
+    assert order == pytest.approx((3, 0.8), rel=1e-6)
+
+
+@algorithms
+def test_properties_are_differentiable_and_broadcast(algorithm):
+    k = torch.tensor([[0], [1], [6]])
+    phi = torch.tensor([0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    mu = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def everything(phi, mu):
+        stab = theory.stability(algorithm, k, phi, mu)
+        return theory.convergence_rate(algorithm, k, phi, mu), *stab, theory.sensitivity(algorithm, k, phi, mu)
+
+    assert all(x.shape == (3, 2) and x.dtype == torch.float64 for x in everything(phi, mu))
+    assert torch.autograd.gradcheck(everything, (phi, mu))
+    assert theory.convergence_rate(algorithm, 3, torch.tensor(0.5), 0.1).dtype == torch.float32
+    assert theory.convergence_rate(algorithm, 0, 0.5, 0.1) == 1
+    assert theory.stability(algorithm, 0, 0.5, 0.1) == (0, 0)
+
+
+@algorithms
+@pytest.mark.parametrize("mu", [1e-9, 1e-5, 0.4])
+def test_stability_keeps_its_digits_for_small_mu(algorithm, mu):
+    # the derivative in the eigenvalue, by autograd through the layer: no quotient that cancels
+    q = torch.tensor([mu], dtype=torch.float64, requires_grad=True)
+    b = torch.ones(1, dtype=torch.float64)
+    y = make_layer(algorithm, 12, 0.7, mu)(Diagonal(q), b)
+    (slope,) = torch.autograd.grad(y.sum(), q)
+    wrt_Q = theory.stability(algorithm, 12, 0.7, mu).wrt_Q
+    torch.testing.assert_close(wrt_Q, slope[0].abs(), rtol=1e-12, atol=0)
+
+
+@algorithms
+def test_stable_region_is_that_of_the_layers_and_bounded(algorithm):
+    low, high = theory.stable_region(algorithm, MU, L)
+    assert low == 0
+    assert high == pytest.approx({"gd": 2 / 1.1, "nag": 4 / 3.1}[algorithm])
+    layer = type(make_layer(algorithm, 3, 1.0, MU))(3, 1.0, learn_step_size=True, stable_region=(MU, L))
+    assert layer.max_step_size == high
+    Q = Diagonal(torch.linspace(MU, L, 50, dtype=torch.float64))
+    y = make_layer(algorithm, 3000, high, MU)(Q, torch.ones(50, dtype=torch.float64))
+    torch.testing.assert_close(y, -1 / Q.q)
+
+
+# the RNN of Table 2
+
+
+def rnn(weights, Q, b, num_steps):
+    """y_{t+1} = V σ(Wᴸ … σ(W₁ y_t + W₂ (Q y_t + b))) from y_0 = 0 (paper, Eq. 20)."""
+    W1, W2, inner, V = weights
+    y = torch.zeros_like(b)
+    for _ in range(num_steps):
+        g = (Q @ y.unsqueeze(-1)).squeeze(-1) + b
+        h = torch.relu(y @ W1.mT + g @ W2.mT)
+        for W in inner:
+            h = torch.relu(h @ W.mT)
+        y = h @ V.mT
+    return y
+
+
+def random_weights(seed, depth, contraction, mu, L, dim=4, hidden=7):
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    inner = [normal(hidden, hidden) for _ in range(depth)]
+    weights = [normal(hidden, dim), normal(hidden, dim), inner, normal(dim, hidden)]
+    weights[3] *= contraction / theory.rnn_contraction(weights, mu=mu, L=L)
+    return weights
+
+
+@given(spectrum=spectra, c=st.floats(0.1, 1.05), depth=st.integers(0, 2), k=st.integers(1, 12), seed=seeds)
+@bounded_time
+def test_rnn_bounds_hold(spectrum, c, depth, k, seed):
+    mu, L = spectrum
+    weights = random_weights(seed, depth, c, mu, L)
+    Q, Q2, b, b2 = theory.random_pairs(64, mu, L, dim=4, seed=seed)
+    assert theory.rnn_contraction(weights, Q=Q) <= c * SLACK
+    norm = b.norm(dim=-1).max().item()
+    stab = theory.rnn_stability(weights, k, mu=mu, L=L, b_norm=norm)
+    y = rnn(weights, Q, b, k)
+    rounding = 1e-12 * float(stab.wrt_b)
+    assert (y.norm(dim=-1) <= stab.wrt_b * b.norm(dim=-1) * SLACK).all()
+    in_b = (y - rnn(weights, Q, b2, k)).norm(dim=-1)
+    assert (in_b <= stab.wrt_b * (b - b2).norm(dim=-1) * SLACK + rounding).all()
+    in_Q = (y - rnn(weights, Q2, b, k)).norm(dim=-1)
+    assert (in_Q <= stab.wrt_Q * torch.linalg.matrix_norm(Q - Q2, 2) * SLACK + rounding).all()
+    # weights in the ball around φ: the bound holds for every two of them
+    radius, generator = 0.1, torch.Generator().manual_seed(seed)
+    flat, tree = torch.utils._pytree.tree_flatten(weights)
+    sens = theory.rnn_sensitivity(weights, k, mu=mu, L=L, radius=radius, b_norm=norm)
+    near = []
+    for scale in (1.0, -0.5):
+        moves = [torch.randn(W.shape, generator=generator, dtype=W.dtype) for W in flat]
+        size = scale * radius / torch.cat([m.flatten() for m in moves]).norm()
+        near.append([W + size * m for W, m in zip(flat, moves, strict=True)])
+    distance = torch.cat([(A - B).flatten() for A, B in zip(*near, strict=True)]).norm()
+    outputs = [rnn(torch.utils._pytree.tree_unflatten(x, tree), Q, b, k) for x in near]
+    assert ((outputs[0] - outputs[1]).norm(dim=-1) <= sens * distance * SLACK + rounding).all()
+
+
+def gd_cell(dim, phi):
+    eye = torch.eye(dim, dtype=torch.float64)
+    W1 = torch.cat([eye, -eye])
+    return W1, -phi * W1, [torch.eye(2 * dim, dtype=torch.float64)], W1.mT.clone()
+
+
+def test_rnn_can_be_gradient_descent_and_need_not_converge():
+    Q, b = theory.random_energies(64, MU, L, dim=4)
+    phi = theory.stable_region("gd", MU, L)[1]
+    weights = gd_cell(4, phi)
+    torch.testing.assert_close(rnn(weights, Q, b, 9), F.gradient_descent(Q, b, phi, 9))
+    best = theory.rnn_best_convergence_rate(9, MU, L)
+    assert best == pytest.approx((0.9 / 1.1) ** 9)
+    y_star = F.minimize(Q, b)
+    error = lambda w: ((rnn(w, Q, b, 9) - y_star).norm(dim=-1) / y_star.norm(dim=-1)).max()  # noqa: E731
+    assert error(weights) <= best * SLACK
+    # stable in the sense of Table 2 with outputs that are nowhere near the minimizer, and the other way round
+    away = [W1, W2, inner, V] = random_weights(0, 1, 0.5, MU, L)
+    assert theory.rnn_contraction(away, mu=MU, L=L) == pytest.approx(0.5)
+    assert error((W1, W2, inner, V)) > 0.5
+    assert theory.rnn_contraction(weights, Q=Q) == pytest.approx(2 * (1 - phi * MU))
+
+
+def test_rnn_stability_is_differentiable():
+    weights = random_weights(3, 1, 0.8, MU, L)
+    leaves = [W.requires_grad_() for W in (weights[0], weights[1], weights[2][0], weights[3])]
+    bound = lambda W1, W2, W, V: theory.rnn_stability((W1, W2, [W], V), torch.tensor([1, 4]), mu=MU, L=L)  # noqa: E731
+    assert torch.autograd.gradcheck(lambda *w: tuple(bound(*w)), leaves)
+
+
+# approximation: Lemmas 4.1 and 4.2
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """GD and NAG models of several depths on one task, trained for a moment: losses and matrices by (name, k)."""
+    torch.manual_seed(0)
+    n, d = 400, 4
+    x = torch.rand(n, 3, dtype=torch.float64) * 2 - 1
+    b = torch.rand(n, d, dtype=torch.float64) * 10 - 5
+    R = torch.linalg.qr(torch.randn(n, d, d, dtype=torch.float64))[0]
+
+    def spectrum(network):
+        inner = MU + (L - MU) * torch.sigmoid(network(x))
+        edge = torch.ones(n, 1, dtype=torch.float64)
+        return torch.cat([L * edge, inner, MU * edge], -1)
+
+    truth = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, d - 2)).double()
+    Q_star = Spectral(spectrum(truth).detach(), R)
+    y_star = F.minimize(Q_star, b)
+    models = {}
+    for algorithm, k in itertools.product(ALGORITHMS, (1, 4, 12)):
+        torch.manual_seed(1)
+        network = torch.nn.Linear(3, d - 2).double()
+        layer = make_layer(algorithm, k, PHI, MU)
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
+        for _ in range(40):
+            loss = (layer(Spectral(spectrum(network), R), b) - y_star).norm(dim=-1)
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+        Q_theta = Spectral(spectrum(network).detach(), R)
+        models[algorithm, k] = (layer(Q_theta, b) - y_star).norm(dim=-1), Q_theta
+    return models, Q_star, b
+
+
+def test_lemmas_hold_for_trained_models(trained):
+    models, Q_star, b = trained
+    sigma_b, M = theory.problem_constants(b, MU)
+    assert sigma_b == pytest.approx(5 / math.sqrt(3), rel=0.05)
+    for (algorithm, k), (losses, Q_theta) in models.items():
+        cvg = theory.convergence_rate(algorithm, k, PHI, MU)
+        first, second = theory.check_lemmas(losses, Q_theta, Q_star, cvg, mu=MU, L=L, sigma_b=sigma_b, M=M)
+        assert first.left == pytest.approx(losses.mean().item())
+        assert first.right == pytest.approx(sum(first.addends))
+        assert second.right == pytest.approx(sum(second.addends) ** 2)
+        assert first.holds, (algorithm, k, first)
+        assert second.holds, (algorithm, k, second)
+
+
+def test_figures_3_and_4_follow_from_convergence(trained):
+    models, Q_star, _ = trained
+    loss = {key: losses.mean().item() for key, (losses, _) in models.items()}
+    q_error = {
+        key: (Q.to_dense() - Q_star.to_dense()).square().sum((-1, -2)).mean().item() for key, (_, Q) in models.items()
+    }
+    for k in (4, 12):
+        assert loss["nag", k] < loss["gd", k]
+    for algorithm in ALGORITHMS:
+        depths = [loss[algorithm, k] for k in (1, 4, 12)]
+        assert depths == sorted(depths, reverse=True)
+        assert q_error[algorithm, 12] < q_error[algorithm, 1]
+
+
+def test_lemma_41_with_the_exact_optimizer_needs_only_the_neural_term():
+    generator = torch.Generator().manual_seed(5)
+    n, d = 20_000, 3
+    (Q,), _, _ = random_quadratic("dense", (n,), d, dtype=torch.float64, seed=1)
+    (Q2,), _, _ = random_quadratic("dense", (n,), d, dtype=torch.float64, seed=2)
+    b = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    losses = (F.minimize(Q, b) - F.minimize(Q2, b)).norm(dim=-1)
+    sigma_b, M = theory.problem_constants(b, MU)
+    first, second = theory.check_lemmas(losses, Q, Q2, 0.0, mu=MU, L=L, sigma_b=sigma_b, M=M)
+    assert first.holds
+    assert second.holds
+    assert first.addends[1] == 0
+
+
+# generalization: Theorem 5.1, Eq. 19, Rademacher complexities
+
+
+def finite_class(models=40, n=60, seed=0):
+    """Random neural modules Q_m(x_i), with Q*, b, and the losses of NAG layers on them."""
+    generator = torch.Generator().manual_seed(seed)
+    d = 3
+    (Q_star,), _, _ = random_quadratic("dense", (n,), d, dtype=torch.float64, seed=seed)
+    (other,), _, _ = random_quadratic("dense", (models, n), d, dtype=torch.float64, seed=seed + 1)
+    mix = torch.rand(models, 1, 1, 1, generator=generator, dtype=torch.float64) ** 2
+    Q = (1 - mix) * Q_star + mix * other  # the class is convex: [m, n, d, d]
+    b = torch.rand(n, d, generator=generator, dtype=torch.float64) * 2 - 1
+    return Q, Q_star, b
+
+
+def test_theorem_51_bounds_the_local_complexity():
+    Q, Q_star, b = finite_class()
+    m, n, d = Q.shape[:3]
+    sigma_b, M = theory.problem_constants(b, MU)
+    q_losses = torch.linalg.matrix_norm(Q - Q_star)
+    losses = {k: (UnrolledNAG(k, PHI, MU)(Q, b) - F.minimize(Q_star, b)).norm(dim=-1) for k in (2, 10)}
+    for radius in (0.05, 1.0, 1e3):
+        for k, values in losses.items():
+            measured = theory.local_rademacher_complexity(values, radius)
+            bound = theory.model_bound(
+                "nag", k, PHI, num_samples=n, radius=radius, log_covering=math.log(m), dim=d, mu=MU, L=L,
+                sigma_b=sigma_b, M=M,
+            )
+            assert measured.value <= bound.total
+            assert bound.perception == bound.total
+            # the step of the derivation that is ours: local complexity of ℓ_Q at level r_q
+            r_q = (math.sqrt(radius) + M * theory.convergence_rate("nag", k, PHI, MU).item()) ** 2 * L**4 / sigma_b**2
+            neural = theory.local_rademacher_complexity(q_losses, r_q)
+            root = math.sqrt(bound.convergence_part + bound.C2 + bound.C3 + 4)
+            assert neural.value <= root / math.sqrt(n)
+
+
+def test_theorem_51_has_the_papers_three_regimes():
+    problem = {"num_samples": 100, "radius": 0.0, "dim": 5, "mu": MU, "L": L, "sigma_b": 5 / 3**0.5, "M": 111.8}
+    total = lambda name, k, log_n: theory.model_bound(name, k, PHI, log_covering=log_n, **problem)  # noqa: E731
+    for log_covering, regime in ((0.0, "under"), (1.0, "about_right"), (1e5, "over")):
+        assert total("gd", 8, log_covering).regime == regime
+        deeper = total("nag", 30, log_covering).total > total("nag", 7, log_covering).total
+        assert deeper == (regime != "about_right")
+        nag_larger = total("nag", 15, log_covering).total > total("gd", 15, log_covering).total
+        assert nag_larger == (regime != "about_right")
+    values = [total("gd", 8, log_n).total for log_n in (0, 1, 10, 100)]
+    assert values == sorted(values)
+    with_phi = theory.local_rademacher_bound(
+        100, 0.0, 1.0, stability=2.0, convergence=0.5, sensitivity=3.0, step_size_range=0.4, dim=5, mu=MU, L=L,
+        sigma_b=1.0, M=10.0,
+    )
+    assert with_phi.sensitivity == pytest.approx(0.6)
+    assert with_phi.total == pytest.approx(with_phi.perception + 0.6)
+
+
+@algorithms
+def test_covering_number_of_eq_19(algorithm):
+    Q, Q_star, b = finite_class(models=30)
+    phis = torch.linspace(0.5, 1.2, 7, dtype=torch.float64)
+    k, y_star = 6, F.minimize(Q_star, b)
+    losses = torch.stack([(make_layer(algorithm, k, phi, MU)(Q, b) - y_star).norm(dim=-1) for phi in phis.tolist()])
+    stab = theory.stability(algorithm, k, phis, MU, b_norm=b.norm(dim=-1).max()).wrt_Q.max().item()
+    sens = theory.sensitivity(algorithm, k, 0.5, MU, b_norm=b.norm(dim=-1).max()).item()
+    # L₂(P_n): root mean square over the samples
+    between_Q = torch.linalg.matrix_norm(Q[:, None] - Q, 2).square().mean(-1).sqrt()
+    between_phi = (phis[:, None] - phis).abs()
+    for radius in (0.05, 0.5, 2.0):
+        centres_Q = theory.cover(between_Q, radius / (2 * stab))
+        centres_phi = theory.cover(between_phi, radius / (2 * sens))
+        # Eq. 17 makes the product of the covers a cover of the losses
+        centres = losses[centres_phi][:, centres_Q].flatten(0, 1)
+        distance = (losses.flatten(0, 1)[:, None] - centres).square().mean(-1).sqrt()
+        assert distance.amin(1).max() <= radius * SLACK
+        bound = theory.log_covering_bound(
+            radius, stability=stab, sensitivity=sens,
+            log_covering_Q=lambda eps: math.log(len(theory.cover(between_Q, eps))),
+            log_covering_step_size=lambda eps: math.log(len(theory.cover(between_phi, eps))),
+        )
+        assert bound == pytest.approx(math.log(len(centres)))
+
+
+def test_covering_numbers():
+    assert theory.log_covering_interval(0.1, 0.0, 1.0) == pytest.approx(math.log(5))
+    assert theory.log_covering_interval(math.inf, 0.0, 1.0) == 0
+    assert theory.log_covering_parametric(0.5, 10, 2.0, 3.0) == pytest.approx(10 * math.log(25))
+    # a fixed step size and an algorithm that is less stable: NAG's bound is the larger one
+    classes = {"log_covering_Q": lambda eps: theory.log_covering_parametric(eps, 33, 1.0, 1.0)}
+    classes["log_covering_step_size"] = lambda eps: 0.0
+    stab = {name: theory.stability(name, 10, PHI, MU).wrt_Q for name in ALGORITHMS}
+    gd, nag = (theory.log_covering_bound(0.1, stability=stab[n], sensitivity=0.0, **classes) for n in ALGORITHMS)
+    assert nag > gd
+    points = torch.tensor([0.0, 1.0, 2.0, 10.0])
+    assert sorted(theory.cover((points[:, None] - points).abs(), 2.0)) == [0, 3]
+    assert theory.cover(torch.zeros(0, 0), 1.0) == []
+
+
+def test_rademacher_complexity():
+    # f and -f: E |Σ σ_i f_i|/n, for f = 1 and n = 2 it is (2 + 0 + 0 + 2)/4/2
+    pair = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    assert theory.rademacher_complexity(pair, num_signs=None) == (0.5, 0.0)
+    losses = torch.rand(6, 10, generator=torch.Generator().manual_seed(0))
+    exact = theory.rademacher_complexity(losses, num_signs=None)
+    sampled = theory.rademacher_complexity(losses, num_signs=20_000, seed=1)
+    assert abs(sampled.value - exact.value) < 5 * sampled.standard_error < 0.02
+    assert theory.rademacher_complexity(losses, num_signs=20_000, seed=1) == sampled
+    massart = losses.square().mean(1).max().sqrt() * math.sqrt(2 * math.log(6) / 10)
+    assert 0 < exact.value <= massart
+
+
+def test_local_complexity_grows_with_the_level():
+    losses = torch.rand(50, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 1, 50)[:, None]
+    values = [theory.local_rademacher_complexity(losses, r, num_signs=None).value for r in (0.0, 0.01, 0.1, 1.0)]
+    assert values == sorted(values)
+    assert values[0] == 0
+    assert values[-1] == theory.rademacher_complexity(losses, num_signs=None).value
+    assert theory.local_rademacher_complexity(losses, 0.5, second_moments=torch.ones(50)).value == 0
+
+
+def test_predicted_order_of_gd_and_nag():
+    k = torch.tensor([1, 2, 5, 10, 30])
+    for regime in ("under", "over"):
+        # NAG is the less stable one at every depth; the first step is the same
+        assert theory.predicted_order(k, regime, PHI, MU).tolist() == [0, 1, 1, 1, 1]
+    assert theory.predicted_order(k, "about_right", PHI, MU).tolist() == [0, 1, -1, -1, -1]
+    product = theory.predicted_gap("nag", torch.arange(31), "about_right", PHI, MU)
+    assert 0 < product.argmax() < 10
+    assert product[-1] < 0.01 * product.max()
+
+
+# design help
+
+
+def test_spectrum_bounds_of_every_structure():
+    for structure in ("dense", "diagonal", "spectral"):
+        leaves, make_Q, _ = random_quadratic(structure, (2, 3), 6, dtype=torch.float64)
+        low, high = theory.spectrum_bounds(make_Q(*leaves))
+        torch.testing.assert_close(low, torch.full((2, 3), MU, dtype=torch.float64))
+        torch.testing.assert_close(high, torch.full((2, 3), L, dtype=torch.float64))
+    low, _ = theory.spectrum_bounds(torch.eye(3, dtype=torch.bfloat16))
+    assert low.dtype == torch.float32
+    assert theory.spectrum_bounds(torch.zeros(0, 4, 4))[0].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lanczos_bounds_the_spectrum(dtype):
+    for d in (1, 2, 30, 150):
+        (Q,), _, _ = random_quadratic("dense", (2,), d, dtype=dtype, seed=d)
+        low, high = theory.spectrum_bounds(Q, method="lanczos")
+        exact = theory.spectrum_bounds(Q, method="exact")
+        rounding = 50 * torch.finfo(dtype).eps
+        assert (low <= exact[0] + rounding).all()
+        assert (high >= exact[1] - rounding).all()
+        torch.testing.assert_close(low, exact[0], rtol=3e-3, atol=0)
+        torch.testing.assert_close(high, exact[1], rtol=3e-3, atol=0)
+    # invariant subspaces end the iteration early
+    Q = torch.stack([0.3 * torch.eye(40, dtype=dtype), torch.diag(torch.linspace(1, 2, 4, dtype=dtype).repeat(10))])
+    low, high = theory.spectrum_bounds(Q, method="lanczos")
+    torch.testing.assert_close(low, torch.tensor([0.3, 1.0], dtype=dtype))
+    torch.testing.assert_close(high, torch.tensor([0.3, 2.0], dtype=dtype))
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "spectral"])
+def test_check_sees_stable_and_unstable_layers(structure):
+    leaves, make_Q, _ = random_quadratic(structure, (3,), 6, dtype=torch.float64)
+    Q = make_Q(*leaves)
+    for algorithm in ALGORITHMS:
+        report = theory.check(make_layer(algorithm, 10, PHI, MU), Q)
+        assert report.stable.all()
+        assert report.in_stable_region.all()
+        expected = theory.convergence_rate(algorithm, 10, PHI, MU).expand(3)
+        torch.testing.assert_close(report.error_factor, expected, rtol=1e-9, atol=0)
+        largest = theory.stable_region(algorithm, MU, L)[1]
+        torch.testing.assert_close(report.largest_step_size, torch.full((3,), largest, dtype=torch.float64))
+    # stable up to 2/L, beyond the paper's sufficient region; and no further
+    between = theory.check(UnrolledGD(10, 1.95), Q)
+    assert between.stable.all()
+    assert not between.in_stable_region.any()
+    beyond = theory.check(UnrolledGD(10, 2.1), Q)
+    assert not beyond.stable.any()
+    assert beyond.error_factor.min() == pytest.approx(1.1**10)
+    assert "UNSTABLE on 3 of 3" in str(beyond)
+    assert "stable" in str(between)
+
+
+def test_check_predicts_what_every_schedule_does():
+    (Q,), _, b = random_quadratic("dense", (40,), 6, dtype=torch.float64)
+    b[0] = torch.linalg.eigh(Q[0])[1][:, 0]
+    y_star = F.minimize(Q, b)
+    layers = [
+        UnrolledGD(7, torch.linspace(0.5, 1.5, 7)),
+        UnrolledGD(7, torch.linspace(0.5, 1.5, 40, dtype=torch.float64).unsqueeze(-1)),
+        UnrolledNAG(7, 1.0, None),
+        UnrolledNAG(7, 1.0, learn_step_size=True, per_step=True),
+        UnrolledMomentum.heavy_ball(7, 1.0, 0.5),
+        UnrolledMomentum.chebyshev(7, MU, L),
+        UnrolledMomentum.fista(7, 1.0),
+        UnrolledGD(0),
+    ]
+    for layer in layers:
+        report = theory.check(layer, Q)
+        assert report.stable.all(), layer
+        factor = (layer(Q, b) - y_star).norm(dim=-1) / y_star.norm(dim=-1)
+        assert (factor <= report.error_factor * (1 + 1e-3)).all(), layer
+    # the paper gives no region for a free schedule
+    assert theory.check(layers[4], Q).in_stable_region is None
+    # heavy ball contracts by √β for each step once it is oscillating everywhere
+    assert theory.check(UnrolledMomentum.heavy_ball(5, 1.5, 0.9), Q).rate.max() == pytest.approx(0.9**0.5)
+    assert not theory.check(UnrolledMomentum.heavy_ball(5, 1.5, 1.01), Q).stable.any()
+
+
+def test_check_of_energies_that_are_not_convex():
+    report = theory.check(UnrolledGD(3, 1.0), Diagonal(torch.tensor([[0.5, -0.1], [0.5, 0.1], [math.nan, 0.5]])))
+    assert report.stable.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_recommend_gives_a_layer_that_is_safe(regime):
+    (Q,), _, _ = random_quadratic("dense", (5,), 6, dtype=torch.float64)
+    for budget in (1, 4, 30):
+        advice = theory.recommend(MU, L, budget, regime)
+        assert 1 <= advice.num_steps <= budget
+        layer = advice.make_layer()
+        assert isinstance(layer, {"gd": UnrolledGD, "nag": UnrolledNAG}[advice.algorithm])
+        report = theory.check(layer, Q)
+        assert report.stable.all()
+        assert report.in_stable_region.all()
+        torch.testing.assert_close(report.error_factor.max().item(), advice.error_factor, rtol=1e-6, atol=0)
+        # a learned step size held in the region can start at the advice
+        type(layer)(advice.num_steps, advice.step_size, learn_step_size=True, stable_region=(MU, L))
+    if regime == "about_right":
+        assert (advice.algorithm, advice.num_steps) == ("nag", 30)
+    else:
+        assert advice.algorithm == "gd"
+        assert advice.num_steps < 30
+        assert advice.error_factor <= 0.1
+        assert theory.recommend(MU, L, 200, regime, tolerance=1e-3).num_steps > advice.num_steps
+    assert "gap moves like Stab" in advice.reason
+
+
+REFUSALS = [
+    (lambda: theory.convergence_rate("adam", 3, 1.0, 0.1), ValueError, "algorithm: expected one of"),
+    (lambda: theory.convergence_rate("gd", -1, 1.0, 0.1), ValueError, "num_steps"),
+    (lambda: theory.convergence_rate("gd", torch.tensor([1.5]), 1.0, 0.1), TypeError, "num_steps"),
+    (lambda: theory.convergence_rate("gd", 3, 1.0, 0.0), ValueError, "mu: expected a number > 0"),
+    (lambda: theory.convergence_rate("gd", 3, 11.0, 0.1), ValueError, "step_size: expected a value in the stable"),
+    (lambda: theory.sensitivity("gd", 3, "1", 0.1), TypeError, "smallest_step_size"),
+    (lambda: theory.stable_region("gd", 2.0, 1.0), ValueError, "mu, L: expected 0 < mu <= L"),
+    (lambda: theory.rnn_contraction(gd_cell(2, 1.0)), ValueError, "either Q or both"),
+    (lambda: theory.rnn_contraction(3, mu=0.1, L=1.0), TypeError, "weights"),
+    (lambda: theory.rnn_stability((torch.ones(2), None, [], None), 3, mu=0.1, L=1.0), ValueError, "matrix for W1"),
+    (lambda: theory.rnn_sensitivity(gd_cell(2, 1.0), 3, mu=0.1, L=1.0, radius=-1.0), ValueError, "radius"),
+    (lambda: theory.measure_sensitivity("gd", 3, 5.0, 0.1, 1.0), ValueError, "smallest_step_size"),
+    (lambda: theory.fit_order(torch.arange(1, 3), torch.ones(2)), ValueError, "length ≥ 3"),
+    (lambda: theory.fit_order(torch.arange(3), torch.ones(3)), ValueError, "positive"),
+    (lambda: theory.problem_constants(torch.ones(3), 0.1), ValueError, r"b: expected shape \[n, d\]"),
+    (lambda: theory.check_lemmas(torch.ones(2), torch.ones(3, 2, 2), torch.ones(3, 2, 2), 0.1, mu=0.1, L=1.0,
+                                 sigma_b=1.0, M=1.0), ValueError, "one matrix for each of the 2 losses"),
+    (lambda: theory.model_bound("gd", 3, 1.0, num_samples=0, radius=0.0, log_covering=0.0, dim=2, mu=0.1, L=1.0,
+                                sigma_b=1.0, M=1.0), ValueError, "num_samples"),
+    (lambda: theory.log_covering_parametric(0.0, 1, 1.0, 1.0), ValueError, "radius"),
+    (lambda: theory.predicted_gap("gd", 3, "fine", 1.0, 0.1), ValueError, "regime: expected one of"),
+    (lambda: theory.rademacher_complexity(torch.ones(3)), ValueError, r"losses: expected shape \[m, n\]"),
+    (lambda: theory.rademacher_complexity(torch.ones(2, 40), num_signs=None), ValueError, "n ≤ 16"),
+    (lambda: theory.local_rademacher_complexity(torch.ones(2, 4), 1.0, second_moments=torch.ones(3)), ValueError,
+     "second_moments"),
+    (lambda: theory.cover(torch.ones(2, 3), 1.0), ValueError, "distances"),
+    (lambda: theory.spectrum_bounds(torch.tensor([[1.0, 0.5], [0.0, 1.0]])), ValueError, "Q: expected symmetric"),
+    (lambda: theory.spectrum_bounds(torch.eye(2), method="power"), ValueError, "method"),
+    (lambda: theory.spectrum_bounds([[1.0]]), TypeError, "Q: expected a tensor"),
+    (lambda: theory.check(torch.nn.Linear(2, 2), torch.eye(2)), TypeError, "layer: expected an UnrolledGD"),
+    (lambda: theory.recommend(1.0, 0.1, 5, "under"), ValueError, "mu, L"),
+    (lambda: theory.recommend(0.1, 1.0, 0, "under"), ValueError, "num_steps: expected at least 1"),
+    (lambda: theory.recommend(0.1, 1.0, 5, "normal"), ValueError, "regime"),
+    (lambda: theory.recommend(0.1, 1.0, 5, "under", tolerance=2.0), ValueError, "tolerance"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSALS, ids=[message for *_, message in REFUSALS])
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# the command
+
+
+def run_command(*options):
+    command = pytest.importorskip("unrolled_kernels.theory.command")
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    arguments = parser.parse_args(["theory", *map(str, options)])
+    return arguments.run(arguments)
+
+
+def results_frame():
+    pd = pytest.importorskip("pandas")
+    rows = []
+    for hidden, algorithm, k, seed in itertools.product((0, 16, 32), ALGORITHMS, (1, 2, 10, 30), (100, 101)):
+        cvg = theory.convergence_rate(algorithm, k, PHI, MU).item()
+        regime = {0: "under", 16: "about_right", 32: "over"}[hidden]
+        rows.append({
+            "hidden": hidden, "optimizer": "adam", "algorithm": algorithm, "num_steps": k, "seed": seed,
+            "learning_rate": 1e-2, "train": 10 * cvg, "test": 11 * cvg, "qfro2_test": 0.1 + cvg, "step_size": PHI,
+            "gap": theory.predicted_gap(algorithm, k, regime, PHI, MU).item(), "test_squared": 130 * cvg**2,
+        })
+    return pd.DataFrame(rows)
+
+
+def test_command_writes_its_files_and_continues(tmp_path, capsys):
+    pd = pytest.importorskip("pandas")
+    results_frame().to_parquet(tmp_path / "trained.parquet")
+    options = ["--out", tmp_path / "run", "--samples", 64, "--num-steps", 30, "--results", tmp_path / "trained.parquet"]
+    assert run_command(*options) == 0
+    printed = capsys.readouterr().out
+    assert "| NAG | 10 | 0.092992 | 0.092992 | 9.070 | 9.070 |" in printed
+    assert "Lemma 4.1 holds for 48 of 48 models." in printed
+    assert "the measured one at 3 of 3 depths" in printed
+    for name in ("figure2_trends.png", "theorem_bound.png", "gaps.png"):
+        assert str(tmp_path / "run" / name) in printed
+        assert (tmp_path / "run" / name).stat().st_size > 10_000
+    assert "## Table 1" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["mu"] == MU
+    table = pd.read_parquet(tmp_path / "run" / "results.parquet")
+    assert len(table) == 2 * 31
+    # finished measurements are not made again
+    marked = table.assign(convergence_measured=0.5)
+    marked.to_parquet(tmp_path / "run" / "results.parquet")
+    assert run_command(*options) == 0
+    assert "| NAG | 10 | 0.092992 | 0.500000 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mu", "2"], "--mu, --L"),
+        (["--step-size", "1.5"], "--step-size"),
+        (["--num-steps", "0"], "--num-steps"),
+        (["--device", "abacus"], "--device"),
+        (["--results", "/nowhere"], "/nowhere: no such file"),
+    ],
+    ids=["mu", "step-size", "num-steps", "device", "results"],
+)
+def test_command_refuses(options, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        run_command("--out", tmp_path, *options)
+
+
+def test_results_of_another_kind_are_refused(tmp_path):
+    pd = pytest.importorskip("pandas")
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "results.parquet")
+    with pytest.raises(ValueError, match="lacks the columns algorithm"):
+        run_command("--out", tmp_path / "out", "--results", tmp_path)
+    (tmp_path / "results.parquet").write_bytes(b"PAR1 broken")
+    with pytest.raises(ValueError, match="not a readable results table"):
+        run_command("--out", tmp_path / "out", "--results", tmp_path)
+
+
+def _run(algorithm, Q, b, step_size, num_steps):
+    if algorithm == "gd":
+        return F.gradient_descent(Q, b, step_size, num_steps)
+    return F.nesterov(Q, b, step_size, MU, num_steps)

@@ -1,0 +1,189 @@
+"""``unrolled-kernels theory``: the tables and figures of the paper's theory, checked with the layers."""
+
+import argparse
+import math
+import platform
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import unrolled_kernels
+from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
+from unrolled_kernels.theory import comparison, empirical, figures, report
+from unrolled_kernels.theory.properties import ALGORITHMS, stable_region
+
+# the synthetic task's energies (paper, Sec. 7.1): b uniform on [-5, 5]⁵, n = 100 training samples
+_DIM, _NUM_TRAIN, _B_MAX = 5, 100, 5.0
+
+
+def add_parser(subparsers):
+    """Register the subcommand."""
+    parser = subparsers.add_parser(
+        "theory",
+        help="properties of GD and NAG layers in theory and measured; Figure 2, Theorem 5.1",
+        description=(
+            "Print Tables 1 and 2 of the paper in numbers beside what the layers reach, fit the orders in k, and draw "
+            "Figure 2 and the bound of Theorem 5.1. With --results, set the predictions beside trained models."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--mu", type=float, default=0.1, help="smallest eigenvalue of the class")
+    parser.add_argument("--L", type=float, default=1.0, help="largest eigenvalue of the class")
+    parser.add_argument("--step-size", type=float, default=1.0, metavar="PHI")
+    parser.add_argument("--num-steps", type=int, default=30, metavar="K", help="deepest layer")
+    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="random energies of each measurement")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="a run of `unrolled-kernels synthetic`, to compare with"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs") / "theory")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …")
+    parser.set_defaults(run=run)
+
+
+def run(arguments):
+    """Measure, print, draw and report; see ``unrolled-kernels theory --help``."""
+    device = _device(arguments.device)
+    _check_arguments(arguments)
+    trained = None if arguments.results is None else _read_results(arguments.results)
+    settings = {
+        "mu": arguments.mu,
+        "L": arguments.L,
+        "step_size": arguments.step_size,
+        "num_steps": arguments.num_steps,
+        "samples": arguments.samples,
+        "seed": arguments.seed,
+        "device": device.type,
+    }
+    environment = {"unrolled_kernels": unrolled_kernels.__version__, "torch": torch.__version__}
+    environment |= {"python": platform.python_version(), "platform": platform.platform()}
+    directory = RunDirectory(arguments.out, settings, environment)
+    table, orders = _measure(directory, arguments, device)
+
+    problem = {
+        "num_samples": _NUM_TRAIN,
+        "radius": 0.0,
+        "dim": _DIM,
+        "mu": arguments.mu,
+        "L": arguments.L,
+        "sigma_b": _B_MAX / math.sqrt(3),
+        "M": _B_MAX * math.sqrt(_DIM) / arguments.mu,
+    }
+    drawn = {
+        "figure2_trends": figures.figure2(table),
+        "theorem_bound": figures.theorem(report.theorem_curves(arguments.num_steps, arguments.step_size, **problem)),
+    }
+    sections = {
+        "Table 1: theory and the largest value that the layers reached": report.anchors_markdown(table),
+        "Measured / bound, the largest over k": report.ratios_markdown(table),
+        "Orders in k: fits of C k^p ρ^k to the layers": report.orders_markdown(orders),
+        "Table 2: RNN": report.rnn_markdown(arguments.mu, arguments.L),
+    }
+    if trained is not None:
+        constants = {name: problem[name] for name in ("mu", "L", "sigma_b", "M")}
+        said = comparison.claims(trained, **constants)
+        sections["Predictions beside trained models"] = "\n".join(f"- {sentence}" for sentence in said)
+        orders_there = comparison.order_table(trained, mu=arguments.mu)
+        sections["Order of the gaps"] = _markdown(orders_there)
+        drawn["gaps"] = figures.gaps(trained, step_size=arguments.step_size, mu=arguments.mu)
+
+    paths = []
+    for name, figure in drawn.items():
+        path = directory.path / f"{name}.png"
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+        paths.append(path)
+    report_file = directory.path / "report.md"
+    _write_report(report_file, settings, sections, paths)
+    for title, body in sections.items():
+        print(f"\n{title}\n\n{body}")
+    print()
+    for path in (*paths, report_file, directory.results_file):
+        print(path)
+    return 0
+
+
+def _measure(directory, arguments, device):
+    """The property table, of which finished algorithms are taken from the directory, and the fits."""
+    options = arguments.step_size, arguments.mu, arguments.L
+    done = directory.results()
+    orders = {}
+    with tqdm(total=2 * len(ALGORITHMS), desc="measuring", leave=False) as bar:
+        for algorithm in ALGORITHMS:
+            if done.empty or algorithm not in set(done["algorithm"]):
+                rows = report.property_table(
+                    algorithm,
+                    arguments.num_steps,
+                    *options,
+                    num_samples=arguments.samples,
+                    seed=arguments.seed,
+                    device=device,
+                )
+                directory.append(rows.to_dict("records"))
+            bar.update()
+            orders[algorithm] = empirical.measured_orders(algorithm, *options, device=device)
+            bar.update()
+    return directory.results(), orders
+
+
+def _write_report(path, settings, sections, figure_paths):
+    text = ["# Properties of algorithm layers (paper, Sec. 3 to 5)", "", "| setting | value |", "|---|---|"]
+    text += [f"| {name} | {value} |" for name, value in settings.items()]
+    text += ["", "## Figures", ""] + [f"![{figure.stem}]({figure.name})\n" for figure in figure_paths]
+    text += [
+        "Lines are the theory, markers the layers. Theorem 5.1 is drawn for n = 100, d = 5, b uniform on [-5, 5]⁵, "
+        "r = 0 and a fixed step size; log N is chosen so that the constant 4, the term in Cvg, and the terms C_2 + C_3 "
+        "decide its shape.",
+        "",
+    ]
+    for title, body in sections.items():
+        text += [f"## {title}", "", body, ""]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(text), encoding="utf-8")
+
+
+def _read_results(directory):
+    import pandas as pd
+
+    from unrolled_kernels.experiments.synthetic.grid import select_best
+
+    file = directory / "results.parquet" if directory.is_dir() else directory
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; --results takes the directory of a run of `synthetic`")
+    try:
+        results = pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not a readable results table (truncated, or of another kind): {error}") from None
+    comparison.check_columns(results, file)
+    return select_best(results)
+
+
+def _markdown(table):
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row) + " |")
+    return "\n".join(lines)
+
+
+def _check_arguments(arguments):
+    if not 0 < arguments.mu < arguments.L:
+        raise ValueError(f"--mu, --L: expected 0 < mu < L, got {arguments.mu} and {arguments.L}")
+    largest = stable_region("nag", arguments.mu, arguments.L)[1]
+    if not 0 < arguments.step_size < largest:
+        raise ValueError(
+            f"--step-size: expected a value inside the stable region of both algorithms, (0, {largest:.6g}), "
+            f"got {arguments.step_size}"
+        )
+    for name in ("num_steps", "samples"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+
+
+def _device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used here: {error}") from None

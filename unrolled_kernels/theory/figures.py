@@ -1,0 +1,103 @@
+"""Figures of the theory: Figure 2, Theorem 5.1 in its three regimes, and predicted gaps above measured ones."""
+
+import torch
+from matplotlib.figure import Figure
+
+from unrolled_kernels.theory.bounds import REGIMES, predicted_gap
+from unrolled_kernels.theory.comparison import CASES, REGIME_OF_HIDDEN
+from unrolled_kernels.theory.properties import ALGORITHMS
+
+_NAMES = {"gd": "GD", "nag": "NAG"}
+_STYLES = {"gd": {"color": "tab:blue", "marker": "o"}, "nag": {"color": "tab:orange", "marker": "s"}}
+
+
+def figure2(table):
+    """Figure 2: Cvg, Stab and Stab·Cvg over k; lines are the theory, markers the largest value the layers reached.
+
+    Args:
+        table: one row for each (algorithm, num_steps), from ``report.property_table``.
+    Returns:
+        A matplotlib ``Figure``.
+    """
+    figure = Figure(figsize=(11.4, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    titles = ("convergence  Cvg(k)", "stability  Stab(k)", "product  Stab(k) · Cvg(k)")
+    for panel, title in zip(panels, titles, strict=True):
+        for algorithm, rows in table.groupby("algorithm"):
+            name, style, k = _NAMES[algorithm], _STYLES[algorithm], rows["num_steps"]
+            theory, measured = (_series(rows, title, suffix) for suffix in ("", "_measured"))
+            panel.plot(k, theory, color=style["color"], linewidth=1.6, label=f"{name}, theory")
+            panel.plot(k, measured, linestyle="none", markersize=4, label=f"{name}, layer", **style)
+        _finish(panel, title)
+    panels[0].set_ylabel(r"worst case over the class, $\|b\| = 1$")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def theorem(bounds):
+    """Theorem 5.1 over k for three covering numbers, one panel each.
+
+    Args:
+        bounds: a dict from regime to ``(log_covering, {algorithm: [bound at k = 1, 2, …]})``.
+    Returns:
+        A matplotlib ``Figure``.
+    """
+    figure = Figure(figsize=(11.4, 3.6), layout="constrained")
+    for panel, regime in zip(figure.subplots(1, 3), REGIMES, strict=True):
+        log_covering, curves = bounds[regime]
+        for algorithm, values in curves.items():
+            steps = range(1, len(values) + 1)
+            panel.plot(steps, values, markersize=3, linewidth=1.4, label=_NAMES[algorithm], **_STYLES[algorithm])
+        _finish(panel, f"{CASES[regime]}\nlog N = {log_covering:g}")
+        panel.legend(frameon=False)
+    figure.axes[0].set_ylabel("bound of Theorem 5.1")
+    return figure
+
+
+def gaps(results, *, step_size, mu):
+    """Predicted and measured generalization gaps over k in the three regimes, above each other.
+
+    Args:
+        results: one row for each trained model, see ``comparison``.
+        step_size, mu: of the prediction.
+    Returns:
+        A matplotlib ``Figure``.
+    """
+    figure = Figure(figsize=(11.4, 6.4), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True)
+    hidden_of = {regime: hidden for hidden, regime in REGIME_OF_HIDDEN.items()}
+    k = torch.arange(1, int(results["num_steps"].max()) + 1)
+    for (above, below), regime in zip(panels.T, REGIMES, strict=True):
+        measured = results[results["hidden"] == hidden_of[regime]]
+        for algorithm in ALGORITHMS:
+            name, style = _NAMES[algorithm], _STYLES[algorithm]
+            above.plot(k, predicted_gap(algorithm, k, regime, step_size, mu), color=style["color"], label=name)
+            over_seeds = measured[measured["algorithm"] == algorithm].groupby("num_steps")["gap"]
+            mean = over_seeds.mean()
+            if len(mean):
+                deviation = over_seeds.std(ddof=0)
+                below.errorbar(mean.index, mean, deviation, markersize=4, capsize=2, label=name, **style)
+        _finish(above, f"predicted, {CASES[regime]}")
+        _finish(below, f"measured, hidden size {hidden_of[regime]}")
+        above.set_xlabel("")
+        above.legend(frameon=False)
+    panels[0, 0].set_ylabel("Stab, or Stab·Cvg (any unit)")
+    panels[1, 0].set_ylabel("generalization gap")
+    return figure
+
+
+def _series(rows, title, suffix):
+    cvg, stab = rows[f"convergence{suffix}"], rows[f"stability_b{suffix}"]
+    if title.startswith("convergence"):
+        return cvg
+    return stab if title.startswith("stability") else stab * cvg
+
+
+def _finish(panel, title):
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel("number of steps $k$")
+    # all of these quantities start at zero
+    low, high = panel.dataLim.intervaly
+    low = min(0, low)
+    panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    panel.grid(alpha=0.3, linewidth=0.5)
