@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test test-slow bench gpu lint build clean
 
 demo: build
-	$(BIN)/python -m unrolled_kernels.experiments synthetic --preset quick --out runs/demo
+	$(BIN)/unrolled-kernels synthetic --preset quick --out runs/demo
 
 test: build
 	$(BIN)/python -m pytest python_tests

@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# fmt: off
 COLUMNS = (
-    "op structure method backend mode dtype B d k p50_us p20_us p80_us compile_s bytes flops percent_of_roof "
-    "copy_gb_s fma_gflop_s threads device torch triton commit kernel_sources_sha256 date"
-).split()
+    "op", "structure", "method", "backend", "mode", "dtype", "B", "d", "k", "p50_us", "p20_us", "p80_us", "compile_s",
+    "bytes", "flops", "percent_of_roof", "copy_gb_s", "fma_gflop_s", "threads", "device", "torch", "triton", "commit",
+    "kernel_sources_sha256", "date",
+)
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,8 @@ def environment(device):
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__ if triton else "",
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "unrolled_kernels") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("+" if _git("status", "--porcelain", "csrc", "unrolled_kernels") else ""),
         "kernel_sources_sha256": kernel_sources_sha256(),
         "date": datetime.date.today().isoformat(),
     }

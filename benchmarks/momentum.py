@@ -2,8 +2,9 @@
 
     python -m benchmarks.momentum [--device cpu|cuda] [--only TEXT] [--peers eager,compile,jax] [--out FILE]
 
-Bytes and flops of a row are the floors of one forward and one backward, with s = bytes per element (per sample):
-dense (d² + 2d)s + (2d² + 3d)s and 8kd²; diagonal (3 + 5)s and about 14k per element; spectral (2d² + 8d)s and 8d² + 14kd.
+Bytes and flops of a row are the floors of a forward and a backward (per sample, s = bytes per element):
+dense (d² + 2d)s + (2d² + 3d)s and 8kd²; diagonal (3 + 5)s and about 14k per element; spectral
+(2d² + 8d)s and 8d² + 14kd.
 """
 
 import argparse
@@ -54,8 +55,19 @@ class Case:
 
 
 CASES = [
-    *(Case("dense", m, B, d, k) for m in ("gd", "nag") for B, d, k in
-      [(50, 5, 30), (1000, 5, 30), (10000, 5, 30), (1024, 16, 20), (1024, 32, 20), (256, 64, 20), (64, 128, 20)]),
+    *(
+        Case("dense", m, B, d, k)
+        for m in ("gd", "nag")
+        for B, d, k in [
+            (50, 5, 30),
+            (1000, 5, 30),
+            (10000, 5, 30),
+            (1024, 16, 20),
+            (1024, 32, 20),
+            (256, 64, 20),
+            (64, 128, 20),
+        ]
+    ),
     *(Case("diagonal", m, 1, 518_400, 12) for m in ("gd", "nag")),
     *(Case("spectral", m, B, d, k) for m in ("gd", "nag") for B, d, k in [(10000, 5, 30), (1024, 32, 20)]),
 ]
@@ -165,11 +177,15 @@ def main(arguments=None):
         new = list(run(case, options.device, roof, environment, wanted, options.rounds))
         rows += new
         ours = float(new[0]["p50_us"])
-        print(f"{case.id:44s} " + "  ".join(
-            f"{row['backend']} {float(row['p50_us']):.0f} µs"
-            + (f" ({row['percent_of_roof']} % of roof)" if i == 0 else f" ({float(row['p50_us']) / ours:.1f}x)")
-            for i, row in enumerate(new)
-        ), flush=True)
+        print(
+            f"{case.id:44s} "
+            + "  ".join(
+                f"{row['backend']} {float(row['p50_us']):.0f} µs"
+                + (f" ({row['percent_of_roof']} % of roof)" if i == 0 else f" ({float(row['p50_us']) / ours:.1f}x)")
+                for i, row in enumerate(new)
+            ),
+            flush=True,
+        )
     if options.out:
         print(f"wrote {harness.write_csv(options.out, rows)}")
 

@@ -53,11 +53,11 @@ def jax_step(structure, method, k, inputs):
         if structure == "spectral":
             eigenvalues, R = leaves
             b = jnp.einsum("bij,bi->bj", R, b)
-            apply_Q = lambda z: eigenvalues * z  # noqa: E731
+            apply_Q = lambda z: eigenvalues * z
         elif structure == "diagonal":
-            apply_Q = lambda z: leaves[0] * z  # noqa: E731
+            apply_Q = lambda z: leaves[0] * z
         else:
-            apply_Q = lambda z: jnp.einsum("bij,bj->bi", leaves[0], z)  # noqa: E731
+            apply_Q = lambda z: jnp.einsum("bij,bj->bi", leaves[0], z)
         root = jnp.sqrt(0.1 * step_size)
         beta = 0.0 if method == "gd" else (1 - root) / (1 + root)
 
@@ -71,7 +71,7 @@ def jax_step(structure, method, k, inputs):
         return jnp.vdot(y, cotangent)
 
     gradient = jax.jit(jax.grad(run, argnums=(0, 1, 2)))
-    convert = lambda x: jnp.asarray(x.detach().cpu().numpy())  # noqa: E731
+    convert = lambda x: jnp.asarray(x.detach().cpu().numpy())
     leaves, _, b, step_size, cotangent = inputs
     arguments = (tuple(map(convert, leaves)), convert(b), convert(step_size), convert(cotangent))
     start = time.perf_counter()

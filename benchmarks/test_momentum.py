@@ -1,4 +1,4 @@
-"""pytest-benchmark over the same cases: ``pytest benchmarks --benchmark-enable``, grouped by shape, one row a backend."""
+"""pytest-benchmark over the same cases, grouped by shape: ``pytest benchmarks --benchmark-enable``."""
 
 import pytest
 import torch

@@ -64,7 +64,9 @@ def test_structures_agree_with_dense():
         Q = make_Q(*leaves)
         y0 = torch.randn_like(b)
         for k in (0, 1, 9):
-            structured, dense = (F.nesterov(q, b, 0.6, 0.1, k, y0=y0, return_trajectory=True) for q in (Q, Q.to_dense()))
+            structured, dense = (
+                F.nesterov(q, b, 0.6, 0.1, k, y0=y0, return_trajectory=True) for q in (Q, Q.to_dense())
+            )
             torch.testing.assert_close(structured, dense)
         torch.testing.assert_close(Q.matvec(b), (Q.to_dense() @ b.unsqueeze(-1)).squeeze(-1))
         torch.testing.assert_close(Q.solve(b), torch.linalg.solve(Q.to_dense(), b))
@@ -137,7 +139,7 @@ def test_schedules_coincide_with_the_layers(problem):
 
 
 def test_chebyshev_reaches_its_optimal_factor():
-    """After k steps no eigenvalue in [μ, L] keeps more than 1/T_k((L+μ)/(L-μ)) of its error, and one keeps just that."""
+    """After k steps no eigenvalue in [μ, L] keeps more than 1/T_k((L+μ)/(L-μ)) of its error, and one keeps that."""
     mu, L, k = 0.1, 1.0, 9
     q = torch.linspace(mu, L, 4001, dtype=torch.float64).reshape(-1, 1)
     b = torch.ones_like(q)
@@ -154,7 +156,9 @@ def test_chebyshev_reaches_its_optimal_factor():
 def test_fista_momentum_is_the_published_sequence():
     _, beta, gamma = schedules.fista(4, 1.0)
     # s = 1, 1.6180, 2.1935, 2.7498, 3.2949
-    torch.testing.assert_close(beta, torch.tensor([0.0, 0.28175, 0.43402, 0.53106], dtype=torch.float64), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        beta, torch.tensor([0.0, 0.28175, 0.43402, 0.53106], dtype=torch.float64), rtol=1e-4, atol=0
+    )
     torch.testing.assert_close(beta, gamma)
 
 

@@ -23,15 +23,28 @@ trajectories = pytest.mark.parametrize("trajectory", [False, True], ids=["last",
 class Problem:
     """Leaf tensors of one call, and the call as a function of them on any backend and in any dtype."""
 
-    def __init__(self, structure, batch, d, k, *, method="momentum", form="both", warm=True, shared=False,
-                 trajectory=False, device="cpu", seed=0):
+    def __init__(
+        self,
+        structure,
+        batch,
+        d,
+        k,
+        *,
+        method="momentum",
+        form="both",
+        warm=True,
+        shared=False,
+        trajectory=False,
+        device="cpu",
+        seed=0,
+    ):
         self.k, self.method, self.trajectory = k, method, trajectory
         leaves, self.make_Q, b = random_quadratic(
             structure, batch, d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed
         )
         generator = torch.Generator().manual_seed(seed + 1)
         shape = {"scalar": (), "step": (k,), "sample": (*batch, 1), "both": (*batch, k)}[form]
-        uniform = lambda: torch.rand(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        uniform = lambda: torch.rand(shape, generator=generator, dtype=torch.float64)
         self.leaves = {f"Q{i}": x for i, x in enumerate(leaves)} | {"b": b}
         if warm:
             self.leaves["y0"] = torch.randn(*batch, d, generator=generator, dtype=torch.float64)
@@ -125,8 +138,17 @@ def test_sizes(backend, structure, dtype, d):
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_schedule_forms_and_shared_Q(backend, structure, method, form, shared):
     for batch, trajectory in itertools.product(((6,), (2, 5), (70,)), (False, True)):
-        problem = Problem(structure, batch, 6, 5, method=method, form=form, shared=shared, trajectory=trajectory,
-                          device=device_of(backend))
+        problem = Problem(
+            structure,
+            batch,
+            6,
+            5,
+            method=method,
+            form=form,
+            shared=shared,
+            trajectory=trajectory,
+            device=device_of(backend),
+        )
         compare(problem, backend, torch.float64)
         compare(problem, backend, torch.float32)
 
@@ -164,8 +186,9 @@ def test_diagonal_of_an_image(backend):
 @trajectories
 def test_gradcheck(backend, structure, trajectory):
     for method, form in (("gd", "scalar"), ("momentum", "step"), ("momentum", "both")):
-        problem = Problem(structure, (2,), 3, 3, method=method, form=form, trajectory=trajectory,
-                          device=device_of(backend))
+        problem = Problem(
+            structure, (2,), 3, 3, method=method, form=form, trajectory=trajectory, device=device_of(backend)
+        )
         names = list(problem.leaves)
         leaves = [problem.leaves[n].requires_grad_() for n in names]
         function = lambda *xs, names=names, p=problem: p.call(backend, dict(zip(names, xs, strict=True)))
@@ -288,8 +311,9 @@ def test_cotangent_layouts(backend, structure, trajectory):
     for cotangent in (
         lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),
         lambda y: torch.randn(*y.shape[:-1], 1, generator=torch.Generator().manual_seed(1)).to(y).expand(y.shape),
-        lambda y: torch.randn(*y.shape[::-1], generator=torch.Generator().manual_seed(1)).to(y).permute(
-            *range(y.dim())[::-1]),
+        lambda y: (
+            torch.randn(*y.shape[::-1], generator=torch.Generator().manual_seed(1)).to(y).permute(*range(y.dim())[::-1])
+        ),
     ):
         compare(problem, backend, torch.float64, cotangent=cotangent)
 
@@ -431,13 +455,10 @@ def test_func_transforms(backend, structure):
 
 
 @pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
-def test_compiled_func_grad_is_right_or_loud(backend):
+def test_compiled_func_grad_is_loud(backend):
     (Q,), _, b = random_quadratic("dense", (3,), 4, dtype=torch.float32, device=device_of(backend))
     gradient = torch.func.grad(lambda b: F.gradient_descent(Q, b, 0.5, 3, backend=backend).square().sum())
-    try:
-        compiled = torch.compile(gradient, fullgraph=True)(b)
-    except RuntimeError as error:
-        # torch's own refusal comes first where the transform is traced, ours where it is not
-        assert "bypasses the layer's backward" in str(error) or "functorch transforms" in str(error)
-    else:
-        torch.testing.assert_close(compiled, gradient(b))
+    # torch's own refusal comes first where the transform is traced, ours where it is not
+    refusal = pytest.raises(RuntimeError, match=r"bypasses the layer's backward|functorch transforms")
+    with refusal:
+        torch.compile(gradient, fullgraph=True)(b)

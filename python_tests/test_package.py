@@ -131,7 +131,9 @@ def test_installs_without_nvcc_and_imports(sources, tmp_path):
     libraries = re.findall(r"NEEDED.*\[(.+?)\]", needed)
     assert not [name for name in libraries if re.search(r"torch.*\d+\.\d+", name)], libraries
     # every torch symbol is of the stable C interface: no C++ symbol of libtorch or c10
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True
+    ).stdout
     assert not re.findall(r"(?:at|c10|torch)::", symbols)
     assert re.search(r"aoti_torch_|torch_", symbols)
 

@@ -17,46 +17,130 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: F.gradient_descent(Q[..., :3], b, 1.0, 2), ValueError, r"Q: expected square matrices .* got shape \[3, 4, 3\]"),
-        (lambda: F.gradient_descent(b[0], b, 1.0, 2), ValueError, r"Q: expected square .* wrap a diagonal in unrolled_kernels.Diagonal"),
-        (lambda: F.gradient_descent([1.0], b, 1.0, 2), TypeError, "Q: expected a tensor, Diagonal or Spectral, got list"),
-        (lambda: F.gradient_descent(Q, b[:, :3], 1.0, 2), ValueError, r"b: expected last dimension d = 4 .* got shape \[3, 3\]"),
-        (lambda: F.gradient_descent(Q, torch.ones(2, 4), 1.0, 2), ValueError, r"Q, b: batch dimensions do not broadcast: Q is of shape \[3, 4, 4\], b has shape \[2, 4\]"),
+        (
+            lambda: F.gradient_descent(Q[..., :3], b, 1.0, 2),
+            ValueError,
+            r"Q: expected square matrices .* got shape \[3, 4, 3\]",
+        ),
+        (
+            lambda: F.gradient_descent(b[0], b, 1.0, 2),
+            ValueError,
+            r"Q: expected square .* wrap a diagonal in unrolled_kernels.Diagonal",
+        ),
+        (
+            lambda: F.gradient_descent([1.0], b, 1.0, 2),
+            TypeError,
+            "Q: expected a tensor, Diagonal or Spectral, got list",
+        ),
+        (
+            lambda: F.gradient_descent(Q, b[:, :3], 1.0, 2),
+            ValueError,
+            r"b: expected last dimension d = 4 .* got shape \[3, 3\]",
+        ),
+        (
+            lambda: F.gradient_descent(Q, torch.ones(2, 4), 1.0, 2),
+            ValueError,
+            r"Q, b: batch dimensions do not broadcast: Q is of shape \[3, 4, 4\], b has shape \[2, 4\]",
+        ),
         (lambda: F.gradient_descent(Q, torch.tensor(1.0), 1.0, 2), ValueError, "b: expected .*scalar"),
         (lambda: F.gradient_descent(Q, None, 1.0, 2), TypeError, "b: expected a tensor, got NoneType"),
-        (lambda: F.gradient_descent(Q, b.double(), 1.0, 2), ValueError, "dtype: Q has torch.float32 but b has torch.float64"),
+        (
+            lambda: F.gradient_descent(Q, b.double(), 1.0, 2),
+            ValueError,
+            "dtype: Q has torch.float32 but b has torch.float64",
+        ),
         (lambda: F.gradient_descent(Q, b.to("meta"), 1.0, 2), ValueError, "device: Q is on cpu but b is on meta"),
-        (lambda: F.gradient_descent(Q.int(), b.int(), 1.0, 2), TypeError, "Q: expected dtype float16, bfloat16, float32 or float64, got torch.int32"),
-        (lambda: F.gradient_descent(Q, b, 1.0, 2, y0=torch.ones(5, 4)), ValueError, r"y0: shape \[5, 4\] does not broadcast to \(\*batch, d\) = \[3, 4\]"),
-        (lambda: F.gradient_descent(Q, b, 1.0, 2, y0=b.double()), ValueError, "dtype: Q has torch.float32 but y0 has torch.float64"),
+        (
+            lambda: F.gradient_descent(Q.int(), b.int(), 1.0, 2),
+            TypeError,
+            "Q: expected dtype float16, bfloat16, float32 or float64, got torch.int32",
+        ),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, y0=torch.ones(5, 4)),
+            ValueError,
+            r"y0: shape \[5, 4\] does not broadcast to \(\*batch, d\) = \[3, 4\]",
+        ),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, y0=b.double()),
+            ValueError,
+            "dtype: Q has torch.float32 but y0 has torch.float64",
+        ),
         (lambda: F.gradient_descent(Q, b, 1.0, -1), ValueError, "num_steps: expected a non-negative int, got -1"),
         (lambda: F.gradient_descent(Q, b, 1.0, 2.0), TypeError, "num_steps: expected a non-negative int, got 2.0"),
         (lambda: F.gradient_descent(Q, b, 1.0, True), TypeError, "num_steps: expected a non-negative int, got True"),
-        (lambda: F.gradient_descent(Q, b, "1", 2), TypeError, "step_size: expected a float or a floating-point tensor, got '1'"),
+        (
+            lambda: F.gradient_descent(Q, b, "1", 2),
+            TypeError,
+            "step_size: expected a float or a floating-point tensor, got '1'",
+        ),
         (lambda: F.gradient_descent(Q, b, torch.tensor(1), 2), TypeError, "step_size: expected .* dtype torch.int64"),
-        (lambda: F.gradient_descent(Q, b, torch.ones(3), 2), ValueError, r"step_size: shape \[3\] does not broadcast to \(\*batch, num_steps\) = \[3, 2\]"),
-        (lambda: F.momentum(Q, b, 1.0, torch.ones(2, 2), 0.0, 2), ValueError, r"momentum: shape \[2, 2\] does not broadcast"),
-        (lambda: F.momentum(Q, b, 1.0, 0.0, torch.ones(7), 2), ValueError, r"extrapolation: shape \[7\] does not broadcast"),
-        (lambda: F.momentum(Q, b, torch.ones(7), 0.0, 0.0, 2), ValueError, r"step_sizes: shape \[7\] does not broadcast"),
+        (
+            lambda: F.gradient_descent(Q, b, torch.ones(3), 2),
+            ValueError,
+            r"step_size: shape \[3\] does not broadcast to \(\*batch, num_steps\) = \[3, 2\]",
+        ),
+        (
+            lambda: F.momentum(Q, b, 1.0, torch.ones(2, 2), 0.0, 2),
+            ValueError,
+            r"momentum: shape \[2, 2\] does not broadcast",
+        ),
+        (
+            lambda: F.momentum(Q, b, 1.0, 0.0, torch.ones(7), 2),
+            ValueError,
+            r"extrapolation: shape \[7\] does not broadcast",
+        ),
+        (
+            lambda: F.momentum(Q, b, torch.ones(7), 0.0, 0.0, 2),
+            ValueError,
+            r"step_sizes: shape \[7\] does not broadcast",
+        ),
         (lambda: F.momentum(Q, b, 1.0, None, 0.0, 2), TypeError, "momentum: expected a float"),
         (lambda: F.nesterov(Q, b, 1.0, 0.0, 2), ValueError, "mu: expected a number > 0, got 0.0"),
         (lambda: F.nesterov(Q, b, 1.0, -0.1, 2), ValueError, "mu: expected a number > 0, got -0.1"),
         (lambda: F.nesterov(Q, b, 1.0, torch.ones(7), 2), ValueError, r"mu: shape \[7\] does not broadcast"),
-        (lambda: F.gradient_descent(Q, b, 1.0, 2, backend="gpu"), ValueError, r"backend: expected one of \('auto', 'eager', .* got 'gpu'"),
-        (lambda: F.gradient_descent(Q, b, 1.0, 2, return_trajectory=1), TypeError, "return_trajectory: expected a bool, got 1"),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, backend="gpu"),
+            ValueError,
+            r"backend: expected one of \('auto', 'eager', .* got 'gpu'",
+        ),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, return_trajectory=1),
+            TypeError,
+            "return_trajectory: expected a bool, got 1",
+        ),
         (lambda: F.minimize(Q, b[:, :3]), ValueError, "b: expected last dimension d = 4"),
         (lambda: uk.Diagonal([1.0]), TypeError, "q: expected a floating-point tensor, got list"),
-        (lambda: uk.Diagonal(torch.ones(3, dtype=torch.int32)), TypeError, "q: expected a floating-point tensor, got a tensor of dtype torch.int32"),
+        (
+            lambda: uk.Diagonal(torch.ones(3, dtype=torch.int32)),
+            TypeError,
+            "q: expected a floating-point tensor, got a tensor of dtype torch.int32",
+        ),
         (lambda: uk.Diagonal(torch.tensor(1.0)), ValueError, r"q: expected at least one dimension"),
-        (lambda: uk.Spectral(torch.ones(3), torch.eye(4)), ValueError, r"eigenvectors: expected \[\*batch, d, d\] .* got shape \[4, 4\]"),
-        (lambda: F.gradient_descent(uk.Spectral(b, Q.double()), b, 1.0, 2), ValueError, r"dtype: Q \(eigenvalues\) has torch.float32 but Q \(eigenvectors\)"),
-        (lambda: F.gradient_descent(uk.Diagonal(b), torch.ones(3, 5), 1.0, 2), ValueError, r"b: expected last dimension d = 4 to fit Q Diagonal of shape \[3, 4\]"),
+        (
+            lambda: uk.Spectral(torch.ones(3), torch.eye(4)),
+            ValueError,
+            r"eigenvectors: expected \[\*batch, d, d\] .* got shape \[4, 4\]",
+        ),
+        (
+            lambda: F.gradient_descent(uk.Spectral(b, Q.double()), b, 1.0, 2),
+            ValueError,
+            r"dtype: Q \(eigenvalues\) has torch.float32 but Q \(eigenvectors\)",
+        ),
+        (
+            lambda: F.gradient_descent(uk.Diagonal(b), torch.ones(3, 5), 1.0, 2),
+            ValueError,
+            r"b: expected last dimension d = 4 to fit Q Diagonal of shape \[3, 4\]",
+        ),
         (lambda: uk.UnrolledGD(-1), ValueError, "num_steps: expected a non-negative int, got -1"),
         (lambda: uk.UnrolledGD(3, step_size=None), TypeError, "step_size: expected a float"),
         (lambda: uk.UnrolledGD(3, backend="nope"), ValueError, "backend: expected one of"),
         (lambda: uk.UnrolledNAG(3, mu=0), ValueError, "mu: expected a number > 0, got 0"),
         (lambda: uk.UnrolledNAG(3, mu=None, learn_mu=True), ValueError, "mu: learn_mu=True needs a number"),
-        (lambda: uk.UnrolledGD(3, stable_region=(1.0, 0.1)), ValueError, "stable_region: expected 0 < mu <= L, got mu=1.0, L=0.1"),
+        (
+            lambda: uk.UnrolledGD(3, stable_region=(1.0, 0.1)),
+            ValueError,
+            "stable_region: expected 0 < mu <= L, got mu=1.0, L=0.1",
+        ),
         (lambda: uk.UnrolledGD(3, stable_region=1.0), TypeError, r"stable_region: expected a pair \(mu, L\), got 1.0"),
         (lambda: uk.UnrolledMomentum(3, 1.0, "a", 0.0), TypeError, "momentum: expected a float"),
         (lambda: schedules.chebyshev(3, 0.0, 1.0), ValueError, "mu, L: expected 0 < mu <= L, got mu=0.0, L=1.0"),
@@ -102,8 +186,11 @@ def test_use_backend_nests_and_restores():
 
 def test_environment_variable_chooses_the_backend():
     code = "import torch, unrolled_kernels._backend as b; print(b.resolve(None, torch.device('cpu')))"
-    run = lambda value: subprocess.run(  # noqa: E731
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"UNROLLED_KERNELS_BACKEND": value, "PATH": ""}
+    run = lambda value: subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"UNROLLED_KERNELS_BACKEND": value, "PATH": ""},
     )
     assert run("eager").stdout.strip() == "eager"
     assert "backend: expected one of" in run("nope").stderr

@@ -213,7 +213,7 @@ def rnn(weights, Q, b, num_steps):
 
 def random_weights(seed, depth, contraction, mu, L, dim=4, hidden=7):
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     inner = [normal(hidden, hidden) for _ in range(depth)]
     weights = [normal(hidden, dim), normal(hidden, dim), inner, normal(dim, hidden)]
     weights[3] *= contraction / theory.rnn_contraction(weights, mu=mu, L=L)
@@ -264,7 +264,7 @@ def test_rnn_can_be_gradient_descent_and_need_not_converge():
     best = theory.rnn_best_convergence_rate(9, MU, L)
     assert best == pytest.approx((0.9 / 1.1) ** 9)
     y_star = F.minimize(Q, b)
-    error = lambda w: ((rnn(w, Q, b, 9) - y_star).norm(dim=-1) / y_star.norm(dim=-1)).max()  # noqa: E731
+    error = lambda w: ((rnn(w, Q, b, 9) - y_star).norm(dim=-1) / y_star.norm(dim=-1)).max()
     assert error(weights) <= best * SLACK
     # stable in the sense of Table 2 with outputs that are nowhere near the minimizer, and the other way round
     away = [W1, W2, inner, V] = random_weights(0, 1, 0.5, MU, L)
@@ -276,7 +276,7 @@ def test_rnn_can_be_gradient_descent_and_need_not_converge():
 def test_rnn_stability_is_differentiable():
     weights = random_weights(3, 1, 0.8, MU, L)
     leaves = [W.requires_grad_() for W in (weights[0], weights[1], weights[2][0], weights[3])]
-    bound = lambda W1, W2, W, V: theory.rnn_stability((W1, W2, [W], V), torch.tensor([1, 4]), mu=MU, L=L)  # noqa: E731
+    bound = lambda W1, W2, W, V: theory.rnn_stability((W1, W2, [W], V), torch.tensor([1, 4]), mu=MU, L=L)
     assert torch.autograd.gradcheck(lambda *w: tuple(bound(*w)), leaves)
 
 
@@ -383,8 +383,17 @@ def test_theorem_51_bounds_the_local_complexity():
         for k, values in losses.items():
             measured = theory.local_rademacher_complexity(values, radius)
             bound = theory.model_bound(
-                "nag", k, PHI, num_samples=n, radius=radius, log_covering=math.log(m), dim=d, mu=MU, L=L,
-                sigma_b=sigma_b, M=M,
+                "nag",
+                k,
+                PHI,
+                num_samples=n,
+                radius=radius,
+                log_covering=math.log(m),
+                dim=d,
+                mu=MU,
+                L=L,
+                sigma_b=sigma_b,
+                M=M,
             )
             assert measured.value <= bound.total
             assert bound.perception == bound.total
@@ -397,7 +406,7 @@ def test_theorem_51_bounds_the_local_complexity():
 
 def test_theorem_51_has_the_papers_three_regimes():
     problem = {"num_samples": 100, "radius": 0.0, "dim": 5, "mu": MU, "L": L, "sigma_b": 5 / 3**0.5, "M": 111.8}
-    total = lambda name, k, log_n: theory.model_bound(name, k, PHI, log_covering=log_n, **problem)  # noqa: E731
+    total = lambda name, k, log_n: theory.model_bound(name, k, PHI, log_covering=log_n, **problem)
     for log_covering, regime in ((0.0, "under"), (1.0, "about_right"), (1e5, "over")):
         assert total("gd", 8, log_covering).regime == regime
         deeper = total("nag", 30, log_covering).total > total("nag", 7, log_covering).total
@@ -407,8 +416,18 @@ def test_theorem_51_has_the_papers_three_regimes():
     values = [total("gd", 8, log_n).total for log_n in (0, 1, 10, 100)]
     assert values == sorted(values)
     with_phi = theory.local_rademacher_bound(
-        100, 0.0, 1.0, stability=2.0, convergence=0.5, sensitivity=3.0, step_size_range=0.4, dim=5, mu=MU, L=L,
-        sigma_b=1.0, M=10.0,
+        100,
+        0.0,
+        1.0,
+        stability=2.0,
+        convergence=0.5,
+        sensitivity=3.0,
+        step_size_range=0.4,
+        dim=5,
+        mu=MU,
+        L=L,
+        sigma_b=1.0,
+        M=10.0,
     )
     assert with_phi.sensitivity == pytest.approx(0.6)
     assert with_phi.total == pytest.approx(with_phi.perception + 0.6)
@@ -433,7 +452,9 @@ def test_covering_number_of_eq_19(algorithm):
         distance = (losses.flatten(0, 1)[:, None] - centres).square().mean(-1).sqrt()
         assert distance.amin(1).max() <= radius * SLACK
         bound = theory.log_covering_bound(
-            radius, stability=stab, sensitivity=sens,
+            radius,
+            stability=stab,
+            sensitivity=sens,
             log_covering_Q=lambda eps: math.log(len(theory.cover(between_Q, eps))),
             log_covering_step_size=lambda eps: math.log(len(theory.cover(between_phi, eps))),
         )
@@ -614,16 +635,29 @@ REFUSALS = [
     (lambda: theory.fit_order(torch.arange(1, 3), torch.ones(2)), ValueError, "length ≥ 3"),
     (lambda: theory.fit_order(torch.arange(3), torch.ones(3)), ValueError, "positive"),
     (lambda: theory.problem_constants(torch.ones(3), 0.1), ValueError, r"b: expected shape \[n, d\]"),
-    (lambda: theory.check_lemmas(torch.ones(2), torch.ones(3, 2, 2), torch.ones(3, 2, 2), 0.1, mu=0.1, L=1.0,
-                                 sigma_b=1.0, M=1.0), ValueError, "one matrix for each of the 2 losses"),
-    (lambda: theory.model_bound("gd", 3, 1.0, num_samples=0, radius=0.0, log_covering=0.0, dim=2, mu=0.1, L=1.0,
-                                sigma_b=1.0, M=1.0), ValueError, "num_samples"),
+    (
+        lambda: theory.check_lemmas(
+            torch.ones(2), torch.ones(3, 2, 2), torch.ones(3, 2, 2), 0.1, mu=0.1, L=1.0, sigma_b=1.0, M=1.0
+        ),
+        ValueError,
+        "one matrix for each of the 2 losses",
+    ),
+    (
+        lambda: theory.model_bound(
+            "gd", 3, 1.0, num_samples=0, radius=0.0, log_covering=0.0, dim=2, mu=0.1, L=1.0, sigma_b=1.0, M=1.0
+        ),
+        ValueError,
+        "num_samples",
+    ),
     (lambda: theory.log_covering_parametric(0.0, 1, 1.0, 1.0), ValueError, "radius"),
     (lambda: theory.predicted_gap("gd", 3, "fine", 1.0, 0.1), ValueError, "regime: expected one of"),
     (lambda: theory.rademacher_complexity(torch.ones(3)), ValueError, r"losses: expected shape \[m, n\]"),
     (lambda: theory.rademacher_complexity(torch.ones(2, 40), num_signs=None), ValueError, "n ≤ 16"),
-    (lambda: theory.local_rademacher_complexity(torch.ones(2, 4), 1.0, second_moments=torch.ones(3)), ValueError,
-     "second_moments"),
+    (
+        lambda: theory.local_rademacher_complexity(torch.ones(2, 4), 1.0, second_moments=torch.ones(3)),
+        ValueError,
+        "second_moments",
+    ),
     (lambda: theory.cover(torch.ones(2, 3), 1.0), ValueError, "distances"),
     (lambda: theory.spectrum_bounds(torch.tensor([[1.0, 0.5], [0.0, 1.0]])), ValueError, "Q: expected symmetric"),
     (lambda: theory.spectrum_bounds(torch.eye(2), method="power"), ValueError, "method"),
@@ -659,11 +693,22 @@ def results_frame():
     for hidden, algorithm, k, seed in itertools.product((0, 16, 32), ALGORITHMS, (1, 2, 10, 30), (100, 101)):
         cvg = theory.convergence_rate(algorithm, k, PHI, MU).item()
         regime = {0: "under", 16: "about_right", 32: "over"}[hidden]
-        rows.append({
-            "hidden": hidden, "optimizer": "adam", "algorithm": algorithm, "num_steps": k, "seed": seed,
-            "learning_rate": 1e-2, "train": 10 * cvg, "test": 11 * cvg, "qfro2_test": 0.1 + cvg, "step_size": PHI,
-            "gap": theory.predicted_gap(algorithm, k, regime, PHI, MU).item(), "test_squared": 130 * cvg**2,
-        })
+        rows.append(
+            {
+                "hidden": hidden,
+                "optimizer": "adam",
+                "algorithm": algorithm,
+                "num_steps": k,
+                "seed": seed,
+                "learning_rate": 1e-2,
+                "train": 10 * cvg,
+                "test": 11 * cvg,
+                "qfro2_test": 0.1 + cvg,
+                "step_size": PHI,
+                "gap": theory.predicted_gap(algorithm, k, regime, PHI, MU).item(),
+                "test_squared": 130 * cvg**2,
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -32,7 +32,9 @@ def unavailable_reason(name):
         if importlib.util.find_spec("unrolled_kernels.ops.momentum.triton_kernels") is None:
             return "this version has no Triton kernels"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            return "there is no CUDA device; set TRITON_INTERPRET=1 before the import to interpret the kernels on the CPU"
+            return (
+                "there is no CUDA device; set TRITON_INTERPRET=1 before the import to interpret the kernels on the CPU"
+            )
         return None
     if extension() is None:
         return (

@@ -55,9 +55,7 @@ def check_broadcast(name, shape, target, target_name):
     """``shape`` broadcasts to ``target``."""
     padded = (1,) * (len(target) - len(shape)) + tuple(shape)
     if len(padded) > len(target) or any(p not in (1, t) for p, t in zip(padded, target, strict=False)):
-        raise ValueError(
-            f"{name}: shape {list(shape)} does not broadcast to {target_name} = {list(target)}"
-        )
+        raise ValueError(f"{name}: shape {list(shape)} does not broadcast to {target_name} = {list(target)}")
 
 
 def check_positive(name, value):

@@ -74,9 +74,7 @@ def nesterov(Q, b, step_size, mu, num_steps, *, y0=None, return_trajectory=False
     return _run(Q, b, *names, num_steps, y0, return_trajectory, backend)
 
 
-def momentum(
-    Q, b, step_sizes, momentum, extrapolation, num_steps, *, y0=None, return_trajectory=False, backend=None
-):
+def momentum(Q, b, step_sizes, momentum, extrapolation, num_steps, *, y0=None, return_trajectory=False, backend=None):
     """Run ``num_steps`` of a first-order method with a free schedule on a batch of quadratic energies.
 
         m_t = y_t - y_{t-1},   y_{t+1} = y_t + β_t m_t - φ_t (Q (y_t + γ_t m_t) + b)
@@ -129,7 +127,9 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
             return _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend)
     shape = _full_shape(Q, b, y0)
     chosen = _backend.resolve(backend, b.device)
-    schedule = tuple(None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma))
+    schedule = tuple(
+        None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma)
+    )
     eigenvalues, matrix, b, y0, batch = _canonical(Q, b, y0, shape, schedule)
     schedule = tuple(None if c is None else _rows(c, batch) for c in schedule)
     y = _momentum_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, *schedule)
@@ -199,8 +199,8 @@ def _check_coefficient(name, value, batch, num_steps, b):
 
 
 class _Batch(NamedTuple):
-    shape: tuple     # the dimensions that the canonical batch dimension stands for
-    dims: int        # how many batch dimensions a coefficient may have
+    shape: tuple  # the dimensions that the canonical batch dimension stands for
+    dims: int  # how many batch dimensions a coefficient may have
 
 
 def _canonical(Q, b, y0, shape, schedule):

@@ -1,7 +1,7 @@
 """Schedules (φ_t, β_t, γ_t) of the classical first-order methods, for the recurrence of ``functional.momentum``.
 
-Each function returns three float64 tensors ``[num_steps]``: step sizes, momentum, extrapolation. With m_t = y_t - y_{t-1}
-a step is y_{t+1} = y_t + β_t m_t - φ_t (Q (y_t + γ_t m_t) + b).
+Each function returns three float64 tensors ``[num_steps]``: step sizes, momentum, extrapolation. With
+m_t = y_t - y_{t-1} a step is y_{t+1} = y_t + β_t m_t - φ_t (Q (y_t + γ_t m_t) + b).
 """
 
 import math
@@ -27,7 +27,7 @@ def heavy_ball(num_steps, step_size, momentum):
 
 
 def fista(num_steps, step_size):
-    """FISTA's momentum (Beck and Teboulle, 2009): β_t = γ_t = (s_t - 1)/s_{t+1}, s_0 = 1, s_{t+1} = (1+√(1+4s_t²))/2."""
+    """FISTA's momentum (Beck, Teboulle 2009): β_t = γ_t = (s_t - 1)/s_{t+1}, s_0 = 1, s_{t+1} = (1+√(1+4s_t²))/2."""
     beta, s = [], 1.0
     for _ in range(num_steps):
         s_next = (1 + math.sqrt(1 + 4 * s * s)) / 2

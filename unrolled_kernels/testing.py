@@ -9,7 +9,9 @@ from unrolled_kernels.quadratics import Diagonal, Spectral
 STRUCTURES = ("dense", "diagonal", "spectral")
 
 
-def random_quadratic(structure, batch, d, *, mu=0.1, L=1.0, symmetric=True, shared=False, dtype=None, device=None, seed=0):
+def random_quadratic(
+    structure, batch, d, *, mu=0.1, L=1.0, symmetric=True, shared=False, dtype=None, device=None, seed=0
+):
     """A batch of quadratic energies with spectrum in [mu, L], the extremes included where d ≥ 2.
 
     Args:
@@ -26,7 +28,7 @@ def random_quadratic(structure, batch, d, *, mu=0.1, L=1.0, symmetric=True, shar
     """
     dtype = dtype or torch.get_default_dtype()
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     eigenvalues = mu + (L - mu) * torch.rand(*batch, d, generator=generator, dtype=torch.float64)
     if d >= 2:
         eigenvalues[..., 0], eigenvalues[..., -1] = L, mu
@@ -48,7 +50,7 @@ def random_quadratic(structure, batch, d, *, mu=0.1, L=1.0, symmetric=True, shar
         tensors, make_Q = (Q,), lambda Q: Q
     else:
         raise ValueError(f"structure: expected one of {STRUCTURES}, got {structure!r}")
-    to = lambda x: x.to(dtype=dtype, device=device)  # noqa: E731
+    to = lambda x: x.to(dtype=dtype, device=device)
     return tuple(to(x) for x in tensors), make_Q, to(b)
 
 

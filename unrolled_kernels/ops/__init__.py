@@ -1,1 +1,1 @@
-"""The op families: one folder each, holding its specification, hand-written backward, kernels' launchers and Function."""
+"""The op families: a folder each, with its specification, hand-written backward, launchers and Function."""

@@ -209,9 +209,7 @@ def local_rademacher_bound(
     return LocalRademacherBound(perception + in_phi, perception, in_phi, C1, C2, C3, convergence_part, C2 + C3)
 
 
-def model_bound(
-    algorithm, num_steps, step_size, *, num_samples, radius, log_covering, dim, mu, L, sigma_b, M
-):
+def model_bound(algorithm, num_steps, step_size, *, num_samples, radius, log_covering, dim, mu, L, sigma_b, M):
     """``local_rademacher_bound`` of a model whose layer has a fixed step size (so Eq. 16 is zero).
 
     Args:
@@ -255,7 +253,7 @@ def log_covering_bound(radius, *, stability, sensitivity, log_covering_Q, log_co
         ValueError: ``radius`` is not positive.
     """
     _check.check_positive("radius", radius)
-    half = lambda lipschitz: radius / (2 * lipschitz) if lipschitz else math.inf  # noqa: E731
+    half = lambda lipschitz: radius / (2 * lipschitz) if lipschitz else math.inf
     return float(log_covering_Q(half(float(stability))) + log_covering_step_size(half(float(sensitivity))))
 
 

@@ -46,17 +46,19 @@ def lemma_table(results, *, mu, L, sigma_b, M):
         right = sum(approximation_bound(row.qfro2_test**0.5, cvg, mu=mu, sigma_b=sigma_b, M=M))
         squared = getattr(row, "test_squared", float("nan"))
         reverse = sum(representation_bound(squared, cvg, L=L, sigma_b=sigma_b, M=M)) ** 2
-        rows.append({
-            "algorithm": row.algorithm,
-            "num_steps": row.num_steps,
-            "hidden": row.hidden,
-            "seed": row.seed,
-            "convergence": cvg,
-            "loss": row.test,
-            "loss_bound": right,
-            "q_error": row.qfro2_test,
-            "q_error_bound": reverse,
-        })
+        rows.append(
+            {
+                "algorithm": row.algorithm,
+                "num_steps": row.num_steps,
+                "hidden": row.hidden,
+                "seed": row.seed,
+                "convergence": cvg,
+                "loss": row.test,
+                "loss_bound": right,
+                "q_error": row.qfro2_test,
+                "q_error_bound": reverse,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -82,16 +84,18 @@ def order_table(results, *, mu):
         gap_gd, gap_nag = gaps["gd"].mean(), gaps["nag"].mean()
         predicted = int(predicted_order(torch.tensor(int(num_steps)), regime, float(part["step_size"].mean()), mu))
         measured = int(gap_nag > gap_gd) - int(gap_nag < gap_gd)
-        rows.append({
-            "regime": regime,
-            "hidden": hidden,
-            "num_steps": num_steps,
-            "gap_gd": gap_gd,
-            "gap_nag": gap_nag,
-            "predicted": predicted,
-            "measured": measured,
-            "agrees": predicted == measured,
-        })
+        rows.append(
+            {
+                "regime": regime,
+                "hidden": hidden,
+                "num_steps": num_steps,
+                "gap_gd": gap_gd,
+                "gap_nag": gap_nag,
+                "predicted": predicted,
+                "measured": measured,
+                "agrees": predicted == measured,
+            }
+        )
     columns = ["regime", "hidden", "num_steps", "gap_gd", "gap_nag", "predicted", "measured", "agrees"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -75,7 +75,7 @@ def random_pairs(num_pairs, mu, L, *, dim=5, seed=0, device=None):
     if not mu < L:
         raise ValueError(f"mu, L: expected mu < L, for matrices that do not commute, got mu={mu}, L={L}")
     uniform = torch.rand(num_pairs, 1, generator=generator, dtype=torch.float64)
-    normal = lambda *shape: torch.randn(num_pairs, *shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    normal = lambda *shape: torch.randn(num_pairs, *shape, generator=generator, dtype=torch.float64)
     distance = 10 ** (4 * uniform - 3)
     # reflected at the ends: clamping could make all eigenvalues equal
     position = ((values - mu) / (L - mu) + distance * normal(dim)) % 2

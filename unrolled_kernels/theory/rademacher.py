@@ -43,10 +43,12 @@ def rademacher_complexity(losses, *, num_signs=10_000, seed=0):
     if num_signs < 2:
         raise ValueError(f"num_signs: expected at least 2, got {num_signs}")
     generator = torch.Generator().manual_seed(seed)
-    suprema = torch.cat([
-        _suprema(losses, torch.randint(2, (min(_CHUNK, num_signs - i), n), generator=generator).to(losses.device))
-        for i in range(0, num_signs, _CHUNK)
-    ])
+    suprema = torch.cat(
+        [
+            _suprema(losses, torch.randint(2, (min(_CHUNK, num_signs - i), n), generator=generator).to(losses.device))
+            for i in range(0, num_signs, _CHUNK)
+        ]
+    )
     return Complexity(suprema.mean().item(), (suprema.std() / num_signs**0.5).item())
 
 

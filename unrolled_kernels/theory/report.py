@@ -71,13 +71,16 @@ def theorem_curves(num_steps, step_size, *, mu, **problem):
     curves = {}
     for regime in REGIMES:
         log_covering = LOG_COVERING[regime]
-        curves[regime] = log_covering, {
-            algorithm: [
-                model_bound(algorithm, k, step_size, log_covering=log_covering, mu=mu, **problem).total
-                for k in range(1, num_steps + 1)
-            ]
-            for algorithm in ALGORITHMS
-        }
+        curves[regime] = (
+            log_covering,
+            {
+                algorithm: [
+                    model_bound(algorithm, k, step_size, log_covering=log_covering, mu=mu, **problem).total
+                    for k in range(1, num_steps + 1)
+                ]
+                for algorithm in ALGORITHMS
+            },
+        )
     return curves
 
 

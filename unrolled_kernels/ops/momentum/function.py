@@ -6,9 +6,9 @@ gradients of every order are those of the specification. Both take canonical arg
 
 import torch
 
-from unrolled_kernels.ops.momentum import manual, native, reference
+from unrolled_kernels.ops.momentum import manual, native, reference, triton_kernels
 
-_LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native}
+_LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native, "triton": triton_kernels}
 
 
 def momentum(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation):
@@ -110,7 +110,9 @@ class MomentumBackwardFunction(_Function):
         sizes = [_batch_size(x, dim) for x, dim in zip(tensors, dims, strict=True)]
         batch = sizes[2]
         # what is shared is repeated: each vmapped row needs a gradient of its own
-        folded = [None if x is None else _fold(x, dim, info.batch_size, batch) for x, dim in zip(tensors, dims, strict=True)]
+        folded = [
+            None if x is None else _fold(x, dim, info.batch_size, batch) for x, dim in zip(tensors, dims, strict=True)
+        ]
         grad_y = _fold(grad_y, in_dims[4], info.batch_size, batch, batch_dim=int(trajectory))
         grads = MomentumBackwardFunction.apply(backend, num_steps, trajectory, needs, grad_y, *folded)
         unfolded = [

@@ -70,13 +70,13 @@ def backward(
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, a, z).reshape(matrix.shape) if needs_matrix else None
     elif matrix is None:
-        apply_Q = lambda x: eigenvalues * x  # noqa: E731
+        apply_Q = lambda x: eigenvalues * x
         d_y0, a, z, d_schedule = _adjoint_sweep(apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents)
         db = a.sum(0)
         d_eigenvalues = (a * z).sum(0)
         d_matrix = None
     else:
-        apply_Q = lambda x: eigenvalues * x  # noqa: E731
+        apply_Q = lambda x: eigenvalues * x
         b_hat, y0_hat = matvec(matrix.mT, b), matvec(matrix.mT, y0)
         hat = [zero] + [matvec(matrix.mT, c) for c in cotangents[1:]]
         d_y0_hat, a, z, d_schedule = _adjoint_sweep(apply_Q, apply_Q, b_hat, y0_hat, schedule, num_steps, hat)

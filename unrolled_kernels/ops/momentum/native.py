@@ -1,4 +1,4 @@
-"""Launcher of the C++ and CUDA kernels: the ops that the extension registers, seen by torch.compile and torch.export."""
+"""Launcher of the C++ and CUDA kernels: the ops that the extension registers, as torch.compile sees them."""
 
 import torch
 
@@ -67,8 +67,8 @@ def _not_differentiable(ctx, *grads):
     )
 
 
-def _register(num_operands, name):
-    """Give op ``name`` and its backward, which take ``num_operands`` tensors for Q, a fake kernel and a loud autograd."""
+def register(num_operands, name):
+    """Give op ``name`` and its backward, of ``num_operands`` tensors for Q, a fake kernel and a loud autograd."""
     n = num_operands
 
     def fake_forward(*args):
@@ -86,6 +86,6 @@ def _register(num_operands, name):
 
 
 if _backend.extension() is not None:
-    _register(1, "momentum_dense")
-    _register(1, "momentum_diagonal")
-    _register(2, "momentum_spectral")
+    register(1, "momentum_dense")
+    register(1, "momentum_diagonal")
+    register(2, "momentum_spectral")

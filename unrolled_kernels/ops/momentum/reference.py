@@ -1,8 +1,8 @@
 """The specification of the momentum recurrence: a plain loop that autograd differentiates. Also the backend "eager".
 
-    m_t     = y_t - y_{t-1}                              (y_{-1} = y_0)
-    z_t     = y_t + γ_t m_t
-    y_{t+1} = y_t + β_t m_t - φ_t (Q z_t + b)            t = 0 … k-1
+m_t     = y_t - y_{t-1}                              (y_{-1} = y_0)
+z_t     = y_t + γ_t m_t
+y_{t+1} = y_t + β_t m_t - φ_t (Q z_t + b)            t = 0 … k-1
 """
 
 import torch
