@@ -1,0 +1,500 @@
+"""The synthetic experiment: its data, its two trainers, its runs and what they refuse, and the authors' numbers."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from unrolled_kernels import Spectral
+from unrolled_kernels import functional as F
+from unrolled_kernels.experiments import cli
+from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
+from unrolled_kernels.experiments.synthetic import data, ensemble, figures, golden, grid, report, runner, train
+from unrolled_kernels.experiments.synthetic.evaluation import distance, spectrum_errors
+from unrolled_kernels.experiments.synthetic.grid import Training, Trial
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference_synthetic"
+needs_reference = pytest.mark.skipif(
+    not (REFERENCE / "reference.npz").is_file(), reason=f"the authors' data are not in {REFERENCE}"
+)
+# everything about a run but its wall time
+TIMELESS = [*Trial.__dataclass_fields__, "epochs", "best_epoch", "train", "test", "gap", "qspec_test", "qfro2_train"]
+
+
+@pytest.fixture(scope="module")
+def task():
+    return data.generate(seed=2, num_samples=1000)
+
+
+@pytest.fixture(scope="module")
+def exact_task(task):
+    """The task in float64: rotations and spectra that are exact beyond float32's rounding."""
+    task = task.to(torch.float64)
+    U, _, Vh = torch.linalg.svd(task.R)
+    eigenvalues = task.eigenvalues.clone()
+    eigenvalues[:, 0], eigenvalues[:, -1] = data.L, data.MU
+    return dataclasses.replace(task, R=U @ Vh, eigenvalues=eigenvalues)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are too small to share, and two threads that wait for each other make a busy machine crawl."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A finished run of the command, and its directory."""
+    out = tmp_path_factory.mktemp("synthetic") / "run"
+    assert cli.main(command(out)) == 0
+    return out
+
+
+def command(out, *more):
+    fixed = "synthetic --depths 1 2 4 --hidden 0 8 --seeds 2 --epochs 300 --workers 1 --no-speed --device cpu --out"
+    return [*fixed.split(), str(out), *map(str, more)]
+
+
+def assert_same_table(a, b):
+    keys = list(Trial.__dataclass_fields__)
+    a, b = (pd.read_parquet(x / "results.parquet").sort_values(keys)[TIMELESS].reset_index(drop=True) for x in (a, b))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+# -- data
+
+
+def test_data_is_the_task_of_the_paper(task):
+    assert task.x.abs().max() <= 5
+    assert task.b.abs().max() <= 5
+    identity = torch.eye(5).expand(1000, 5, 5)
+    torch.testing.assert_close(task.R @ task.R.mT, identity, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(task.R), torch.ones(1000))
+    e = task.eigenvalues
+    assert torch.all((e >= data.MU - 1e-6) & (e <= data.L + 1e-6))
+    torch.testing.assert_close(e[:, 0], torch.ones(1000))
+    torch.testing.assert_close(e[:, -1], torch.full((1000,), 0.1))
+    torch.testing.assert_close(e[:, 1:-1].sum(1), torch.full((1000,), 3 * 0.1 + 0.9))
+    # the spectrum is a function of x and not a constant, or there is nothing to learn
+    assert torch.all(e[:, 1:-1].std(0) > 0.05)
+
+
+def test_y_star_is_the_minimizer(task):
+    Q = Spectral(task.eigenvalues.double(), task.R.double())
+    gradient = Q.matvec(task.y_star.double()) + task.b.double()
+    assert gradient.abs().max() < 1e-4
+
+
+def test_rotations_are_haar():
+    # the entries of a Haar rotation have mean 0 and variance 1/d, and the trace has variance 1
+    R = data.generate(seed=5, num_samples=10_000).R
+    assert R.mean(0).abs().max() < 0.02
+    torch.testing.assert_close(R.var(0), torch.full((5, 5), 0.2), atol=0.012, rtol=0)
+    trace = R.diagonal(dim1=1, dim2=2).sum(1)
+    assert trace.mean().abs() < 0.05
+    assert abs(trace.var() - 1) < 0.06
+
+
+def test_equal_seeds_give_equal_data(task):
+    again, other = data.generate(2, 1000), data.generate(3, 1000)
+    assert torch.equal(task.x, again.x)
+    assert torch.equal(task.R, again.R)
+    assert not torch.equal(task.x, other.x)
+
+
+def test_subsets_weights_and_orders_are_functions_of_the_seed(task):
+    index = task.train_index(100)
+    assert index.unique().numel() == data.NUM_TRAIN
+    assert torch.equal(index, task.train_index(100))
+    assert not torch.equal(index, task.train_index(101))
+    (w1, b1), (w2, b2) = task.initial_weights(16, 100)
+    assert w1.shape == (16, 10)
+    assert w2.shape == (3, 16)
+    assert not b1.any()
+    assert not b2.any()
+    assert w1.abs().max() <= (6 / 26) ** 0.5
+    orders = task.minibatch_orders(100, block=3)
+    assert torch.equal(orders.sort(1).values, torch.arange(100).expand(256, 100))
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders, task.minibatch_orders(100, block=4))
+
+
+@needs_reference
+def test_reference_agrees_with_its_own_true_network():
+    task = data.load_reference(REFERENCE)
+    torch.testing.assert_close(
+        F.minimize(Spectral(task.eigenvalues, task.R), task.b), task.y_star, atol=1e-4, rtol=1e-4
+    )
+
+
+# -- the two trainers
+
+
+def test_loss_and_q_error_are_invariant_under_the_rotation(exact_task):
+    task = exact_task
+    trial = Trial(8, "adam", "nag", 7, 100, 1e-2)
+    model = train.make_model(task, trial, Training(0))
+    with torch.no_grad():
+        losses = distance(model(task.x, task.R, task.b), task.y_star)
+        eigenvalues = model.network(task.x)
+    together = ensemble.Ensemble(task, [trial], Training(0))
+    test, spectral, frobenius2 = together.evaluate()
+    torch.testing.assert_close(test[0], losses.mean(), rtol=1e-10, atol=0)
+    difference = Spectral(eigenvalues - task.eigenvalues, task.R).to_dense()
+    torch.testing.assert_close(spectral[0], torch.linalg.matrix_norm(difference, 2), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(frobenius2[0], difference.square().sum((1, 2)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(spectrum_errors(eigenvalues, task.eigenvalues, -1)[0], spectral[0])
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("hidden", [0, 8], ids="h{}".format)
+def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, learned):
+    training = Training(epochs=20, learn_step_size=learned)
+    # algorithms, depths, seeds and learning rates all differ within the chunk
+    settings = [("gd", 1, 100, 1e-2), ("nag", 3, 101, 1e-3), ("nag", 6, 100, 5e-3), ("gd", 6, 101, 1e-2)]
+    trials = [Trial(hidden, optimizer, *point) for point in settings]
+    together = ensemble.train_chunk(exact_task, trials, training)
+    for trial, row in zip(trials, together, strict=True):
+        alone = train.train_one(exact_task, trial, training)
+        assert row.keys() == alone.keys()
+        for name in row.keys() - {"seconds", "best_epoch"}:
+            assert row[name] == (alone[name] if isinstance(row[name], str) else pytest.approx(alone[name], rel=1e-8)), (
+                name
+            )
+        # with k = 1 and a fixed step nothing can improve, and which equal loss is lowest is a matter of rounding
+        if trial.num_steps > 1 or learned:
+            assert row["best_epoch"] == alone["best_epoch"]
+        if learned and trial.num_steps > 1:
+            assert row["step_size"] != 1.0
+
+
+def test_training_lowers_the_error_and_keeps_the_best_epoch(task):
+    trial = Trial(8, "adam", "nag", 6, 100, 1e-2)
+    (row,) = ensemble.train_chunk(task, [trial], Training(epochs=200))
+    assert row["train"] < 0.7 * row["init_train"]
+    assert row["test"] < 0.8 * row["init_test"]
+    assert 1 <= row["best_epoch"] <= 200
+    assert row["gap"] == row["test"] - row["train"]
+    longer = ensemble.train_chunk(task, [trial], Training(epochs=400))[0]
+    assert longer["train"] <= row["train"]
+
+
+def test_a_model_that_diverges_says_so_and_is_not_chosen(task):
+    trials = [Trial(8, "sgd", "gd", 3, 100, rate) for rate in (1e-2, 1e30)]
+    rows = ensemble.train_chunk(task, trials, Training(epochs=3))
+    alone = train.train_one(task, trials[1], Training(epochs=3))
+    # the first epoch already ends in NaN
+    assert [np.isnan(row["train"]) for row in (*rows, alone)] == [False, True, True]
+    best = grid.select_best(pd.DataFrame(rows))
+    assert best["learning_rate"].tolist() == [1e-2]
+
+
+def test_chunks_hold_one_architecture_and_every_model_once():
+    trials = grid.PRESETS["medium"].trials()
+    assert len(trials) == 1020
+    chunks = ensemble.make_chunks(trials, 100)
+    assert sorted(trial for chunk in chunks for trial in chunk) == trials
+    for chunk in chunks:
+        assert len(chunk) <= 100
+        assert len({(t.hidden, t.optimizer) for t in chunk}) == 1
+    assert len(grid.PRESETS["paper"].trials()) == 20_400
+
+
+def test_selection_is_by_training_loss_over_optimizer_and_learning_rate():
+    base = {"hidden": 0, "algorithm": "gd", "num_steps": 2, "seed": 100}
+    rows = [
+        base | {"optimizer": "adam", "learning_rate": 1e-2, "train": 2.0, "test": 1.0},
+        base | {"optimizer": "sgd", "learning_rate": 1e-3, "train": 1.0, "test": 9.0},
+        base | {"optimizer": "sgd", "learning_rate": 1e-2, "train": float("nan"), "test": 0.0},
+        base | {"seed": 101, "optimizer": "adam", "learning_rate": 1e-3, "train": 5.0, "test": 5.0},
+    ]
+    assert grid.select_best(pd.DataFrame(rows))["test"].tolist() == [9.0, 5.0]
+
+
+# -- runs
+
+
+def test_run_writes_table_figures_and_report(small_run):
+    results = pd.read_parquet(small_run / "results.parquet")
+    assert len(results) == 3 * 2 * 2 * 2
+    assert results.notna().all(axis=None)
+    nag = results[(results.algorithm == "nag") & (results.num_steps == 4)].train.mean()
+    gd = results[(results.algorithm == "gd") & (results.num_steps == 4)].train.mean()
+    assert nag < gd
+    for figure in small_run.glob("figure*.png"):
+        assert figure.stat().st_size > 10_000
+        assert figure.read_bytes().startswith(b"\x89PNG")
+    assert sorted(figure.stem[:7] for figure in small_run.glob("*.png")) == ["figure3", "figure4", "figure5"]
+    text = (small_run / "report.md").read_text()
+    assert "faster convergence" in text
+    assert "| 8 | NAG | 4 |" in text
+    assert not (small_run / "checkpoints").exists()
+    assert json.loads((small_run / "config.json").read_text())["settings"]["depths"] == [1, 2, 4]
+
+
+def test_finished_run_trains_nothing_again(small_run, monkeypatch):
+    monkeypatch.setattr(runner, "train_chunk", lambda *_, **__: pytest.fail("trained again"))
+    assert cli.main(command(small_run)) == 0
+
+
+def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypatch, capsys):
+    whole, chunks = ensemble.train_chunk, []
+
+    def interrupted(task, trials, training, *, checkpoint, on_epochs):
+        chunks.append(trials)
+
+        def interrupt(count):
+            # in the middle of the second chunk
+            if len(chunks) == 2 and count:
+                raise KeyboardInterrupt
+
+        return whole(task, trials, training, checkpoint=checkpoint, on_epochs=interrupt)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(runner, "train_chunk", interrupted)
+    assert cli.main(command(out)) == 130
+    assert "continues" in capsys.readouterr().err
+    assert len(pd.read_parquet(out / "results.parquet")) == len(chunks[0])
+    assert len(list((out / "checkpoints").iterdir())) == 1
+
+    resumed_at = []
+    load = ensemble.Ensemble.load
+
+    def recorded(self, file):
+        load(self, file)
+        resumed_at.append(self.epoch)
+
+    monkeypatch.setattr(ensemble.Ensemble, "load", recorded)
+    monkeypatch.setattr(runner, "train_chunk", whole)
+    assert cli.main(command(out)) == 0
+    assert resumed_at == [256]
+    assert_same_table(out, small_run)
+
+
+def test_killed_run_with_workers_ends_with_the_same_table(small_run, tmp_path):
+    out = tmp_path / "run"
+    arguments = command(out, "--workers", 2)
+    code = f"import sys; from unrolled_kernels.experiments.cli import main; sys.exit(main({arguments!r}))"
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (out / "results.parquet").exists():
+        assert run.poll() is None or (out / "results.parquet").exists(), "the run ended without results"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert len(pd.read_parquet(out / "results.parquet")) > 0
+    assert cli.main(command(out)) == 0
+    assert_same_table(out, small_run)
+
+
+def test_checkpoint_holds_the_whole_state(task, tmp_path):
+    trials = [Trial(8, "adam", "nag", k, 100, 1e-2) for k in (2, 5)]
+    training = Training(epochs=10)
+    whole, first = ensemble.Ensemble(task, trials, training), ensemble.Ensemble(task, trials, training)
+    orders = whole.minibatch_orders(0)
+    for epoch in range(10):
+        whole.train_epoch(orders[epoch])
+    for epoch in range(4):
+        first.train_epoch(orders[epoch])
+    first.save(tmp_path / "state.safetensors")
+    second = ensemble.Ensemble(task, trials, training)
+    second.load(tmp_path / "state.safetensors")
+    for epoch in range(second.epoch, 10):
+        second.train_epoch(orders[epoch])
+    for name in ("theta", "first_moment", "second_moment", "best_theta", "best_loss", "best_epoch"):
+        assert torch.equal(getattr(second, name), getattr(whole, name)), name
+
+
+def test_single_trainer_runs(tmp_path):
+    few = ["--depths", 2, "--hidden", 0, "--seeds", 1, "--epochs", 5, "--optimizers", "sgd"]
+    assert cli.main(command(tmp_path / "run", *few, "--trainer", "single", "--learn-step-size")) == 0
+    results = pd.read_parquet(tmp_path / "run" / "results.parquet")
+    assert results.algorithm.tolist() == ["gd", "nag"]
+    assert (results.step_size != 1).all()
+
+
+def test_speed_of_the_layer_is_reported(task):
+    from unrolled_kernels.experiments.synthetic import speed
+
+    rows = speed.measure(task, seconds=0.02)
+    assert all(row["eager_us"] > 0 and row["fused_us"] > 0 for row in rows)
+    # many models at once are far cheaper than one by one, whatever the backend
+    assert rows[-1]["eager_us"] > 4 * rows[-1]["fused_us"]
+    assert report.speed_table(rows).count("×") == len(rows)
+
+
+def test_figures_of_one_seed_and_one_algorithm(tmp_path):
+    rows = [
+        {"hidden": 4, "algorithm": "gd", "num_steps": k, "seed": 100, "train": 1 / k, "qfro2_test": 0.1, "gap": -0.1}
+        for k in (1, 2, 3)
+    ]
+    assert len(figures.draw(pd.DataFrame(rows), tmp_path)) == 3
+
+
+# -- refusals
+
+
+def test_directory_of_another_run_is_refused(small_run, capsys):
+    assert cli.main(command(small_run, "--epochs", 7, "--seed", 3)) == 1
+    message = capsys.readouterr().err
+    assert str(small_run) in message
+    assert "epochs (there 300, asked 7)" in message
+    assert "data (there generated from seed 2, asked generated from seed 3)" in message
+    assert "depths" not in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another kind"])
+@pytest.mark.parametrize("name", ["results.parquet", "config.json"])
+def test_damaged_run_names_the_file(small_run, tmp_path, name, damage, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    for file in ("results.parquet", "config.json"):
+        content = (small_run / file).read_bytes()
+        if file == name:
+            content = content[: len(content) // 2] if damage == "truncated" else b"\x89PNG"
+        (out / file).write_bytes(content)
+    assert cli.main(command(out)) == 1
+    message = capsys.readouterr().err
+    assert str(out / name) in message
+    assert "truncated, or of another kind" in message
+
+
+def test_damaged_or_foreign_checkpoint_names_the_file(task, tmp_path):
+    file = tmp_path / "state.safetensors"
+    one, other = ([Trial(0, "adam", "gd", k, 100, 1e-2)] for k in (2, 3))
+    ensemble.Ensemble(task, one, Training(5)).save(file)
+    with pytest.raises(ValueError, match=r"state\.safetensors: a checkpoint of other models"):
+        ensemble.train_chunk(task, other, Training(5), checkpoint=file)
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"state\.safetensors: not a readable checkpoint \(truncated"):
+        ensemble.train_chunk(task, one, Training(5), checkpoint=file)
+
+
+def test_damaged_reference_names_the_file(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(command(out, "--reference", tmp_path)) == 1
+    assert f"{tmp_path / 'reference.npz'}: no such file" in capsys.readouterr().err
+    for content, expected in (
+        (b"", "not a readable"),
+        (b"PK\x03\x04 but no more", "not a readable"),
+        (b"text", "not a"),
+    ):
+        (tmp_path / "reference.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"reference\.npz: {expected}"):
+            data.load_reference(tmp_path)
+    np.savez(tmp_path / "reference.npz", x=np.zeros((3, 10), np.float32), R=np.zeros((3, 4, 4), np.float32))
+    with pytest.raises(ValueError, match=r"reference\.npz: expected an array R of shape \[N, 5, 5\], got \(3, 4, 4\)"):
+        data.load_reference(tmp_path)
+    assert not out.exists()
+
+
+@needs_reference
+def test_reference_refuses_what_it_has_no_weights_for(tmp_path, capsys):
+    assert cli.main(command(tmp_path / "run", "--reference", REFERENCE)) == 1
+    assert "no initial weights for hidden size 8; there are [0, 16, 32]" in capsys.readouterr().err
+    assert cli.main(command(tmp_path / "run", "--reference", REFERENCE, "--hidden", 0, "--seeds", 21)) == 1
+    assert "no training indices for seed 120" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--depths", "0"], "argument --depths: expected an integer > 0, got '0'"),
+        (["--hidden", "-1"], "argument --hidden: expected an integer ≥ 0, got '-1'"),
+        (["--learning-rates", "nan"], "argument --learning-rates: expected a number > 0, got 'nan'"),
+        (["--epochs", "1.5"], "argument --epochs: expected an integer > 0, got '1.5'"),
+        (["--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
+    ],
+    ids=["depths", "hidden", "learning-rates", "epochs", "preset"],
+)
+def test_bad_option_is_refused(option, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["synthetic", *option])
+    assert message in capsys.readouterr().err
+
+
+def test_bad_device_and_backend_are_refused(tmp_path, capsys):
+    for name in ("tpu", "meta", "nonsense"):
+        assert cli.main(command(tmp_path / "run", "--device", name)) == 1
+        assert f"--device: expected auto, cpu, cuda or cuda:N, got '{name}'" in capsys.readouterr().err
+    assert cli.main(command(tmp_path / "run", "--device", "cuda:77")) == 1
+    assert "'cuda:77' is not there" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main(command(tmp_path / "run", "--backend", "cuda")) == 1
+        assert "backend: 'cuda'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "results.txt"
+    file.write_text("old")
+
+    def write():
+        with atomic_path(file) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        write()
+    assert file.read_text() == "old"
+    assert [x.name for x in tmp_path.iterdir()] == ["results.txt"]
+
+
+def test_results_survive_reopening(tmp_path):
+    settings = {"epochs": 3, "depths": (1, 2)}
+    RunDirectory(tmp_path, settings).append([{"train": 1.0}])
+    again = RunDirectory(tmp_path, settings)
+    again.append([{"train": 2.0}])
+    assert pd.read_parquet(tmp_path / "results.parquet")["train"].tolist() == [1.0, 2.0]
+
+
+# -- the authors' numbers
+
+
+@needs_reference
+def test_golden_at_the_start():
+    # all 60 configurations before training: data, signs, initial weights and both layers
+    table = golden.load_golden(REFERENCE)
+    assert len(table) == 60
+    task = data.load_reference(REFERENCE)
+    rows = []
+    for chunk in ensemble.make_chunks(golden.golden_trials(table), 100):
+        rows += ensemble.train_chunk(task, chunk, Training(0))
+    both = table.merge(pd.DataFrame(rows), on=golden.KEYS, suffixes=("", "_got"), validate="one_to_one")
+    np.testing.assert_allclose(both.init_train_got, both.init_train, rtol=1e-4)
+    np.testing.assert_allclose(both.init_test_got, both.init_test, rtol=1e-4)
+
+
+@needs_reference
+@pytest.mark.parametrize(
+    ("trainer", "algorithm", "hidden", "depths", "rate"),
+    [("ensemble", "nag", 16, [1, 3, 5, 10], 1e-3), ("single", "gd", 0, [3], 1e-2)],
+    ids=["ensemble", "single"],
+)
+def test_golden_after_training(trainer, algorithm, hidden, depths, rate):
+    table = golden.load_golden(REFERENCE)
+    table = table[(table.algorithm == algorithm) & (table.hidden == hidden) & (table.learning_rate == rate)]
+    table = table[table.num_steps.isin(depths)]
+    trials, training = golden.golden_trials(table), Training(golden.EPOCHS)
+    task = data.load_reference(REFERENCE)
+    if trainer == "ensemble":
+        rows = ensemble.train_chunk(task, trials, training)
+    else:
+        rows = [train.train_one(task, trial, training) for trial in trials]
+    errors = golden.compare(table, pd.DataFrame(rows))
+    assert len(errors) == len(depths)
+    assert errors["passed"].all(), errors.to_string()

@@ -1,0 +1,122 @@
+"""The directory of a run: its settings, its results and its checkpoints, all written so that a kill loses nothing."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+
+class RunDirectory:
+    """``config.json``, ``results.parquet`` and ``checkpoints/`` of one run.
+
+    Opening a directory that holds a run with the same settings continues it.
+
+    Args:
+        path: the directory; made if need be.
+        config: the settings that decide the results, a dict that JSON can hold.
+        environment: versions and the like, written down beside them and never compared.
+    Raises:
+        ValueError: the directory holds a run with other settings (the message names those that differ), or its
+            ``config.json`` is damaged.
+        OSError: the directory cannot be made or written.
+    """
+
+    def __init__(self, path, config, environment=None):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        config = json.loads(json.dumps(config))
+        file = self.path / "config.json"
+        if file.exists():
+            _refuse_other_settings(file, _read_config(file), config)
+        else:
+            text = json.dumps({"settings": config, "environment": environment or {}}, indent=2)
+            with atomic_path(file) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+        self._rows = self._read_rows()
+
+    @property
+    def results_file(self):
+        return self.path / "results.parquet"
+
+    def results(self):
+        """Every finished model so far: a DataFrame with one row each, empty where there is none."""
+        with self._lock:
+            return pd.DataFrame(self._rows)
+
+    def append(self, rows):
+        """Add finished models, a list of dicts, to ``results.parquet``; the file is whole at every moment."""
+        with self._lock:
+            self._rows = self._rows + list(rows)
+            with atomic_path(self.results_file) as temporary:
+                pd.DataFrame(self._rows).to_parquet(temporary, index=False)
+
+    def checkpoint_file(self, name):
+        """Where the state of unfinished work called ``name`` is kept."""
+        directory = self.path / "checkpoints"
+        directory.mkdir(exist_ok=True)
+        return directory / f"{name}.safetensors"
+
+    def remove_checkpoints(self):
+        """Forget the state of unfinished work: all of it is finished."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def _read_rows(self):
+        file = self.results_file
+        if not file.exists():
+            return []
+        try:
+            return pd.read_parquet(file).to_dict("records")
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(
+                f"{file}: not a readable results table (truncated, or of another kind): {error}; "
+                "restore it, or delete it to train its models again"
+            ) from None
+
+
+@contextlib.contextmanager
+def atomic_path(file):
+    """A path to write to, which becomes ``file`` when the block ends without an error."""
+    file = Path(file)
+    # the same suffix: writers of images and tables choose the format by it
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-", suffix=file.suffix)
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files private; these are as readable as any other
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_config(file):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the settings of a run (truncated, or of another kind): {error!r}") from None
+
+
+def _refuse_other_settings(file, there, asked):
+    absent = "nothing"
+    differing = [
+        f"{name} (there {there.get(name, absent)}, asked {asked.get(name, absent)})"
+        for name in sorted(there.keys() | asked.keys())
+        if there.get(name, absent) != asked.get(name, absent)
+    ]
+    if differing:
+        raise ValueError(
+            f"{file.parent}: this directory holds a run with other settings: {', '.join(differing)}; "
+            "give another --out, or delete the directory"
+        )

@@ -1,0 +1,161 @@
+"""``unrolled-kernels synthetic``: the synthetic study from data to figures."""
+
+import argparse
+import dataclasses
+import platform
+from pathlib import Path
+
+import torch
+
+import unrolled_kernels
+from unrolled_kernels import _backend
+from unrolled_kernels.experiments.run_directory import RunDirectory
+from unrolled_kernels.experiments.synthetic import figures, report, runner, speed
+from unrolled_kernels.experiments.synthetic.grid import OPTIMIZERS, PRESETS, Training, select_best
+from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
+
+
+def add_parser(subparsers):
+    """Register the subcommand."""
+    parser = subparsers.add_parser(
+        "synthetic",
+        help="train GD and NAG layers on the paper's synthetic task; Figures 3, 4 and 5",
+        description=(
+            "Train the models of the paper's synthetic task (Sec. 7.1) and draw Figures 3, 4 and 5. A run that was "
+            "stopped continues when the same command is given again."
+        ),
+    )
+    grid = parser.add_argument_group("the grid (each option replaces that of the preset)")
+    grid.add_argument(
+        "--preset", choices=PRESETS, default="quick", help="quick (default): a minute; paper: the whole study"
+    )
+    grid.add_argument(
+        "--depths", type=_positive, nargs="+", metavar="K", default=argparse.SUPPRESS, help="steps of the layers"
+    )
+    grid.add_argument("--algorithms", choices=ALGORITHMS, nargs="+", default=argparse.SUPPRESS)
+    grid.add_argument(
+        "--hidden", type=_not_negative, nargs="+", metavar="H", default=argparse.SUPPRESS, help="0: linear"
+    )
+    grid.add_argument("--optimizers", choices=OPTIMIZERS, nargs="+", default=argparse.SUPPRESS)
+    grid.add_argument("--learning-rates", type=_positive_float, nargs="+", metavar="LR", default=argparse.SUPPRESS)
+    grid.add_argument("--seeds", type=_positive, metavar="N", default=argparse.SUPPRESS, help="seeds 100 … 99+N")
+    grid.add_argument("--epochs", type=_positive, default=argparse.SUPPRESS)
+    grid.add_argument("--learn-step-size", action="store_true", help="train the layers' step size too")
+    parser.add_argument("--seed", type=_not_negative, default=2, help="seed of the generated data, default 2")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="use the authors' samples and weights in DIR")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/synthetic-PRESET")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; default: cuda where it is")
+    parser.add_argument("--backend", default="auto", choices=("auto", *_backend.NAMES), help="default: auto")
+    parser.add_argument(
+        "--trainer", choices=("ensemble", "single"), default="ensemble", help="many models at once (default), or one"
+    )
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one a core on the CPU")
+    parser.add_argument("--no-speed", action="store_true", help="do not time the layer against the eager loop")
+    parser.set_defaults(run=run)
+
+
+def run(arguments):
+    """Train, draw and report; see ``unrolled-kernels synthetic --help``."""
+    device = _device(arguments.device)
+    _backend.resolve(arguments.backend, device)
+    fields = {f.name for f in dataclasses.fields(PRESETS["quick"])}
+    replaced = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in fields
+    }
+    grid = dataclasses.replace(PRESETS[arguments.preset], **replaced)
+    training = Training(epochs=grid.epochs, learn_step_size=arguments.learn_step_size)
+    setup = runner.Setup(
+        training, arguments.seed, arguments.reference, str(device), arguments.backend, arguments.trainer
+    )
+    task = setup.task()
+    trials = grid.trials()
+    for hidden, seed in sorted({(trial.hidden, trial.seed) for trial in trials}):
+        task.initial_weights(hidden, seed), task.train_index(seed)
+
+    settings = dataclasses.asdict(grid) | dataclasses.asdict(training)
+    settings |= {
+        "data": str(arguments.reference.resolve()) if arguments.reference else f"generated from seed {arguments.seed}",
+        "device": device.type,
+        "backend": arguments.backend,
+        "trainer": arguments.trainer,
+    }
+    directory = RunDirectory(arguments.out or Path("runs") / f"synthetic-{arguments.preset}", settings, _environment())
+    print(f"{len(trials)} models of {grid.epochs} epochs; results go to {directory.path}")
+    runner.train_grid(setup, trials, directory, workers=arguments.workers)
+
+    results = directory.results()
+    best = select_best(results)
+    if best.empty:
+        raise ValueError(f"{directory.path}: every model diverged; take smaller --learning-rates")
+    drawn = figures.draw(best, directory.path)
+    timings = None if arguments.no_speed else speed.measure(task, arguments.backend)
+    report_file = directory.path / "report.md"
+    report.write_report(
+        report_file,
+        settings=settings,
+        best=best,
+        models=len(results),
+        figures=drawn,
+        speed=timings,
+        device=device_name(device),
+    )
+    print(report.summary_table(best))
+    if timings:
+        chosen = _backend.resolve(arguments.backend, device)
+        print(f"\nspeed on {device_name(device)}, backend {chosen}:\n\n{report.speed_table(timings)}")
+        if chosen == "eager":
+            print("(there is no compiled backend here; `python -m unrolled_kernels.info` says why)")
+    print()
+    for path in (*drawn, report_file, directory.results_file):
+        print(path)
+    return 0
+
+
+def device_name(device):
+    """The machine in words, for a report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), one thread"
+
+
+def _device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _environment():
+    return {
+        "unrolled_kernels": unrolled_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _number(kind, allowed, expected):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not allowed(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+_positive = _number(int, lambda value: value > 0, "an integer > 0")
+_not_negative = _number(int, lambda value: value >= 0, "an integer ≥ 0")
+_positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number > 0")

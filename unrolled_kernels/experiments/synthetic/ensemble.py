@@ -1,0 +1,354 @@
+"""The ensemble trainer: many independent models trained as one, each exactly as if it were alone.
+
+The models of a chunk share hidden size and optimizer; their parameters are the rows of one matrix. Three properties of
+the task make the step small:
+
+- R is data and the loss is invariant under it, ‖y_k - y*‖ = ‖Rᵀy_k - Rᵀy*‖, so b and y* are rotated once and the
+  recurrence is diagonal;
+- two eigenvalues are known, so with a fixed step size their part of the loss is a constant of each sample;
+- a step with φ_t = β_t = 0 leaves the state where it is, and GD is NAG without momentum, so one launch serves every
+  depth and both algorithms: a model shallower than the deepest of its chunk has zero coefficients at the end.
+
+Samples lie along the last dimension throughout: M models, n samples, h hidden units, k steps.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import time
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from unrolled_kernels import Diagonal
+from unrolled_kernels import functional as F
+from unrolled_kernels.experiments.run_directory import atomic_path
+from unrolled_kernels.experiments.synthetic import evaluation
+from unrolled_kernels.experiments.synthetic.data import DIM, MU, X_DIM, L, epochs_in_blocks
+from unrolled_kernels.experiments.synthetic.grid import trial_columns
+from unrolled_kernels.experiments.synthetic.model import inner_eigenvalues, make_layer
+from unrolled_kernels.schedules import nesterov_momentum
+
+_STATE = ("theta", "first_moment", "second_moment", "best_theta", "best_loss", "best_epoch")
+# samples of one pass of the evaluation: its activations stay in the cache
+_EVALUATED_AT_ONCE = 500
+
+
+def make_chunks(trials, models_per_chunk):
+    """Split trials into the chunks that are trained together: one architecture each, and depths as equal as may be.
+
+    Args:
+        trials: sorted list of ``Trial``, all of a grid (a resumed run must get the same chunks).
+        models_per_chunk: the size of the largest chunk.
+    Returns:
+        Lists of trials.
+    """
+    families = {}
+    for trial in trials:
+        families.setdefault((trial.hidden, trial.optimizer), []).append(trial)
+    chunks = []
+    for family in families.values():
+        by_depth = sorted(family, key=lambda trial: (trial.num_steps, trial))
+        count = math.ceil(len(by_depth) / models_per_chunk)
+        bounds = [round(i * len(by_depth) / count) for i in range(count + 1)]
+        chunks += [by_depth[lo:hi] for lo, hi in itertools.pairwise(bounds)]
+    return chunks
+
+
+def train_chunk(task, trials, training, *, checkpoint=None, checkpoint_seconds=120, on_epochs=lambda count: None):
+    """Train the models of one chunk together.
+
+    Args:
+        task: the data, on the device to train on.
+        trials: models of one hidden size and optimizer.
+        training: what all models share.
+        checkpoint: the file that keeps the state of unfinished training; continued from if it is there, removed at
+            the end.
+        checkpoint_seconds: how often it is written.
+        on_epochs: called now and then with the number of epochs done since the last call.
+    Returns:
+        The rows of the results table, one dict for each trial.
+    Raises:
+        ValueError: the checkpoint is damaged or belongs to other models; the message names it.
+    """
+    ensemble = Ensemble(task, trials, training)
+    if checkpoint is not None and checkpoint.exists():
+        ensemble.load(checkpoint)
+        on_epochs(ensemble.epoch)
+    saved, reported = time.monotonic(), ensemble.epoch
+    try:
+        for epoch, block, row in epochs_in_blocks(ensemble.epoch, training.epochs):
+            if row == 0 or epoch == ensemble.first_epoch:
+                orders = ensemble.minibatch_orders(block)
+                on_epochs(epoch - reported)
+                reported = epoch
+            if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
+                ensemble.save(checkpoint)
+                saved = time.monotonic()
+            ensemble.train_epoch(orders[row])
+    except KeyboardInterrupt:
+        if checkpoint is not None:
+            ensemble.save(checkpoint)
+        raise
+    on_epochs(training.epochs - reported)
+    rows = ensemble.results()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return rows
+
+
+class Ensemble:
+    """The state of M models in training.
+
+    Args:
+        task, trials, training: as in ``train_chunk``.
+    """
+
+    def __init__(self, task, trials, training):
+        self.task, self.trials, self.training = task, list(trials), training
+        first = self.trials[0]
+        self.device, self.dtype = task.x.device, task.x.dtype
+        self.learned = training.learn_step_size
+        self.adam = first.optimizer == "adam"
+        self.num_steps = max(trial.num_steps for trial in self.trials)
+        self.depths = self._column([trial.num_steps for trial in self.trials])
+        self.learning_rates = self._column([trial.learning_rate for trial in self.trials])
+        self.accelerated = self._column([trial.algorithm == "nag" for trial in self.trials])
+        self.seeds = sorted({trial.seed for trial in self.trials})
+        self.seed_of_model = torch.tensor([self.seeds.index(trial.seed) for trial in self.trials], device=self.device)
+        self._initial_parameters()
+        self._eigenbasis()
+        self._training_samples()
+        self.first_epoch = self.epoch = 0
+        self.seconds = 0.0
+        self.init = self.training_loss(), self.evaluate()[0]
+
+    def _column(self, values):
+        return torch.tensor(values, dtype=self.dtype, device=self.device).unsqueeze(1)
+
+    # -- parameters: one row of theta for each model, seen through one leaf tensor for each weight
+
+    def _initial_parameters(self):
+        rows, max_step_sizes = [], []
+        for trial in self.trials:
+            row = [p.flatten() for layer in self.task.initial_weights(trial.hidden, trial.seed) for p in layer]
+            if self.learned:
+                layer = make_layer(trial.algorithm, trial.num_steps, self.training.step_size, learn_step_size=True)
+                max_step_sizes.append(layer.max_step_size)
+                row.append(layer.step_size_logit.detach().flatten())
+            rows.append(torch.cat(row))
+        self.max_step_size = self._column(max_step_sizes)
+        self.theta = torch.stack(rows).to(self.device, self.dtype)  # [M, P]
+        self.first_moment = torch.zeros_like(self.theta)
+        self.second_moment = torch.zeros_like(self.theta)
+        self.best_theta = self.theta.clone()
+        self.best_loss = torch.full((len(self.trials),), math.inf, dtype=self.dtype, device=self.device)
+        self.best_epoch = torch.zeros(len(self.trials), dtype=torch.int64, device=self.device)
+
+    def _views(self, theta):
+        """Views of theta ``[M, P]``: weights ``[M, out, in]``, biases ``[M, out, 1]``, logits of φ ``[M, 1]``."""
+        hidden = self.trials[0].hidden
+        sizes = (X_DIM, hidden, DIM - 2) if hidden else (X_DIM, DIM - 2)
+        shapes = []
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            shapes += [(fan_out, fan_in), (fan_out, 1)]
+        shapes += [(1,)] * self.learned
+        parts = theta.split([math.prod(shape) for shape in shapes], dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    # -- data
+
+    def _eigenbasis(self):
+        """Rotate b and y* once, and keep the part of the spectrum that is computed at every step."""
+        inner = slice(None) if self.learned else slice(1, -1)
+        task = self.task
+        b_hat, y_hat = (torch.einsum("nij,ni->jn", task.R, v) for v in (task.b, task.y_star))  # [d, N]
+        self.everything = torch.cat([task.x.T, b_hat[inner], y_hat[inner]])  # [F, N]
+        self.true_inner = task.eigenvalues.T[1:-1]  # [d-2, N]
+        self.fixed = None
+        if not self.learned:
+            edge = torch.tensor([[L], [MU]], dtype=self.dtype, device=self.device)
+            b_edge, y_edge = b_hat[[0, -1]], y_hat[[0, -1]]
+            b_edge = b_edge.expand(len(self.trials), -1, -1)
+            y = self._run(edge.expand_as(b_edge), b_edge, self._step_sizes(None))
+            self.fixed = (y - y_edge).square().sum(1)  # [M, N]
+
+    def _training_samples(self):
+        index = torch.stack([self.task.train_index(seed) for seed in self.seeds]).to(self.device)  # [S, n]
+        self.train_index = index[self.seed_of_model]  # [M, n]
+        self.samples = self.everything[:, index].movedim(0, 1).contiguous()  # [S, F, n]
+        # in one order for every epoch: equal parameters must give equal losses, or rounding would choose among them
+        self.evaluated = self.samples[self.seed_of_model]  # [M, F, n]
+        self.fixed_samples = None if self.fixed is None else self.fixed.gather(1, self.train_index)
+
+    def minibatch_orders(self, block):
+        """``[256, S, n]``, the orders of a block of epochs for each seed."""
+        orders = [self.task.minibatch_orders(seed, block) for seed in self.seeds]
+        return torch.stack(orders, 1).to(self.device)
+
+    # -- the model
+
+    def _step_sizes(self, logit):
+        """φ of each model, ``[M, 1]``."""
+        if logit is None:
+            return torch.full_like(self.depths, self.training.step_size)
+        return self.max_step_size * torch.sigmoid(logit)
+
+    def _run(self, eigenvalues, b, step_size):
+        """Each model's own steps, from zero: eigenvalues and b ``[M, *, n]`` to y ``[M, *, n]``."""
+        active = torch.arange(self.num_steps, device=self.device) < self.depths  # [M, k]
+        phi = (step_size * active).unsqueeze(1)
+        beta = (nesterov_momentum(step_size, MU) * self.accelerated * active).unsqueeze(1)
+        return F.momentum(Diagonal(eigenvalues), b, phi, beta, beta, self.num_steps)
+
+    def _inner_eigenvalues(self, views, x):
+        """x ``[M, 10, n]`` to the learned eigenvalues ``[M, d-2, n]``."""
+        weights = views[: len(views) - self.learned]
+        out = torch.baddbmm(weights[1], weights[0], x)
+        if len(weights) > 2:
+            out = torch.baddbmm(weights[3], weights[2], out.relu_())
+        return inner_eigenvalues(out, dim=1)
+
+    def _losses(self, views, samples, fixed):
+        """The loss of each sample, ``[M, n]``, of samples ``[M or 1, F, n]``, and the learned eigenvalues."""
+        x, b, y_star = samples.tensor_split([X_DIM, (X_DIM + samples.shape[1]) // 2], dim=1)
+        inner = self._inner_eigenvalues(views, x.expand(len(self.trials), -1, -1))
+        eigenvalues = inner
+        if self.learned:
+            edge = torch.ones_like(inner[:, :1])
+            eigenvalues = torch.cat([L * edge, inner, MU * edge], 1)
+        y = self._run(eigenvalues, b.expand_as(eigenvalues), self._step_sizes(views[-1] if self.learned else None))
+        squared = (y - y_star).square().sum(1)
+        return (squared if fixed is None else squared + fixed).sqrt(), inner
+
+    # -- training
+
+    def train_epoch(self, order):
+        """Visit every training sample once in the given order ``[S, n]``, then keep what is best so far."""
+        start = time.perf_counter()
+        samples = self.samples.gather(2, order.unsqueeze(1).expand_as(self.samples))[self.seed_of_model]
+        fixed = None if self.fixed is None else self.fixed_samples.gather(1, order[self.seed_of_model])
+        size, steps = self.training.batch_size, math.ceil(samples.shape[2] / self.training.batch_size)
+        for i in range(steps):
+            batch = slice(i * size, (i + 1) * size)
+            step = self.epoch * steps + i + 1
+            self.train_step(step, samples[:, :, batch], None if fixed is None else fixed[:, batch])
+        self.epoch += 1
+        with torch.no_grad():
+            loss = self._losses(self._views(self.theta), self.evaluated, self.fixed_samples)[0].mean(1)
+            # false for NaN: a model that diverged keeps its last good parameters
+            better = loss < self.best_loss
+            self.best_loss = torch.where(better, loss, self.best_loss)
+            self.best_epoch.masked_fill_(better, self.epoch)
+            torch.where(better.unsqueeze(1), self.theta, self.best_theta, out=self.best_theta)
+        self.seconds += time.perf_counter() - start
+
+    def train_step(self, step, samples, fixed):
+        """Optimizer step ``step``, counted from 1, of each model on its minibatch, samples ``[M, F, batch]``."""
+        leaves = [view.detach().requires_grad_() for view in self._views(self.theta)]
+        losses, _ = self._losses(leaves, samples, fixed)
+        # the sum over models keeps their gradients apart
+        grads = torch.autograd.grad(losses.mean(1).sum(), leaves)
+        grad = torch.cat([g.flatten(1) for g in grads], 1)
+        grad.add_(self.theta, alpha=self.training.weight_decay)
+        if self.adam:
+            self._adam(step, grad)
+        else:
+            self.theta.addcmul_(grad, self.learning_rates, value=-1)
+
+    def _adam(self, step, grad, beta1=0.9, beta2=0.999, eps=1e-8):
+        """Adam as in torch.optim, with a learning rate for each row."""
+        self.first_moment.lerp_(grad, 1 - beta1)
+        self.second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = self.second_moment.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+        update = torch.div(self.first_moment, denominator, out=grad)
+        self.theta.addcmul_(update, self.learning_rates, value=-1 / (1 - beta1**step))
+
+    # -- evaluation
+
+    @torch.no_grad()
+    def training_loss(self):
+        return self._losses(self._views(self.best_theta), self.evaluated, self.fixed_samples)[0].mean(1)
+
+    @torch.no_grad()
+    def evaluate(self):
+        """The kept parameters on all samples.
+
+        Returns:
+            The mean loss ``[M]``, and the spectral and the squared Frobenius norm of Q_θ - Q* of each sample
+            ``[M, N]``.
+        """
+        views = self._views(self.best_theta)
+        losses, spectral, frobenius2 = [], [], []
+        for lo in range(0, self.everything.shape[1], _EVALUATED_AT_ONCE):
+            part = slice(lo, lo + _EVALUATED_AT_ONCE)
+            fixed = None if self.fixed is None else self.fixed[:, part]
+            loss, inner = self._losses(views, self.everything[None, :, part], fixed)
+            errors = evaluation.spectrum_errors(inner, self.true_inner[:, part], dim=1)
+            losses.append(loss)
+            spectral.append(errors[0])
+            frobenius2.append(errors[1])
+        return torch.cat(losses, 1).mean(1), torch.cat(spectral, 1), torch.cat(frobenius2, 1)
+
+    def results(self):
+        """One row of the results table for each model."""
+        start = time.perf_counter()
+        train = self.training_loss()
+        test, *errors = self.evaluate()
+        q_test = torch.stack([e.mean(1) for e in errors], 1).tolist()
+        q_train = torch.stack([e.gather(1, self.train_index).mean(1) for e in errors], 1).tolist()
+        step_size = self._step_sizes(self._views(self.best_theta)[-1] if self.learned else None)
+        seconds = (self.seconds + time.perf_counter() - start) / len(self.trials)
+        columns = [x.flatten().tolist() for x in (self.best_epoch, train, test, *self.init, step_size)]
+        rows = []
+        for i, (trial, best_epoch, train_i, test_i, *init, phi) in enumerate(zip(self.trials, *columns, strict=True)):
+            diverged = self.epoch > 0 and best_epoch == 0
+            rows.append(
+                trial_columns(trial)
+                | evaluation.result_columns(
+                    epochs=self.epoch,
+                    best_epoch=best_epoch,
+                    train=math.nan if diverged else train_i,
+                    test=math.nan if diverged else test_i,
+                    q_train=q_train[i],
+                    q_test=q_test[i],
+                    init=init,
+                    step_size=phi,
+                    seconds=seconds,
+                )
+            )
+        return rows
+
+    # -- checkpoints
+
+    def save(self, file):
+        """Write the state of training to ``file``."""
+        metadata = {"epoch": str(self.epoch), "seconds": str(self.seconds), "trials": fingerprint(self.trials)}
+        with atomic_path(file) as temporary:
+            save_file({name: getattr(self, name).cpu() for name in _STATE}, temporary, metadata)
+
+    def load(self, file):
+        """Continue from ``file``; raises ValueError, which names it, if it is damaged or of other models."""
+        try:
+            with safe_open(file, "pt") as saved:
+                metadata = saved.metadata() or {}
+                state = {name: saved.get_tensor(name).to(self.device) for name in _STATE}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file}: not a readable checkpoint (truncated, or of another kind): {error}; "
+                "delete it to train its models from the start"
+            ) from None
+        if metadata.get("trials") != fingerprint(self.trials):
+            raise ValueError(f"{file}: a checkpoint of other models; delete it to train these from the start")
+        for name, tensor in state.items():
+            setattr(self, name, tensor)
+        self.first_epoch = self.epoch = int(metadata["epoch"])
+        self.seconds = float(metadata["seconds"])
+
+
+def fingerprint(trials):
+    """A name for a list of trials, the same in every process."""
+    text = json.dumps([list(trial_columns(trial).values()) for trial in trials])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

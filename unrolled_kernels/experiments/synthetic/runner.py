@@ -1,0 +1,149 @@
+"""Trains the models of a grid, in worker processes on the CPU, and keeps every result as soon as it is there."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from unrolled_kernels import use_backend
+from unrolled_kernels.experiments.synthetic import data
+from unrolled_kernels.experiments.synthetic.ensemble import fingerprint, make_chunks, train_chunk
+from unrolled_kernels.experiments.synthetic.grid import Training, finished_trials
+from unrolled_kernels.experiments.synthetic.train import train_one
+
+# on the CPU, enough models to hide the cost of a torch call, few enough that depths within a chunk are alike and that
+# every worker gets some; on a GPU, as many as fill it
+_MODELS_PER_CHUNK = {"cpu": 128, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How models are trained, whichever they are: everything a worker process needs to know.
+
+    Attributes:
+        training: what all models share.
+        data_seed: seed of the generated data.
+        reference: folder of the authors' data, or None.
+        device, backend, trainer: as on the command line.
+    """
+
+    training: Training
+    data_seed: int = 2
+    reference: Path | None = None
+    device: str = "cpu"
+    backend: str = "auto"
+    trainer: str = "ensemble"
+
+    def task(self):
+        """The data, on the device."""
+        task = data.load_reference(self.reference) if self.reference else data.generate(self.data_seed)
+        return task.to(self.device)
+
+
+def train_grid(setup, trials, run_directory, *, workers=None, show_progress=True):
+    """Train every trial that ``run_directory`` does not hold yet.
+
+    Args:
+        setup: data, device, trainer.
+        trials: all models of the run, sorted.
+        run_directory: a ``RunDirectory``; results are appended to it as they come, checkpoints kept in it.
+        workers: processes, each of one thread; default: the cores of this process on the CPU, 1 on a GPU. With 1
+            everything runs in this process, with torch's threads as they are.
+        show_progress: draw a bar of epochs over all models.
+    """
+    done = finished_trials(run_directory.results())
+    jobs = []
+    for chunk in _chunks(setup, trials):
+        chunk = [trial for trial in chunk if trial not in done]
+        if chunk:
+            jobs.append((chunk, run_directory.checkpoint_file(fingerprint(chunk))))
+    # the most expensive first, so that the workers end together
+    jobs.sort(key=lambda job: -len(job[0]) * max(trial.num_steps for trial in job[0]))
+    workers = min(workers or default_workers(setup.device), len(jobs))
+    epochs = setup.training.epochs
+    with tqdm(
+        total=len(trials) * epochs, unit="epoch", unit_scale=True, mininterval=1, disable=not show_progress
+    ) as bar:
+        finished = len(trials) - sum(len(chunk) for chunk, _ in jobs)
+        bar.update(finished * epochs)
+        bar.set_description(f"models {finished}/{len(trials)}")
+        for rows in _run(setup, jobs, workers, bar):
+            run_directory.append(rows)
+            finished += len(rows)
+            bar.set_description(f"models {finished}/{len(trials)}")
+    run_directory.remove_checkpoints()
+
+
+def default_workers(device):
+    """Processes that train at once on ``device``."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") and device == "cpu" else 1
+
+
+def _chunks(setup, trials):
+    if setup.trainer == "single":
+        return [[trial] for trial in trials]
+    return make_chunks(trials, _MODELS_PER_CHUNK[torch.device(setup.device).type])
+
+
+def _run(setup, jobs, workers, bar):
+    """Yield the rows of each job as it finishes."""
+    if workers <= 1:
+        task = setup.task() if jobs else None
+        for job in jobs:
+            yield _train(setup, task, *job, bar.update)
+        return
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (setup, counter)) as pool:
+        pending = {pool.submit(_train_in_worker, *job) for job in jobs}
+        start = bar.n
+        try:
+            while pending:
+                finished, pending = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
+                bar.update(start + counter.value - bar.n)
+                for future in finished:
+                    yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train(setup, task, trials, checkpoint, on_epochs):
+    with use_backend(setup.backend):
+        if setup.trainer == "single":
+            return [train_one(task, trials[0], setup.training, on_epochs)]
+        return train_chunk(
+            task,
+            trials,
+            setup.training,
+            checkpoint=checkpoint,
+            on_epochs=lambda count: on_epochs(count * len(trials)),
+        )
+
+
+def _start_worker(setup, counter):
+    global _worker
+    # a killed run must not leave its workers behind
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker = setup, setup.task(), counter
+
+
+def _exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _train_in_worker(trials, checkpoint):
+    setup, task, counter = _worker
+
+    def count(epochs):
+        with counter.get_lock():
+            counter.value += epochs
+
+    return _train(setup, task, trials, checkpoint, count)

@@ -1,0 +1,91 @@
+"""The one-model trainer: plain PyTorch around the drop-in layer."""
+
+import copy
+import math
+import time
+
+import torch
+
+from unrolled_kernels.experiments.synthetic import evaluation
+from unrolled_kernels.experiments.synthetic.data import epochs_in_blocks
+from unrolled_kernels.experiments.synthetic.grid import trial_columns
+from unrolled_kernels.experiments.synthetic.model import SpectrumNetwork, SyntheticModel, make_layer
+
+
+def make_model(task, trial, training):
+    """The untrained model of a trial."""
+    network = SpectrumNetwork(task.initial_weights(trial.hidden, trial.seed))
+    layer = make_layer(trial.algorithm, trial.num_steps, training.step_size, training.learn_step_size)
+    return SyntheticModel(network, layer).to(task.x.device, task.x.dtype)
+
+
+def make_optimizer(model, trial, training):
+    """Adam or SGD with coupled weight decay, as in ``torch.optim``."""
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[trial.optimizer]
+    return kind(model.parameters(), lr=trial.learning_rate, weight_decay=training.weight_decay)
+
+
+def train_step(model, optimizer, x, R, b, y_star):
+    """One step on a minibatch."""
+    optimizer.zero_grad()
+    loss = evaluation.distance(model(x, R, b), y_star).mean()
+    loss.backward()
+    optimizer.step()
+
+
+def train_one(task, trial, training, on_epochs=lambda count: None):
+    """Train one model and evaluate the epoch of lowest training loss.
+
+    Args:
+        task: the data, on the device to train on.
+        trial: the model.
+        training: what all models share.
+        on_epochs: called now and then with the number of epochs done since the last call.
+    Returns:
+        The row of the results table, a dict.
+    """
+    start = time.perf_counter()
+    model = make_model(task, trial, training)
+    optimizer = make_optimizer(model, trial, training)
+    index = task.train_index(trial.seed).to(task.x.device)
+    samples = [tensor[index] for tensor in (task.x, task.R, task.b, task.y_star)]
+    everything = (task.x, task.R, task.b, task.y_star)
+    init = _loss(model, samples).item(), _loss(model, everything).item()
+
+    best_loss, best_epoch, best_state = math.inf, 0, copy.deepcopy(model.state_dict())
+    reported = 0
+    for epoch, block, row in epochs_in_blocks(0, training.epochs):
+        if row == 0:
+            orders = task.minibatch_orders(trial.seed, block).to(task.x.device)
+            on_epochs(epoch - reported)
+            reported = epoch
+        for batch in orders[row].split(training.batch_size):
+            train_step(model, optimizer, *(tensor[batch] for tensor in samples))
+        loss = _loss(model, samples).item()
+        if loss < best_loss:
+            best_loss, best_epoch, best_state = loss, epoch + 1, copy.deepcopy(model.state_dict())
+    on_epochs(training.epochs - reported)
+
+    model.load_state_dict(best_state)
+    diverged = training.epochs > 0 and best_epoch == 0
+    train = math.nan if diverged else _loss(model, samples).item()
+    test = math.nan if diverged else _loss(model, everything).item()
+    with torch.no_grad():
+        errors = evaluation.spectrum_errors(model.network(task.x), task.eigenvalues, dim=-1)
+    return trial_columns(trial) | evaluation.result_columns(
+        epochs=training.epochs,
+        best_epoch=best_epoch,
+        train=train,
+        test=test,
+        q_train=[e[index].mean().item() for e in errors],
+        q_test=[e.mean().item() for e in errors],
+        init=init,
+        step_size=float(torch.as_tensor(model.layer.step_size).detach()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+@torch.no_grad()
+def _loss(model, samples):
+    x, R, b, y_star = samples
+    return evaluation.distance(model(x, R, b), y_star).mean()
