@@ -9,6 +9,9 @@ PIP  := $(BIN)/python -m pip install -q --disable-pip-version-check
 # where the machine runs other work too, spinning OpenMP threads collapse
 export OMP_WAIT_POLICY ?= passive
 
+# the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
+export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
+
 .PHONY: demo test test-slow bench gpu lint build clean
 
 demo: build

@@ -26,6 +26,8 @@
 
 namespace unrolled_kernels {
 
+enum class Structure { dense, diagonal, spectral };
+
 // One of phi, beta, gamma: logical shape [B, k], a zero stride where it is shared by samples or by steps.
 template <typename Compute>
 struct Coefficient {

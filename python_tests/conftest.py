@@ -8,6 +8,26 @@ import torch
 from unrolled_kernels import _backend
 
 torch.set_num_threads(2)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _patch_interpreter_once():
+    """Triton's interpreter patches ``triton.language`` at every call of a device function: a third of all its time."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if INTERPRETED:
+    _patch_interpreter_once()
 
 
 def _backends():
@@ -23,8 +43,12 @@ BACKENDS = list(_backends())
 
 def device_of(backend):
     """Where the tensors of a test of ``backend`` live."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "cuda" if backend == "cuda" or (backend == "triton" and not interpreted) else "cpu"
+    return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
+
+
+def interpreted(backend):
+    """Whether the kernels of ``backend`` run a thousand times slower than compiled: tests then take fewer sizes."""
+    return backend == "triton" and INTERPRETED
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,420 @@
+// Dense Q. Small or shared matrices run with samples in lanes, larger ones with rows in lanes (lanes.h). Backward takes
+// three passes, each of them a product that keeps its accumulators in registers:
+//
+//     replay    z_t for every t                          k - 1 products with Q
+//     adjoint   s_t for every t, schedule gradients      k products with Q'
+//     outer     dQ = -sum_t phi_t s_{t+1} z_t'           one product over t
+//
+// With one phi for all steps, dphi = -(<sum_t s z', Q> + (sum_t s)'b) falls out of the last pass.
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/momentum_kernels.h"
+// the headers above are compiled for the baseline, those below for the level of this file
+#include "cpu/simd.h"
+
+#include "cpu/tile_matrix.h"
+
+namespace unrolled_kernels {
+namespace UNROLLED_KERNELS_NAMESPACE {
+namespace {
+
+// Q of one tile: apply(x) = Q x and apply_transposed(x) = Q'x, as something whose [n] is vector n.
+
+template <typename C>
+struct StoredImage {
+  const C* p;
+  UNROLLED_KERNELS_INLINE Vector<C> operator[](int64_t n) const { return load(p + n * lanes<C>); }
+};
+
+template <typename M, typename X, typename C>
+UNROLLED_KERNELS_INLINE StoredImage<C> apply(const BlockedMatrix<M, X, C>& Q, const C* x, bool backwards) {
+  product<M, X>(Q.forward, Q.vectors, x, Q.d, backwards, Q.image);
+  return {Q.image};
+}
+template <typename M, typename X, typename C>
+UNROLLED_KERNELS_INLINE StoredImage<C> apply_transposed(const BlockedMatrix<M, X, C>& Q, const C* x, bool backwards) {
+  product<M, X>(Q.adjoint, Q.vectors, x, Q.d, backwards, Q.image);
+  return {Q.image};
+}
+
+// samples in lanes, d known to the compiler: the image stays in registers
+template <int d, typename C>
+struct StaticMatrix {
+  const C* data;  // [d, d] vectors
+
+  struct Image {
+    Vector<C> v[d];
+    UNROLLED_KERNELS_INLINE Vector<C> operator[](int64_t n) const { return v[n]; }
+  };
+  static constexpr int64_t size() { return d; }
+  UNROLLED_KERNELS_INLINE Image multiply(const C* x, int64_t row, int64_t column) const {
+    Image image;
+    product_block<VectorOperand<C>, VectorOperand<C>, d, 1, C>(data, row, column, x, lanes<C>, d, image.v);
+    return image;
+  }
+};
+
+template <int d, typename C>
+UNROLLED_KERNELS_INLINE auto apply(const StaticMatrix<d, C>& Q, const C* x, bool) {
+  return Q.multiply(x, d * lanes<C>, lanes<C>);
+}
+template <int d, typename C>
+UNROLLED_KERNELS_INLINE auto apply_transposed(const StaticMatrix<d, C>& Q, const C* x, bool) {
+  return Q.multiply(x, lanes<C>, d * lanes<C>);
+}
+
+// The states of one tile; a row is `size` vectors. m_t = y_t - y_{t-1} is carried along with y_t:
+//
+//     m_{t+1} = beta_t m_t - phi_t (Q z_t + b)     y_{t+1} = y_t + m_{t+1}     z_{t+1} = y_{t+1} + gamma_{t+1} m_{t+1}
+//
+// and backward, with s_t the adjoint of m_t by every way through it (a_t of the contract) and ybar_t that of y_t alone:
+//
+//     w = Q's_{t+1}     ybar_t = ybar_{t+1} - phi_t w (+ grad y_t)     s_t = ybar_t + beta_t s_{t+1} - phi_t gamma_t w
+template <typename C>
+struct Trace {
+  const C* b;
+  C *y, *m, *z;                    // z is y without momentum, m is unused
+  int64_t y_step, m_step, z_step;  // elements from step to step, 0 where only the last state is kept
+  C* s;                            // rows 0 ... k: grad y_t, then s_t; phi_t s_{t+1} once step t is done, if per_step
+  C* ybar;                         // one row
+  bool y0_is_zero, trajectory;
+  ScheduleView<C> schedule;
+  ScheduleSums<C> sums;
+};
+
+// From y_0 on, `products` of the k steps. k - 1 give every z_t.
+template <bool momentum, typename Matrix, typename C>
+UNROLLED_KERNELS_NOINLINE void replay(const Trace<C>* traces, const Matrix* matrices, int groups, int64_t k,
+                                      int64_t products) {
+  constexpr int64_t W = lanes<C>;
+  const int64_t n_vectors = matrices[0].size();
+  for (int64_t t = 0; t < products; ++t) {
+    for (int g = 0; g < groups; ++g) {
+      const Trace<C>& s = traces[g];
+      const auto c = s.schedule.template at<momentum>(t);
+      const Vector<C> gamma_next = momentum ? s.schedule.template at<momentum>(min(t + 1, k - 1)).gamma : Vector<C>{};
+      const C *y = s.y + t * s.y_step, *m = s.m + t * s.m_step;
+      C *y_next = s.y + (t + 1) * s.y_step, *m_next = s.m + (t + 1) * s.m_step, *z_next = s.z + (t + 1) * s.z_step;
+      const auto update = [&](const auto& Qz) {
+#pragma GCC unroll 8
+        for (int64_t n = 0; n < n_vectors; ++n) {
+          const Vector<C> step = c.phi * (Qz(n) + load(s.b + n * W));
+          if constexpr (momentum) {
+            const Vector<C> moved = c.beta * load(m + n * W) - step, to = load(y + n * W) + moved;
+            store(m_next + n * W, moved);
+            store(y_next + n * W, to);
+            store(z_next + n * W, to + gamma_next * moved);
+          } else {
+            store(y_next + n * W, load(y + n * W) - step);
+          }
+        }
+      };
+      if (t == 0 && s.y0_is_zero) {
+        update([](int64_t) { return Vector<C>{}; });
+      } else {
+        const auto image = apply(matrices[g], static_cast<const C*>(s.z + t * s.z_step), t % 2 != 0);
+        update([&](int64_t n) { return image[n]; });
+      }
+    }
+  }
+}
+
+template <bool momentum, bool per_step, typename Matrix, typename C>
+UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C>* traces, const Matrix* matrices, int groups, int64_t k) {
+  constexpr int64_t W = lanes<C>;
+  const int64_t n_vectors = matrices[0].size(), row = n_vectors * W;
+  for (int64_t t = k - 1; t >= 0; --t) {
+    for (int g = 0; g < groups; ++g) {
+      const Trace<C>& trace = traces[g];
+      auto c = trace.schedule.template at<momentum>(t);
+      if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
+      C *s = trace.s + (t + 1) * row, *s_t = trace.s + t * row, *ybar = trace.ybar;
+      const C *m = trace.m + t * trace.m_step, *z = trace.z + t * trace.z_step;
+      const auto w = apply_transposed(matrices[g], static_cast<const C*>(s), t % 2 != 0);
+      Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < n_vectors; ++n) {
+        const Vector<C> sn = load(s + n * W), wn = w[n], v = c.phi * wn;
+        Vector<C> to = (momentum ? load(ybar + n * W) : sn) - v;
+        if (trace.trajectory) to += load(s_t + n * W);
+        if constexpr (momentum) {
+          const Vector<C> mn = load(m + n * W);
+          beta_sum += sn * mn;
+          gamma_sum += v * mn;
+          store(ybar + n * W, to);
+          to += c.beta * sn - c.gamma * v;
+        }
+        store(s_t + n * W, to);
+        if constexpr (per_step) {
+          phi_sum += wn * load(z + n * W) + sn * load(trace.b + n * W);
+          store(s + n * W, c.phi * sn);
+        }
+      }
+      if (trace.sums.phi) {
+        if constexpr (per_step) trace.sums.add_phi(t, -phi_sum);
+        trace.sums.template add_momentum<momentum>(t, beta_sum, -gamma_sum);
+      }
+    }
+  }
+}
+
+// One tile and its scratch.
+template <typename Storage, template <typename> class Layout, template <typename> class Operand>
+class DenseTile {
+  using C = compute_type<Storage>;
+  static constexpr int64_t W = lanes<C>;
+
+ public:
+  // `backward` may be nullptr; of what it points to, the constructor reads which outputs are wanted
+  UNROLLED_KERNELS_NOINLINE DenseTile(Arena& arena, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward, int64_t steps)
+      : p_(p),
+        tile_{p.B, p.d, 0, 0},
+        row_(tile_.size() * W),
+        y_step_(p.trajectory && !backward ? row_ : 0),
+        z_step_(backward ? row_ : 0),
+        schedule_(arena, p.phi, p.beta, p.gamma, steps),
+        gradient_(arena, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
+        Q_(arena, p, tile_.size(), true),
+        b_(arena.take<C>(row_)),
+        z_(arena.take<C>((z_step_ ? p.k + 1 : 1) * row_)),
+        y_(p.beta.data || y_step_ ? arena.take<C>((y_step_ ? p.k + 1 : 1) * row_) : z_),
+        m_(p.beta.data ? arena.take<C>((z_step_ ? p.k + 1 : 1) * row_) : nullptr),
+        s_(backward ? arena.take<C>((p.k + 1) * row_) : nullptr),
+        ybar_(backward ? arena.take<C>(row_) : nullptr),
+        db_(backward ? arena.take<C>(row_) : nullptr),
+        dQ_(backward ? arena.take<C>(p.d * row_) : nullptr) {}
+
+  UNROLLED_KERNELS_NOINLINE void load(int64_t index, bool first_of_chunk) {
+    tile_.first = index * tile_.samples;
+    tile_.count = min(tile_.samples, p_.B - tile_.first);
+    schedule_.stage(tile_, first_of_chunk);
+    Q_.stage(tile_, first_of_chunk);
+    tile_.load_state(p_.b, p_.b_stride, b_);
+    if (p_.y0) {
+      tile_.load_state(p_.y0, p_.y0_stride, y_);
+    } else {
+      fill_zero(y_, row_);
+    }
+    if (z_ != y_) copy(y_, row_, z_);
+    if (m_) fill_zero(m_, row_);
+  }
+
+  const TileMatrix<Storage, Layout, Operand>& Q() const { return Q_; }
+
+  Trace<C> trace() const {
+    const bool plain = !p_.beta.data;
+    return {b_, y_, m_, plain ? y_ : z_, plain ? max(y_step_, z_step_) : y_step_, z_step_, plain ? max(y_step_, z_step_) : z_step_,
+            s_, ybar_, p_.y0 == nullptr, p_.trajectory, schedule_.view(), gradient_.sums()};
+  }
+
+  void store_forward(Storage* y) const {
+    if (!p_.trajectory) return tile_.store_state(y_, y);
+    for (int64_t t = 0; t <= p_.k; ++t) tile_.store_state(y_ + t * row_, y + t * p_.B * p_.d);
+  }
+
+  UNROLLED_KERNELS_NOINLINE void load_cotangents(const MomentumBackward<Storage>& p, bool first_of_chunk) {
+    if (gradient_.wanted()) gradient_.begin_tile(first_of_chunk);
+    if (first_of_chunk && shares_matrix(p) && p.d_matrix) fill_zero(dQ_, p.d * row_);
+    for (int64_t t = p.trajectory ? 0 : p.k; t <= p.k; ++t) {
+      tile_.load_state(p.grad_y + (p.trajectory ? t * p.B * p.d : 0), p.d, s_ + t * row_);
+    }
+    copy(s_ + p.k * row_, row_, ybar_);
+  }
+
+  UNROLLED_KERNELS_NOINLINE void store_backward(const MomentumBackward<Storage>& p, bool per_step) {
+    const Vector<C> scale = per_step || p.k == 0 ? broadcast(C(-1)) : -schedule_.view().template at<false>(0).phi;
+    Vector<C> phi_sum{};
+    for (int64_t n = 0; n < row_; n += W) {
+      Vector<C> partial[4] = {};
+      const C* a = s_ + row_ + n;
+      int64_t t = 0;
+      for (; t + 4 <= p.k; t += 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) partial[i] += at(a + (t + i) * row_);
+      }
+      for (; t < p.k; ++t) partial[0] += at(a + t * row_);
+      const Vector<C> sum = (partial[0] + partial[1]) + (partial[2] + partial[3]);
+      phi_sum += sum * at(b_ + n);
+      store(db_ + n, scale * sum);
+    }
+    tile_.store_state(db_, p.db);
+    if (p.d_matrix) {
+      const int64_t first = p.y0 || p.k == 0 ? 0 : 1;  // z_0 = y_0 may be zero
+      phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_ + first * row_, p.k - first, scale, dQ_);
+    }
+    if (gradient_.wanted()) {
+      if (!per_step && p.k > 0) gradient_.sums().add_phi(0, -phi_sum);
+      gradient_.end_tile(tile_);
+    }
+    tile_.store_state(s_, p.dy0);
+  }
+
+  void end_chunk(const MomentumChunk<C>& chunk) const {
+    if (gradient_.wanted()) gradient_.end_chunk(chunk.schedule);
+    if (chunk.d_matrix) Q_.add_sum(dQ_, chunk.d_matrix);
+  }
+
+ private:
+  static void copy(const C* from, int64_t elements, C* to) {
+    for (int64_t n = 0; n < elements; n += W) store(to + n, at(from + n));
+  }
+  static Vector<C> at(const C* x) { return unrolled_kernels::UNROLLED_KERNELS_NAMESPACE::load(x); }
+
+  const MomentumInputs<Storage>& p_;
+  Layout<C> tile_;
+  int64_t row_, y_step_, z_step_;  // elements of a state; from state to state of y, and of z and m
+  Schedule<C> schedule_;
+  ScheduleGradient<C> gradient_;
+  TileMatrix<Storage, Layout, Operand> Q_;
+  C *b_, *z_, *y_, *m_, *s_, *ybar_, *db_, *dQ_;
+};
+
+// Tiles that take turns in every step: with few rows one tile alone would wait for its own results.
+constexpr int max_groups = 2;
+constexpr int groups_for(int64_t d) { return d <= 8 ? max_groups : 1; }
+
+template <typename C, typename F>
+void with_static_d(int64_t d, F f) {
+  using std::integral_constant;
+  switch (d) {
+    case 1: return f(integral_constant<int, 1>());
+    case 2: return f(integral_constant<int, 2>());
+    case 3: return f(integral_constant<int, 3>());
+    case 4: return f(integral_constant<int, 4>());
+    case 5: return f(integral_constant<int, 5>());
+    case 6: return f(integral_constant<int, 6>());
+    case 7: return f(integral_constant<int, 7>());
+    case 8: return f(integral_constant<int, 8>());
+  }
+}
+
+// Calls f(matrices) with the matrix type that suits the tiles.
+template <typename C, typename Tile, typename F>
+void with_matrices(const Tile* const* tiles, int groups, int64_t d, bool static_d, F f) {
+  if (static_d && d <= 8) {
+    with_static_d<C>(d, [&](auto size) {
+      StaticMatrix<decltype(size)::value, C> matrices[max_groups];
+      for (int g = 0; g < groups; ++g) matrices[g] = {tiles[g]->Q().data()};
+      f(matrices);
+    });
+  } else {
+    typename std::remove_reference_t<decltype(tiles[0]->Q())>::Blocked matrices[max_groups];
+    for (int g = 0; g < groups; ++g) matrices[g] = tiles[g]->Q().blocked();
+    f(matrices);
+  }
+}
+
+// The tiles that take turns, their scratch, and the walk over a chunk.
+template <typename Storage_, template <typename> class Layout, template <typename> class Operand>
+class DenseTiles {
+ public:
+  using Storage = Storage_;
+  using C = compute_type<Storage>;
+  using Tile = DenseTile<Storage, Layout, Operand>;
+  // the matrices of a tile, [d, d] vectors, fit 32 KiB
+  static constexpr int64_t max_d = vector_bytes == 16 ? 45 : vector_bytes == 32 ? 32 : 22;
+  static constexpr bool samples_in_lanes = std::is_same_v<Layout<C>, SampleLanes<C>>;
+  static constexpr bool static_d = samples_in_lanes && std::is_same_v<Operand<C>, VectorOperand<C>>;
+
+  DenseTiles(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward, int64_t steps)
+      : groups_(groups_for(p.d)),
+        arena_(scratch),
+        none_(nullptr),
+        first_(arena_, p, backward, steps),
+        second_(groups_ > 1 ? arena_ : none_, p, backward, steps) {}
+
+  size_t scratch_bytes() const { return arena_.used(); }
+
+  void forward(const MomentumForward<Storage>& p, const MomentumChunk<C>& chunk) {
+    for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
+      const int active = static_cast<int>(min(groups_, chunk.end - i));
+      for (int g = 0; g < active; ++g) tiles_[g]->load(i + g, i == chunk.begin);
+      with_matrices<C>(tiles_, active, p.d, static_d, [&](const auto* matrices) {
+        const Trace<C> traces[max_groups] = {first_.trace(), second_.trace()};
+        if (p.beta.data) {
+          replay<true>(traces, matrices, active, p.k, p.k);
+        } else {
+          replay<false>(traces, matrices, active, p.k, p.k);
+        }
+      });
+      for (int g = 0; g < active; ++g) tiles_[g]->store_forward(p.y);
+    }
+  }
+
+  void backward(const MomentumBackward<Storage>& p, const MomentumChunk<C>& chunk, bool per_step) {
+    for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
+      const int active = static_cast<int>(min(groups_, chunk.end - i));
+      for (int g = 0; g < active; ++g) {
+        tiles_[g]->load(i + g, i == chunk.begin);
+        tiles_[g]->load_cotangents(p, i == chunk.begin);
+      }
+      with_matrices<C>(tiles_, active, p.d, static_d, [&](const auto* matrices) {
+        const Trace<C> traces[max_groups] = {first_.trace(), second_.trace()};
+        if (p.beta.data) {
+          replay<true>(traces, matrices, active, p.k, p.k - 1);
+          per_step ? adjoint<true, true>(traces, matrices, active, p.k)
+                   : adjoint<true, false>(traces, matrices, active, p.k);
+        } else {
+          replay<false>(traces, matrices, active, p.k, p.k - 1);
+          per_step ? adjoint<false, true>(traces, matrices, active, p.k)
+                   : adjoint<false, false>(traces, matrices, active, p.k);
+        }
+      });
+      for (int g = 0; g < active; ++g) tiles_[g]->store_backward(p, per_step);
+    }
+    for (int g = 0; g < min(groups_, chunk.end - chunk.begin); ++g) tiles_[g]->end_chunk(chunk);
+  }
+
+ private:
+  int64_t groups_;
+  Arena arena_, none_;
+  Tile first_, second_;
+  Tile* const tiles_[max_groups] = {&first_, &second_};
+};
+
+// one phi, beta and gamma for all steps, and dQ at hand for dphi
+template <typename Storage>
+bool constant_in_backward(const MomentumBackward<Storage>& p) {
+  return constant_schedule(p) && (p.d_matrix || !p.dphi);
+}
+
+template <typename Storage>
+MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
+  const double flops = (backward ? 6.0 : 2.0) * static_cast<double>(p.B) * p.d * p.d * p.k;
+  const bool constant = backward ? constant_in_backward(*backward) : constant_schedule(p);
+  return matrix_plan<DenseTiles>(p, backward, constant, flops);
+}
+
+template <typename Storage>
+void forward(const MomentumForward<Storage>& p, const MomentumPlan& plan,
+             const MomentumChunk<compute_type<Storage>>& chunk) {
+  with_layout<DenseTiles>(p, [&](auto* type) {
+    std::remove_pointer_t<decltype(type)>(chunk.scratch, p, nullptr, plan.schedule_steps).forward(p, chunk);
+  });
+}
+
+template <typename Storage>
+void backward(const MomentumBackward<Storage>& p, const MomentumPlan& plan,
+              const MomentumChunk<compute_type<Storage>>& chunk) {
+  with_layout<DenseTiles>(p, [&](auto* type) {
+    std::remove_pointer_t<decltype(type)>(chunk.scratch, p, &p, plan.schedule_steps)
+        .backward(p, chunk, !constant_in_backward(p));
+  });
+}
+
+}  // namespace
+
+template <typename Storage>
+MomentumKernels<Storage> momentum_dense() {
+  return {plan<Storage>, forward<Storage>, backward<Storage>};
+}
+template MomentumKernels<float> momentum_dense();
+template MomentumKernels<double> momentum_dense();
+template MomentumKernels<half> momentum_dense();
+template MomentumKernels<bfloat16> momentum_dense();
+
+}  // namespace UNROLLED_KERNELS_NAMESPACE
+}  // namespace unrolled_kernels

@@ -1,0 +1,235 @@
+// Diagonal Q = diag(q): elementwise, so a sample is cut into strips that need no common lanes. Short rows with a schedule
+// of their own run with samples in lanes (lanes.h).
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/momentum_kernels.h"
+// the headers above are compiled for the baseline, those below for the level of this file
+#include "cpu/simd.h"
+
+#include "cpu/momentum_elementwise.h"
+
+namespace unrolled_kernels {
+namespace UNROLLED_KERNELS_NAMESPACE {
+namespace {
+
+constexpr int64_t strip_elements = 2048;
+
+// elements `column` ... `column + width - 1` of one sample
+template <typename C>
+struct StripLanes {
+  int64_t B, d, sample, column, width;
+
+  int64_t size() const { return ceil_div(width, lanes<C>); }
+
+  template <typename Storage>
+  void load_state(const Storage* x, int64_t stride, C* out) const {
+    load_row(x + sample * stride + column, width, x + (B - 1) * stride + d, out);
+  }
+  template <typename Storage>
+  void store_state(const C* in, Storage* x) const {
+    store_row(in, width, x + sample * d + column, x + sample * d + column + width);
+  }
+  Vector<C> coefficient(const C* x, int64_t stride) const { return broadcast(x[sample * stride]); }
+  void store_sums(Vector<C> sums, C* x, int64_t stride) const { x[sample * stride] = sum_lanes<C>(sums); }
+};
+
+template <typename Storage>
+bool samples_in_lanes(const MomentumInputs<Storage>& p) {
+  const bool per_sample = p.phi.batch_stride != 0 || (p.beta.data && (p.beta.batch_stride != 0 || p.gamma.batch_stride != 0));
+  return per_sample && p.B > 1 && p.d < 2 * lanes<compute_type<Storage>>;
+}
+
+template <typename Storage>
+class DiagonalTiles {
+  using C = compute_type<Storage>;
+  static constexpr int64_t W = lanes<C>;
+
+ public:
+  DiagonalTiles(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward,
+                const MomentumPlan& plan)
+      : p_(p),
+        plan_(plan),
+        arena_(scratch),
+        schedule_(arena_, p.phi, p.beta, p.gamma, plan.schedule_steps),
+        gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? plan.schedule_steps : 0,
+                  plan.tiles_per_sample > 1),
+        row_(samples_in_lanes(p) ? p.d * W : min(strip_elements, ceil_div(p.d, W) * W)) {
+    const int64_t rows = p.trajectory ? p.k + 1 : 1;
+    q_ = arena_.take<C>(row_);
+    b_ = arena_.take<C>(row_);
+    y0_ = arena_.take<C>(row_);
+    y_ = arena_.take<C>(rows * row_);
+    dq_ = arena_.take<C>(row_);
+    db_ = arena_.take<C>(row_);
+    dy0_ = arena_.take<C>(row_);
+    trace_ = backward ? arena_.take<C>(2 * p.k * vectors_at_once * W) : nullptr;
+  }
+
+  size_t scratch_bytes() const { return arena_.used(); }
+
+  void forward(const MomentumForward<Storage>& p, const MomentumChunk<C>& chunk) {
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      for_parts(i, [&](const auto& part, bool first_of_tile) {
+        if (first_of_tile) schedule_.stage(part, i == chunk.begin);
+        forward_part(p, part);
+      });
+    }
+  }
+
+  void backward(const MomentumBackward<Storage>& p, const MomentumChunk<C>& chunk) {
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      for_parts(i, [&](const auto& part, bool first_of_tile) {
+        if (first_of_tile) {
+          schedule_.stage(part, i == chunk.begin);
+          if (gradient_.wanted()) gradient_.begin_tile(i == chunk.begin);
+        }
+        backward_part(p, part);
+      });
+      if (gradient_.wanted()) for_parts(i, [&](const auto& part, bool first) { if (first) gradient_.end_tile(part); });
+    }
+    if (gradient_.wanted()) gradient_.end_chunk(chunk.schedule);
+  }
+
+ private:
+  // A tile in parts: whole vectors, which need no staging where the storage type is the compute type, and the rest.
+  template <typename F>
+  void for_parts(int64_t tile, F f) const {
+    if (samples_in_lanes(p_)) {
+      const int64_t first = tile * W;
+      return f(SampleLanes<C>{p_.B, p_.d, first, min(W, p_.B - first)}, true);
+    }
+    StripLanes<C> part{p_.B, p_.d, tile / plan_.tiles_per_sample, tile % plan_.tiles_per_sample * strip_elements, 0};
+    const int64_t width = min(strip_elements, p_.d - part.column), whole = width / W * W;
+    part.width = std::is_same_v<Storage, C> && whole > 0 ? whole : width;
+    f(part, true);
+    if (part.width == width) return;
+    part.column += part.width;
+    part.width = width - part.width;
+    f(part, false);
+  }
+
+  // Where the vectors of x lie, read or written in place if they can be.
+  static bool in_place(const StripLanes<C>& part) { return std::is_same_v<Storage, C> && part.width % W == 0; }
+  static bool in_place(const SampleLanes<C>&) { return false; }
+  static int64_t offset(const StripLanes<C>& part, int64_t stride) { return part.sample * stride + part.column; }
+  static int64_t offset(const SampleLanes<C>&, int64_t) { return 0; }
+
+  template <typename Part>
+  const C* input(const Part& part, const Storage* x, int64_t stride, C* staged) const {
+    if (!x) return nullptr;
+    if (in_place(part)) return reinterpret_cast<const C*>(x + offset(part, stride));
+    part.load_state(x, stride, staged);
+    return staged;
+  }
+  template <typename Part>
+  C* output(const Part& part, Storage* x, C* staged) const {
+    if (!x) return nullptr;
+    return in_place(part) ? reinterpret_cast<C*>(x + offset(part, p_.d)) : staged;
+  }
+  template <typename Part>
+  void finish(const Part& part, const C* staged, Storage* x) const {
+    if (x && !in_place(part)) part.store_state(staged, x);
+  }
+  template <typename Part>
+  int64_t row(const Part& part) const {
+    return !p_.trajectory ? 0 : in_place(part) ? p_.B * p_.d : row_;
+  }
+
+  template <typename Part>
+  void forward_part(const MomentumForward<Storage>& p, const Part& part) {
+    ElementwiseForward<C> e;
+    e.lambda = input(part, p.eigenvalues, p.eigenvalues_stride, q_);
+    e.b = input(part, p.b, p.b_stride, b_);
+    e.y0 = input(part, p.y0, p.y0_stride, y0_);
+    e.schedule = schedule_.view();
+    e.k = p.k;
+    e.momentum = p.beta.data;
+    e.trajectory = p.trajectory;
+    e.closed_form = has_closed_form(p);
+    e.per_step = !constant_schedule(p);
+    e.y = output(part, p.y, y_);
+    e.row = row(part);
+    run_elementwise(e, part.size());
+    for (int64_t t = 0; t <= (p.trajectory ? p.k : 0); ++t) finish(part, y_ + t * row_, p.y + t * p.B * p.d);
+  }
+
+  template <typename Part>
+  void backward_part(const MomentumBackward<Storage>& p, const Part& part) {
+    ElementwiseBackward<C> e;
+    e.lambda = input(part, p.eigenvalues, p.eigenvalues_stride, q_);
+    e.b = input(part, p.b, p.b_stride, b_);
+    e.y0 = input(part, p.y0, p.y0_stride, y0_);
+    e.schedule = schedule_.view();
+    e.k = p.k;
+    e.momentum = p.beta.data;
+    e.trajectory = p.trajectory;
+    e.closed_form = has_closed_form(p);
+    e.per_step = !constant_schedule(p);
+    e.grad_y = input(part, p.grad_y, p.d, y_);
+    for (int64_t t = 1; t <= (p.trajectory ? p.k : 0); ++t) input(part, p.grad_y + t * p.B * p.d, p.d, y_ + t * row_);
+    e.row = row(part);
+    e.dlambda = output(part, p.d_eigenvalues, dq_);
+    e.db = output(part, p.db, db_);
+    e.dy0 = output(part, p.dy0, dy0_);
+    e.sums = gradient_.sums();
+    e.trace = trace_;
+    run_elementwise(e, part.size());
+    finish(part, dq_, p.d_eigenvalues);
+    finish(part, db_, p.db);
+    finish(part, dy0_, p.dy0);
+  }
+
+  const MomentumInputs<Storage>& p_;
+  const MomentumPlan& plan_;
+  Arena arena_;
+  Schedule<C> schedule_;
+  ScheduleGradient<C> gradient_;
+  int64_t row_;  // elements of a staged row
+  C *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
+};
+
+template <typename Storage>
+MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
+  const bool samples = samples_in_lanes(p);
+  MomentumPlan plan{};
+  plan.variant = samples ? "samples in lanes" : has_closed_form(p) ? "elementwise, closed form" : "elementwise";
+  plan.lanes = lanes<compute_type<Storage>>;
+  plan.tiles_per_sample = samples ? 1 : ceil_div(p.d, strip_elements);
+  plan.tiles = samples ? ceil_div(p.B, plan.lanes) : p.B * plan.tiles_per_sample;
+  plan.schedule_steps = constant_schedule(p) ? min(p.k, 1) : p.k;
+  plan.scratch_bytes = DiagonalTiles<Storage>(nullptr, p, backward, plan).scratch_bytes();
+  const double flops = (backward ? 10.0 : 4.0) * static_cast<double>(p.B) * p.d * (p.k + 2);
+  const bool per_sample = p.phi.batch_stride != 0 || (p.beta.data && (p.beta.batch_stride != 0 || p.gamma.batch_stride != 0));
+  const bool cut = backward && backward->dphi && per_sample && plan.tiles_per_sample > 1;
+  plan.chunks = cut ? plan.tiles : chunks_for(plan.tiles, flops, 1024);
+  return plan;
+}
+
+template <typename Storage>
+void forward(const MomentumForward<Storage>& p, const MomentumPlan& plan,
+             const MomentumChunk<compute_type<Storage>>& chunk) {
+  DiagonalTiles<Storage>(chunk.scratch, p, nullptr, plan).forward(p, chunk);
+}
+
+template <typename Storage>
+void backward(const MomentumBackward<Storage>& p, const MomentumPlan& plan,
+              const MomentumChunk<compute_type<Storage>>& chunk) {
+  DiagonalTiles<Storage>(chunk.scratch, p, &p, plan).backward(p, chunk);
+}
+
+}  // namespace
+
+template <typename Storage>
+MomentumKernels<Storage> momentum_diagonal() {
+  return {plan<Storage>, forward<Storage>, backward<Storage>};
+}
+template MomentumKernels<float> momentum_diagonal();
+template MomentumKernels<double> momentum_diagonal();
+template MomentumKernels<half> momentum_diagonal();
+template MomentumKernels<bfloat16> momentum_diagonal();
+
+}  // namespace UNROLLED_KERNELS_NAMESPACE
+}  // namespace unrolled_kernels

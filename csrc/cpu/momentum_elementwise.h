@@ -1,0 +1,304 @@
+// The recurrence where Q is diagonal, Q z = lambda z elementwise: k steps at a time on a few vectors in registers.
+//
+// m_t = y_t - y_{t-1} is carried along, and backward s_t, its adjoint by every way through it (momentum_dense.cpp). With
+// one phi, beta, gamma for all steps
+//
+//     p = phi lambda    m <- (beta m - phi b) - p z    z <- y + (1 + gamma) m    y <- y + m
+//                       ybar <- ybar - p s             s <- ybar + (beta - gamma p) s
+//
+// Gradient descent with one step size has closed forms. With c = 1 - phi lambda, S = sum_{j<k} c^j and S' = dS/dc,
+//
+//     y_k = c^k y_0 - phi b S                  u := dy_k/dc = k c^{k-1} y_0 - phi b S'
+//     dlambda = -phi ybar u    db = -phi ybar S    dy_0 = c^k ybar    dphi = -ybar (lambda u + b S)
+//
+// where S and S' come from S <- c S + 1 and S' <- c S' + S, which do not cancel for small phi lambda.
+#pragma once
+
+#include "cpu/momentum_schedule.h"
+
+namespace unrolled_kernels {
+namespace UNROLLED_KERNELS_NAMESPACE {
+
+// A strip of `vectors` vectors; a row of a trajectory is `row` elements behind the one before.
+template <typename C>
+struct ElementwiseForward {
+  const C *lambda, *b, *y0;  // y0 may be nullptr: zeros
+  ScheduleView<C> schedule;
+  int64_t k;
+  bool momentum, trajectory, closed_form;
+  bool per_step;  // whether a coefficient varies over steps
+  C* y;
+  int64_t row;
+};
+
+template <typename C>
+struct ElementwiseBackward {
+  const C *lambda, *b, *y0;
+  ScheduleView<C> schedule;
+  int64_t k;
+  bool momentum, trajectory, closed_form;
+  bool per_step;  // whether a coefficient varies over steps
+  const C* grad_y;
+  int64_t row;    // of grad_y
+  C *dlambda, *db, *dy0;
+  ScheduleSums<C> sums;
+  C* trace;       // [2, k, vectors_at_once] vectors
+};
+
+// vectors in registers at once
+constexpr int vectors_at_once = 3;
+
+// One step of one vector: y_t, z_t, m_t -> t + 1. `lambda` and `b` are phi lambda and phi b where the schedule is constant.
+// The shortest way from z to the next z is two operations.
+template <bool momentum, bool per_step, typename C>
+UNROLLED_KERNELS_INLINE void elementwise_step(const StepCoefficients<C>& c, Vector<C> gamma_next, Vector<C> lambda,
+                                              Vector<C> b, Vector<C>& y, Vector<C>& z, Vector<C>& m) {
+  if constexpr (!momentum) {
+    y -= per_step ? c.phi * (lambda * y + b) : lambda * y + b;
+    z = y;
+  } else {
+    m = per_step ? c.beta * m - c.phi * (lambda * z + b) : (c.beta * m - b) - lambda * z;
+    z = y + (broadcast(C(1)) + gamma_next) * m;
+    y += m;
+  }
+}
+
+template <bool momentum, bool per_step, int N, typename C>
+UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p, int64_t offset) {
+  constexpr int64_t W = lanes<C>;
+  const ScheduleView<C> schedule = p.schedule;
+  const bool trajectory = p.trajectory;
+  const int64_t row = p.row;
+  StepCoefficients<C> c = schedule.template at<momentum>(0);
+  Vector<C> lambda[N], b[N], y[N], z[N], m[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    lambda[n] = load(p.lambda + offset + n * W);
+    b[n] = load(p.b + offset + n * W);
+    if constexpr (!per_step) {
+      lambda[n] *= c.phi;
+      b[n] *= c.phi;
+    }
+    y[n] = z[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
+    m[n] = Vector<C>{};
+  }
+  C* out = p.y + offset;
+  for (int64_t t = 0, k = p.k; t < k; ++t) {
+    const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      if (trajectory) store(out + t * row + n * W, y[n]);
+      elementwise_step<momentum, per_step>(c, next.gamma, lambda[n], b[n], y[n], z[n], m[n]);
+    }
+    c = next;
+  }
+  if (trajectory) out += p.k * row;
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) store(out + n * W, y[n]);
+}
+
+template <int N, typename C>
+UNROLLED_KERNELS_INLINE void closed_forward(const ElementwiseForward<C>& p, int64_t offset) {
+  constexpr int64_t W = lanes<C>;
+  const Vector<C> phi = p.schedule.template at<false>(0).phi, one = broadcast(C(1));
+  Vector<C> c[N], S[N], power[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    c[n] = one - phi * load(p.lambda + offset + n * W);
+    S[n] = Vector<C>{};
+    power[n] = one;
+  }
+  for (int64_t t = 0; t < p.k; ++t) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) S[n] = c[n] * S[n] + one;
+  }
+  if (p.y0) {
+    for (int64_t t = 0; t < p.k; ++t) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) power[n] *= c[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    Vector<C> y = -(phi * S[n]) * load(p.b + offset + n * W);
+    if (p.y0) y += power[n] * load(p.y0 + offset + n * W);
+    store(p.y + offset + n * W, y);
+  }
+}
+
+template <bool momentum, bool per_step, int N, typename C>
+UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& p, int64_t offset) {
+  constexpr int64_t W = lanes<C>;
+  const ScheduleView<C> schedule = p.schedule;
+  const ScheduleSums<C> sums = p.sums;
+  const bool trajectory = p.trajectory;
+  const int64_t k = p.k, row = p.row;
+  StepCoefficients<C> c = schedule.template at<momentum>(0);
+  Vector<C> lambda[N];  // phi lambda where phi is the same for all steps
+  {
+    Vector<C> b[N], y[N], z[N], m[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      lambda[n] = load(p.lambda + offset + n * W);
+      b[n] = load(p.b + offset + n * W);
+      if constexpr (!per_step) {
+        lambda[n] *= c.phi;
+        b[n] *= c.phi;
+      }
+      y[n] = z[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
+      m[n] = Vector<C>{};
+    }
+    // the trace: z_t and, with momentum, m_t
+    C* trace = p.trace;
+    for (int64_t t = 0; t < k; ++t, trace += 2 * N * W) {
+      const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        store(trace + n * W, z[n]);
+        if constexpr (momentum) store(trace + (N + n) * W, m[n]);
+        elementwise_step<momentum, per_step>(c, next.gamma, lambda[n], b[n], y[n], z[n], m[n]);
+      }
+      c = next;
+    }
+  }
+  Vector<C> ybar[N], s[N], s_sum[N], sz_sum[N], sm_sum[N];
+  const C* cotangent = p.grad_y + offset + (trajectory ? k * row : 0);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    ybar[n] = s[n] = load(cotangent + n * W);
+    s_sum[n] = sz_sum[n] = sm_sum[n] = Vector<C>{};
+  }
+  const C* trace = p.trace + k * 2 * N * W;
+  for (int64_t t = k - 1; t >= 0; --t) {
+    trace -= 2 * N * W;
+    if constexpr (per_step) c = schedule.template at<momentum>(t);
+    if (trajectory) cotangent -= row;
+    Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vector<C> z = load(trace + n * W), m = momentum ? load(trace + (N + n) * W) : Vector<C>{};
+      const Vector<C> weighted = per_step ? c.phi * s[n] : s[n];
+      Vector<C> v = lambda[n] * weighted;
+      s_sum[n] += weighted;
+      sz_sum[n] += weighted * z;
+      if constexpr (per_step) phi_sum += s[n] * (lambda[n] * z + load(p.b + offset + n * W));
+      ybar[n] -= v;
+      if (trajectory) ybar[n] += load(cotangent + n * W);
+      if constexpr (!momentum) {
+        s[n] = ybar[n];
+      } else if constexpr (per_step) {
+        beta_sum += s[n] * m;
+        gamma_sum += v * m;
+        s[n] = ybar[n] + (c.beta * s[n] - c.gamma * v);
+      } else {
+        sm_sum[n] += s[n] * m;
+        s[n] = ybar[n] + (c.beta - c.gamma * lambda[n]) * s[n];
+      }
+    }
+    if (per_step && sums.phi) {
+      sums.add_phi(t, -phi_sum);
+      sums.template add_momentum<momentum>(t, beta_sum, -gamma_sum);
+    }
+  }
+  const Vector<C> scale = per_step || k == 0 ? broadcast(C(-1)) : -c.phi;
+  Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    phi_sum += load(p.lambda + offset + n * W) * sz_sum[n] + load(p.b + offset + n * W) * s_sum[n];
+    beta_sum += sm_sum[n];
+    gamma_sum += lambda[n] * sm_sum[n];
+    if (p.dlambda) store(p.dlambda + offset + n * W, scale * sz_sum[n]);
+    store(p.db + offset + n * W, scale * s_sum[n]);
+    store(p.dy0 + offset + n * W, ybar[n]);
+  }
+  if (!per_step && k > 0 && sums.phi) {
+    sums.add_phi(0, -phi_sum);
+    sums.template add_momentum<momentum>(0, beta_sum, -gamma_sum);
+  }
+}
+
+template <int N, typename C>
+UNROLLED_KERNELS_INLINE void closed_backward(const ElementwiseBackward<C>& p, int64_t offset) {
+  constexpr int64_t W = lanes<C>;
+  const Vector<C> phi = p.schedule.template at<false>(0).phi, one = broadcast(C(1));
+  Vector<C> lambda[N], c[N], S[N], dS[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    lambda[n] = load(p.lambda + offset + n * W);
+    c[n] = one - phi * lambda[n];
+    S[n] = dS[n] = Vector<C>{};
+  }
+  for (int64_t t = 0; t < p.k; ++t) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      dS[n] = c[n] * dS[n] + S[n];
+      S[n] = c[n] * S[n] + one;
+    }
+  }
+  Vector<C> power[N];  // c^{k-1}
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) power[n] = one;
+  for (int64_t t = 1; t < p.k; ++t) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) power[n] *= c[n];
+  }
+  Vector<C> phi_sum{};
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    const Vector<C> grad = load(p.grad_y + offset + n * W), b = load(p.b + offset + n * W);
+    Vector<C> u = -(phi * b) * dS[n];
+    if (p.y0) u += C(p.k) * power[n] * load(p.y0 + offset + n * W);
+    phi_sum += grad * (lambda[n] * u + b * S[n]);
+    if (p.dlambda) store(p.dlambda + offset + n * W, -phi * grad * u);
+    store(p.db + offset + n * W, -phi * grad * S[n]);
+    store(p.dy0 + offset + n * W, c[n] * power[n] * grad);
+  }
+  if (p.sums.phi) p.sums.add_phi(0, -phi_sum);
+}
+
+// calls f(integral_constant N, offset) over a strip, N = vectors_at_once and then 1
+template <typename C, typename F>
+UNROLLED_KERNELS_INLINE void for_vectors(int64_t vectors, F f) {
+  int64_t n = 0;
+  for (; n + vectors_at_once <= vectors; n += vectors_at_once) {
+    f(std::integral_constant<int, vectors_at_once>(), n * lanes<C>);
+  }
+  for (; n < vectors; ++n) f(std::integral_constant<int, 1>(), n * lanes<C>);
+}
+
+template <typename C>
+UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, int64_t vectors) {
+  for_vectors<C>(vectors, [&](auto N, int64_t offset) {
+    constexpr int n = decltype(N)::value;
+    if (p.closed_form) {
+      closed_forward<n>(p, offset);
+    } else if (p.momentum) {
+      p.per_step ? elementwise_forward<true, true, n>(p, offset) : elementwise_forward<true, false, n>(p, offset);
+    } else {
+      p.per_step ? elementwise_forward<false, true, n>(p, offset) : elementwise_forward<false, false, n>(p, offset);
+    }
+  });
+}
+
+template <typename C>
+UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseBackward<C>& p, int64_t vectors) {
+  for_vectors<C>(vectors, [&](auto N, int64_t offset) {
+    constexpr int n = decltype(N)::value;
+    if (p.closed_form) {
+      closed_backward<n>(p, offset);
+    } else if (p.momentum) {
+      p.per_step ? elementwise_backward<true, true, n>(p, offset) : elementwise_backward<true, false, n>(p, offset);
+    } else {
+      p.per_step ? elementwise_backward<false, true, n>(p, offset) : elementwise_backward<false, false, n>(p, offset);
+    }
+  });
+}
+
+// gradient descent, one step size for all steps, final iterate only, at least one step
+template <typename Inputs>
+inline bool has_closed_form(const Inputs& p) {
+  return !p.beta.data && p.phi.step_stride == 0 && !p.trajectory && p.k > 0;
+}
+
+}  // namespace UNROLLED_KERNELS_NAMESPACE
+}  // namespace unrolled_kernels

@@ -1,0 +1,218 @@
+// Spectral Q = R diag(lambda) R': the diagonal recurrence in the eigenbasis, between products with R' and R.
+//
+//     bh = R'b    yh_0 = R'y_0    yh_t by the recurrence of lambda and bh    y_t = R yh_t,  t > 0
+//
+// Backward, with dyh_t = R'ybar_t (t > 0) as the cotangents in the eigenbasis:
+//
+//     db = R dbh    dy_0 = ybar_0 + R dyh_0    dR = b dbh' + y_0 dyh_0' + sum_{t > 0} ybar_t yh_t'
+//
+// y_0 itself is never rotated: with k = 0 or t = 0 of a trajectory nothing of R is in it.
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/momentum_kernels.h"
+// the headers above are compiled for the baseline, those below for the level of this file
+#include "cpu/simd.h"
+
+#include "cpu/momentum_elementwise.h"
+#include "cpu/products.h"
+#include "cpu/tile_matrix.h"
+
+namespace unrolled_kernels {
+namespace UNROLLED_KERNELS_NAMESPACE {
+namespace {
+
+template <typename Storage_, template <typename> class Layout, template <typename> class Operand>
+class SpectralTiles {
+ public:
+  using Storage = Storage_;
+  using C = compute_type<Storage>;
+  // beyond, transposing R to lanes costs more than the two products with it
+  static constexpr int64_t max_d = 16;
+  static constexpr bool samples_in_lanes = std::is_same_v<Layout<C>, SampleLanes<C>>;
+
+  SpectralTiles(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward,
+                int64_t steps)
+      : p_(p),
+        arena_(scratch),
+        tile_{p.B, p.d, 0, 0},
+        row_(tile_.size() * W),
+        states_(p.trajectory ? p.k + 1 : 1),
+        schedule_(arena_, p.phi, p.beta, p.gamma, steps),
+        gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
+        R_(arena_, p, tile_.size(), false) {
+    for (C** x : {&lambda_, &bh_, &y0h_, &state_}) *x = arena_.template take<C>(row_);
+    yh_ = arena_.template take<C>(states_ * row_);
+    if (!backward) return;
+    for (C** x : {&dlambda_, &dbh_, &dy0h_}) *x = arena_.template take<C>(row_);
+    // the rows of both factors of dR lie in one order: [b; y_0; ybar_t] and [dbh; dyh_0; yh_t]
+    left_ = arena_.template take<C>((states_ + 2) * row_);
+    right_ = arena_.template take<C>((states_ + 2) * row_);
+    grad_h_ = arena_.template take<C>(states_ * row_);
+    trace_ = arena_.template take<C>(2 * p.k * vectors_at_once * W);
+    d_matrix_ = arena_.template take<C>(p.d * row_);
+  }
+
+  size_t scratch_bytes() const { return arena_.used(); }
+
+  void forward(const MomentumForward<Storage>& p, const MomentumChunk<C>& chunk) {
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      load_tile(i, i == chunk.begin);
+      load_rotated(p.b, p.b_stride, state_, bh_);
+      if (p.y0) load_rotated(p.y0, p.y0_stride, state_, y0h_);
+      forward_eigenbasis(yh_);
+      const int64_t first = p.trajectory || p.k == 0 ? 1 : 0;  // row 0 is y_0 then
+      if (first == 1) {
+        if (p.y0) {
+          tile_.load_state(p.y0, p.y0_stride, state_);
+        } else {
+          fill_zero(state_, row_);
+        }
+        tile_.store_state(state_, p.y);
+      }
+      for (int64_t t = first; t < states_; ++t) {
+        tile_.store_state(R_.apply(yh_ + t * row_), p.y + t * p.B * p.d);
+      }
+    }
+  }
+
+  void backward(const MomentumBackward<Storage>& p, const MomentumChunk<C>& chunk) {
+    if (shares_matrix(p) && p.d_matrix) fill_zero(d_matrix_, p.d * row_);
+    C *b = left_, *y0 = left_ + row_, *grad = left_ + 2 * row_, *yh = right_ + 2 * row_;
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      load_tile(i, i == chunk.begin);
+      if (gradient_.wanted()) gradient_.begin_tile(i == chunk.begin);
+      load_rotated(p.b, p.b_stride, b, bh_);
+      if (p.y0) {
+        load_rotated(p.y0, p.y0_stride, y0, y0h_);
+      } else {
+        fill_zero(y0, row_);
+      }
+      const int64_t first = p.trajectory || p.k == 0 ? 1 : 0;
+      for (int64_t t = 0; t < states_; ++t) load_rotated(p.grad_y + t * p.B * p.d, p.d, grad + t * row_, grad_h_ + t * row_);
+      if (first == 1) fill_zero(grad_h_, row_);
+
+      ElementwiseBackward<C> e;
+      e.lambda = lambda_;
+      e.b = bh_;
+      e.y0 = p.y0 ? y0h_ : nullptr;
+      e.schedule = schedule_.view();
+      e.k = p.k;
+      e.momentum = p.beta.data;
+      e.trajectory = p.trajectory;
+      e.closed_form = has_closed_form(p);
+      e.per_step = !constant_schedule(p);
+      e.grad_y = grad_h_;
+      e.row = p.trajectory ? row_ : 0;
+      e.dlambda = dlambda_;
+      e.db = dbh_;
+      e.dy0 = dy0h_;
+      e.sums = gradient_.sums();
+      e.trace = trace_;
+      run_elementwise(e, tile_.size());
+
+      if (p.d_eigenvalues) tile_.store_state(dlambda_, p.d_eigenvalues);
+      tile_.store_state(R_.apply(dbh_), p.db);
+      const C* image = R_.apply(dy0h_);
+      for (int64_t n = 0; n < row_; n += W) {
+        store(state_ + n, first == 1 ? load(image + n) + load(grad + n) : load(image + n));
+      }
+      tile_.store_state(state_, p.dy0);
+      if (p.d_matrix) {
+        forward_eigenbasis(yh);
+        load_copy(dbh_, right_);
+        load_copy(dy0h_, right_ + row_);
+        if (first == 1) fill_zero(yh, row_);
+        R_.outer(p, tile_, left_, right_, states_ + 2, broadcast(C(1)), d_matrix_);
+      }
+      if (gradient_.wanted()) gradient_.end_tile(tile_);
+    }
+    if (gradient_.wanted()) gradient_.end_chunk(chunk.schedule);
+    if (chunk.d_matrix) R_.add_sum(d_matrix_, chunk.d_matrix);
+  }
+
+ private:
+  static constexpr int64_t W = lanes<C>;
+
+  void load_tile(int64_t index, bool first_of_chunk) {
+    tile_.first = index * tile_.samples;
+    tile_.count = min(tile_.samples, p_.B - tile_.first);
+    schedule_.stage(tile_, first_of_chunk);
+    R_.stage(tile_, first_of_chunk);
+    tile_.load_state(p_.eigenvalues, p_.eigenvalues_stride, lambda_);
+  }
+
+  void load_rotated(const Storage* x, int64_t stride, C* state, C* rotated) {
+    tile_.load_state(x, stride, state);
+    R_.apply_transposed(state, rotated);
+  }
+
+  void load_copy(const C* from, C* to) const {
+    for (int64_t n = 0; n < row_; n += W) store(to + n, load(from + n));
+  }
+
+  void forward_eigenbasis(C* y) const {
+    ElementwiseForward<C> e;
+    e.lambda = lambda_;
+    e.b = bh_;
+    e.y0 = p_.y0 ? y0h_ : nullptr;
+    e.schedule = schedule_.view();
+    e.k = p_.k;
+    e.momentum = p_.beta.data;
+    e.trajectory = p_.trajectory;
+    e.closed_form = has_closed_form(p_);
+    e.per_step = !constant_schedule(p_);
+    e.y = y;
+    e.row = p_.trajectory ? row_ : 0;
+    run_elementwise(e, tile_.size());
+  }
+
+  const MomentumInputs<Storage>& p_;
+  Arena arena_;
+  Layout<C> tile_;
+  int64_t row_, states_;  // elements of a state, states that are outputs
+  Schedule<C> schedule_;
+  ScheduleGradient<C> gradient_;
+  TileMatrix<Storage, Layout, Operand> R_;
+  C *lambda_, *bh_, *y0h_, *state_, *yh_;
+  C *dlambda_, *dbh_, *dy0h_, *left_, *right_, *grad_h_, *trace_, *d_matrix_;
+};
+
+template <typename Storage>
+MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
+  const double d = static_cast<double>(p.d), states = p.trajectory ? p.k + 1 : 1;
+  const double flops = (backward ? 6 : 2) * (1 + states) * d * d + (backward ? 14 : 4) * d * p.k;
+  return matrix_plan<SpectralTiles>(p, backward, constant_schedule(p), flops * static_cast<double>(p.B));
+}
+
+template <typename Storage>
+void forward(const MomentumForward<Storage>& p, const MomentumPlan& plan,
+             const MomentumChunk<compute_type<Storage>>& chunk) {
+  with_layout<SpectralTiles>(p, [&](auto* type) {
+    std::remove_pointer_t<decltype(type)>(chunk.scratch, p, nullptr, plan.schedule_steps).forward(p, chunk);
+  });
+}
+
+template <typename Storage>
+void backward(const MomentumBackward<Storage>& p, const MomentumPlan& plan,
+              const MomentumChunk<compute_type<Storage>>& chunk) {
+  with_layout<SpectralTiles>(p, [&](auto* type) {
+    std::remove_pointer_t<decltype(type)>(chunk.scratch, p, &p, plan.schedule_steps).backward(p, chunk);
+  });
+}
+
+}  // namespace
+
+template <typename Storage>
+MomentumKernels<Storage> momentum_spectral() {
+  return {plan<Storage>, forward<Storage>, backward<Storage>};
+}
+template MomentumKernels<float> momentum_spectral();
+template MomentumKernels<double> momentum_spectral();
+template MomentumKernels<half> momentum_spectral();
+template MomentumKernels<bfloat16> momentum_spectral();
+
+}  // namespace UNROLLED_KERNELS_NAMESPACE
+}  // namespace unrolled_kernels

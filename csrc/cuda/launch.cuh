@@ -1,0 +1,178 @@
+// Host side of every launch: the device's limits, grid sizes, workspaces, error texts.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+#include "common/cuda.cuh"
+#include "cuda/schedule.cuh"
+
+namespace unrolled_kernels {
+
+struct Device {
+  int multiprocessors = 0;
+  int shared_memory = 0;  // bytes that a block can have
+  cudaError_t error;
+
+  Device() {
+    int index = 0;
+    error = cudaGetDevice(&index);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    }
+  }
+};
+
+inline const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+template <typename... Parameters>
+cudaError_t allow_shared_memory(void (*kernel)(Parameters...), int64_t bytes) {
+  // more than 48 KB is to be asked for
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+// Blocks that work through `blocks` blocks' worth of items by themselves: as many as fit on the device at once.
+template <typename... Parameters>
+int64_t persistent_grid(const Device& device, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes) {
+  if (blocks <= device.multiprocessors) return blocks;
+  int resident = 0;
+  if (allow_shared_memory(kernel, bytes) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, reinterpret_cast<const void*>(kernel), threads,
+                                                    static_cast<size_t>(bytes)) != cudaSuccess) {
+    return device.multiprocessors;  // the launch that follows fails the same way, and reports it
+  }
+  const int64_t limit = static_cast<int64_t>(resident < 1 ? 1 : resident) * device.multiprocessors;
+  return blocks < limit ? blocks : limit;
+}
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t grid, int threads, int64_t bytes, void* stream,
+                   Arguments&&... arguments) {
+  if (const char* error = describe(allow_shared_memory(kernel, bytes))) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return describe(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
+}
+
+template <typename Storage>
+PartialSums<Storage> partial_sums(const MomentumBackward<Storage>& p) {
+  PartialSums<Storage> sums{};
+  const bool matrix = p.d_matrix && p.matrix_stride == 0 && p.B != 1;
+  const int own = coefficients_per_sample(p);
+  sums.groups = 1;
+  sums.steps = schedule_steps(p);
+  sums.matrix_size = matrix ? p.d * p.d : 0;
+  sums.d_matrix = matrix ? p.d_matrix : nullptr;
+  compute_type<Storage>* const outputs[3] = {p.dphi, p.dbeta, p.dgamma};
+  for (int i = 0; i < 3; ++i) {
+    sums.schedule[i] = own >> i & 1 ? nullptr : outputs[i];
+    sums.schedule_size[i] = coefficients_per_step(p) >> i & 1 ? p.k : 1;
+  }
+  return sums;
+}
+
+template <typename Storage>
+const char* sum_partials(const PartialSums<Storage>& sums, void* stream) {
+  if (!sums.any() || sums.row_size() == 0) return nullptr;
+  int columns = 1, strands = 1;
+  while (columns < 32 && columns < sums.row_size()) columns *= 2;
+  while (strands * columns < 1024 && strands * 4 < sums.rows) strands *= 2;
+  const int threads = strands * columns;
+  return launch(sum_partials_kernel<Storage>, sums.groups * ceil_div(sums.row_size(), columns), threads,
+                threads * static_cast<int64_t>(sizeof(double)), stream, sums, columns);
+}
+
+// A warp or a block at work on one item after another, tile.cuh.
+template <typename C>
+struct TilePlan {
+  int64_t grid = 0, team_bytes = 0;   // of shared memory
+  int64_t trajectory_size = 0;        // elements for a team
+  bool trajectory_on_chip = true;
+  C* trajectories = nullptr;          // [teams, trajectory_size] in the workspace
+
+  int64_t workspace_size(int64_t teams) const { return trajectory_on_chip ? 0 : teams * trajectory_size; }
+};
+
+// Memory(arena, d, trajectory_size) takes a team's shared memory.
+template <typename T, typename Memory, typename Problem, typename... Parameters>
+TilePlan<typename T::C> plan_tiles(const Device& device, void (*kernel)(Parameters...), const Problem& p,
+                                   int64_t trajectory_size) {
+  TilePlan<typename T::C> plan;
+  plan.trajectory_size = trajectory_size;
+  const auto bytes = [&](int64_t size) {
+    Arena arena(nullptr);
+    Memory(arena, p.d, size);
+    return arena.used();
+  };
+  // small teams: two blocks on a multiprocessor are worth more than trajectories out of L2
+  const int64_t limit = device.shared_memory / (T::D <= 64 ? 2 : 1);
+  plan.trajectory_on_chip = T::teams * bytes(trajectory_size) <= limit;
+  plan.team_bytes = bytes(plan.trajectory_on_chip ? trajectory_size : 0);
+  plan.grid = persistent_grid(device, kernel, ceil_div(ceil_div(p.B, T::problems), T::teams), T::block,
+                              T::teams * plan.team_bytes);
+  return plan;
+}
+
+// A block at work on one sample after another, streamed.cuh. Each part of its memory is in shared memory if it fits, in
+// this order, else in its slot of the workspace; a matrix that does not fit is left where it is.
+struct StreamedPlan {
+  int64_t grid = 0, shared_bytes = 0, slot_bytes = 0;
+  bool vectors_on_chip = false, matrix_on_chip = false, trajectory_on_chip = false;
+  unsigned char* slots = nullptr;
+};
+
+// Memory(arena, d) takes a block's vectors. trajectory_size: in elements.
+template <typename Memory, typename Problem, typename... Parameters>
+StreamedPlan plan_streamed(const Device& device, void (*kernel)(Parameters...), const Problem& p, int threads,
+                           int64_t matrix_bytes, int64_t trajectory_bytes, int64_t max_grid) {
+  StreamedPlan plan;
+  Arena vectors(nullptr);
+  Memory(vectors, p.d);
+  const auto fits = [&](int64_t bytes) {
+    const bool on_chip = bytes > 0 && plan.shared_bytes + bytes <= device.shared_memory;
+    plan.shared_bytes += on_chip ? bytes : 0;
+    return on_chip;
+  };
+  plan.vectors_on_chip = fits(vectors.used());
+  plan.matrix_on_chip = fits(matrix_bytes);
+  plan.trajectory_on_chip = fits(trajectory_bytes);
+  plan.slot_bytes = (plan.vectors_on_chip ? 0 : vectors.used()) + (plan.trajectory_on_chip ? 0 : trajectory_bytes);
+  plan.grid = persistent_grid(device, kernel, p.B, threads, plan.shared_bytes);
+  if (plan.grid > max_grid) plan.grid = max_grid;
+  return plan;
+}
+
+// Blocks that may each have a partial sum of a [d, d] gradient, in 64 MB at most.
+template <typename Storage>
+int64_t streamed_grid_limit(const PartialSums<Storage>& sums) {
+  if (!sums.d_matrix) return INT64_MAX;
+  const int64_t limit = (64 << 20) / (sums.row_size() * static_cast<int64_t>(sizeof(compute_type<Storage>)));
+  return limit < 1 ? 1 : limit;
+}
+
+// What is left to do where there are no samples or no elements: sums of nothing.
+template <typename Storage>
+const char* clear_sums(const MomentumBackward<Storage>& p, void* stream) {
+  using C = compute_type<Storage>;
+  const auto clear = [&](void* to, int64_t bytes) {
+    if (!to || bytes == 0) return cudaSuccess;
+    return cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+  };
+  const auto size = [&](const Coefficient<C>& c) {
+    return (c.batch_stride != 0 ? p.B : 1) * (c.step_stride != 0 ? p.k : 1) * static_cast<int64_t>(sizeof(C));
+  };
+  cudaError_t error = clear(p.d_matrix, p.matrix_stride == 0 ? p.d * p.d * static_cast<int64_t>(sizeof(Storage)) : 0);
+  if (error == cudaSuccess) error = clear(p.dphi, size(p.phi));
+  if (error == cudaSuccess) error = clear(p.dbeta, size(p.beta));
+  if (error == cudaSuccess) error = clear(p.dgamma, size(p.gamma));
+  return describe(error);
+}
+
+}  // namespace unrolled_kernels

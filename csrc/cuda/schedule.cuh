@@ -1,0 +1,216 @@
+// The schedule phi, beta, gamma as kernels read it, and the sums that become its gradient.
+#pragma once
+
+#include "common/cuda.cuh"
+#include "momentum.h"
+
+namespace unrolled_kernels {
+
+template <typename C>
+struct StepCoefficients {
+  C phi, beta, gamma;
+};
+
+template <typename C>
+class SampleSchedule {
+ public:
+  template <typename Inputs>
+  __device__ __forceinline__ SampleSchedule(const Inputs& p, int64_t sample)
+      : phi_(p.phi.data + sample * p.phi.batch_stride), beta_(p.beta.data), gamma_(p.gamma.data),
+        phi_step_(p.phi.step_stride), beta_step_(p.beta.step_stride), gamma_step_(p.gamma.step_stride) {
+    if (beta_) {
+      beta_ += sample * p.beta.batch_stride;
+      gamma_ += sample * p.gamma.batch_stride;
+    }
+  }
+  __device__ __forceinline__ bool has_momentum() const { return beta_ != nullptr; }
+  __device__ __forceinline__ StepCoefficients<C> at(int64_t t) const {
+    const C phi = __ldg(phi_ + t * phi_step_);
+    if (!beta_) return {phi, 0, 0};
+    return {phi, __ldg(beta_ + t * beta_step_), __ldg(gamma_ + t * gamma_step_)};
+  }
+
+ private:
+  const C *phi_, *beta_, *gamma_;
+  int64_t phi_step_, beta_step_, gamma_step_;
+};
+
+// One coefficient of a step, as three bits: phi, beta, gamma.
+template <typename Inputs>
+__host__ __device__ inline int coefficients_per_step(const Inputs& p) {
+  return (p.phi.step_stride != 0) | (p.beta.step_stride != 0) << 1 | (p.gamma.step_stride != 0) << 2;
+}
+template <typename Inputs>
+__host__ __device__ inline int coefficients_per_sample(const Inputs& p) {
+  if (p.B == 1) return 7;
+  return (p.phi.batch_stride != 0) | (p.beta.batch_stride != 0) << 1 | (p.gamma.batch_stride != 0) << 2;
+}
+// Steps in a row of partial sums: 1 where no coefficient varies over steps.
+template <typename Inputs>
+__host__ __device__ inline int64_t schedule_steps(const Inputs& p) {
+  return coefficients_per_step(p) ? p.k : 1;
+}
+
+// Sums of dphi, dbeta, dgamma. What a coefficient shares over steps is added up in each thread and over threads once; what
+// it does not, is added over threads at every step. Sums that a team completes go to the output itself, the others to a
+// row of partial sums, [3, steps], which sum_partials adds up.
+//
+// width: threads of a sample within a warp, a power of two. warps: of a team; if > 1, a team works on one sample.
+template <typename C, int width, int warps>
+class ScheduleGradient {
+ public:
+  // own: coefficients whose sums a team completes, as bits; across_warps: shared [2, warps, 4]
+  template <typename Backward>
+  __device__ ScheduleGradient(const Backward& p, int own, C* across_warps)
+      : phi_(p.dphi), beta_(p.dbeta), gamma_(p.dgamma), partial_(nullptr), across_warps_(across_warps), k_(p.k),
+        steps_(schedule_steps(p)), wanted_(p.dphi ? (p.dbeta ? 7 : 1) : 0), per_step_(coefficients_per_step(p) & wanted_),
+        own_(own) {}
+
+  // the row that takes the sums from here on; not needed where `own` is all of them
+  __device__ __forceinline__ void begin_row(C* partial) {
+    partial_ = partial;
+    if (!partial_ || !wanted_) return;
+    for (int64_t i = rank(); i < 3 * steps_; i += 32 * warps) partial_[i] = 0;
+    sync();
+  }
+
+  __device__ __forceinline__ bool wanted() const { return wanted_ != 0; }
+  __device__ __forceinline__ bool varies_over_steps() const { return per_step_ != 0; }
+
+  // adds a thread's terms of step t. exists: the sample is in the batch, and no other thread has the same terms
+  __device__ __forceinline__ void add(int64_t t, int64_t sample, bool exists, C phi, C beta, C gamma) {
+    const C terms[3] = {exists ? phi : C(0), exists ? beta : C(0), exists ? gamma : C(0)};
+#pragma unroll
+    for (int i = 0; i < 3; ++i) sums_[i] += terms[i];
+    if (per_step_) settle(per_step_, t, sample, terms, static_cast<int>(t & 1));
+  }
+
+  // warps > 1: call it once after the barrier that follows add
+  __device__ __forceinline__ void collect(int64_t t, int64_t sample) {
+    if (warps > 1 && per_step_) collect_across_warps(per_step_, t, sample, static_cast<int>(t & 1));
+  }
+
+  __device__ __forceinline__ void end_sample(int64_t sample) { end(own_, sample); }
+  __device__ __forceinline__ void end_row() { end(~own_, 0); }
+
+ private:
+  static __device__ __forceinline__ int rank() { return threadIdx.x % (32 * warps); }
+  static __device__ __forceinline__ void sync() {
+    if constexpr (warps > 1) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ void end(int which, int64_t sample) {
+    which &= wanted_ & ~per_step_;
+    if (!which) return;
+    if (warps > 1) sync();
+    settle(which, 0, sample, sums_, 0);
+    if (warps > 1) {
+      sync();
+      collect_across_warps(which, 0, sample, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 3; ++i) sums_[i] = which >> i & 1 ? C(0) : sums_[i];
+  }
+
+  __device__ __forceinline__ void settle(int which, int64_t t, int64_t sample, const C (&terms)[3], int parity) {
+    if constexpr (warps > 1) {
+      C v[4] = {terms[0], terms[1], terms[2], 0};
+      const int lane = rank() % 32;
+      reduce_scatter<4, 32, 1>(v, lane);
+      if (lane % 8 == 0) across_warps_[(parity * warps + rank() / 32) * 4 + lane / 8] = v[0];
+    } else {
+      if (which & own_) deliver_sums<width>(which & own_, t, sample, terms);
+      if (which & ~own_) deliver_sums<32>(which & ~own_, t, sample, terms);
+    }
+  }
+
+  template <int threads>
+  __device__ __forceinline__ void deliver_sums(int which, int64_t t, int64_t sample, const C (&terms)[3]) {
+    C v[4] = {terms[0], terms[1], terms[2], 0};
+    const int position = rank() % threads;
+    reduce_scatter<4, threads, 1>(v, position);
+    if (!holds_first_copy<4, threads>(position)) return;
+    const int first = scattered_index<4, threads>(position);
+#pragma unroll
+    for (int n = 0; n < (threads < 4 ? 4 / threads : 1); ++n) {
+      if (which >> (first + n) & 1) deliver(first + n, t, sample, v[n]);
+    }
+  }
+
+  __device__ __forceinline__ void collect_across_warps(int which, int64_t t, int64_t sample, int parity) {
+    const int i = rank();
+    if (i >= 3 || !(which >> i & 1)) return;
+    C sum = 0;
+    for (int warp = 0; warp < warps; ++warp) sum += across_warps_[(parity * warps + warp) * 4 + i];
+    deliver(i, t, sample, sum);
+  }
+
+  __device__ __forceinline__ void deliver(int i, int64_t t, int64_t sample, C sum) {
+    if (own_ >> i & 1) {
+      C* out = i == 0 ? phi_ : i == 1 ? beta_ : gamma_;
+      if (sample >= 0) out[per_step_ >> i & 1 ? sample * k_ + t : sample] = sum;
+    } else {
+      partial_[i * steps_ + t] += sum;
+    }
+  }
+
+  C *phi_, *beta_, *gamma_, *partial_, *across_warps_;
+  int64_t k_, steps_;
+  int wanted_, per_step_, own_;
+  C sums_[3] = {};
+};
+
+// The gradients that are sums over the batch: each team leaves a row [d_matrix, dphi, dbeta, dgamma] of partial sums, and
+// sum_partials adds the rows up. nullptr: not wanted, or not such a sum.
+template <typename Storage>
+struct PartialSums {
+  using C = compute_type<Storage>;
+  C* partials;                       // [rows, matrix_size + 3 steps], a row for each team
+  int64_t rows, matrix_size, steps;
+  int64_t groups;                    // each of `rows` rows, and with outputs of its own
+  Storage* d_matrix;
+  C* schedule[3];
+  int64_t schedule_size[3];          // k or 1
+
+  __host__ __device__ int64_t row_size() const { return matrix_size + 3 * steps; }
+  __host__ __device__ bool any() const { return d_matrix || schedule[0] || schedule[1] || schedule[2]; }
+  __host__ __device__ int64_t size() const { return groups * rows * row_size(); }
+  __device__ C* row(int64_t i) const { return rows ? partials + i * row_size() : nullptr; }
+};
+
+// Thread (strand, n) adds up the rows strand, strand + strands, ... of column n, then the strands are added pairwise: the
+// order depends on the number of rows alone.
+template <typename Storage>
+__global__ void __launch_bounds__(1024) sum_partials_kernel(const __grid_constant__ PartialSums<Storage> p, int columns) {
+  using C = compute_type<Storage>;
+  double* sums = reinterpret_cast<double*>(dynamic_shared_memory());
+  const int strands = blockDim.x / columns, strand = threadIdx.x / columns;
+  const int64_t blocks = ceil_div(p.row_size(), columns), group = blockIdx.x / blocks;
+  const int64_t n = blockIdx.x % blocks * columns + threadIdx.x % columns;
+  double sum = 0;
+  if (n < p.row_size()) {
+    const C* partials = p.partials + group * p.rows * p.row_size() + n;
+    for (int64_t row = strand; row < p.rows; row += strands) sum += partials[row * p.row_size()];
+  }
+  sums[threadIdx.x] = sum;
+  for (int half_strands = strands / 2; half_strands > 0; half_strands /= 2) {
+    __syncthreads();
+    if (strand < half_strands) sums[threadIdx.x] += sums[threadIdx.x + half_strands * columns];
+  }
+  if (strand > 0 || n >= p.row_size()) return;
+  sum = sums[threadIdx.x];
+  if (n < p.matrix_size) {
+    if (p.d_matrix) p.d_matrix[n] = to_storage<Storage>(static_cast<C>(sum));
+    return;
+  }
+  const int64_t i = (n - p.matrix_size) / p.steps, t = (n - p.matrix_size) % p.steps;
+  C* out = i == 0 ? p.schedule[0] : i == 1 ? p.schedule[1] : p.schedule[2];
+  const int64_t size = i == 0 ? p.schedule_size[0] : i == 1 ? p.schedule_size[1] : p.schedule_size[2];
+  if (out && t < size) out[group * size + t] = static_cast<C>(sum);
+}
+
+}  // namespace unrolled_kernels

@@ -1,0 +1,89 @@
+// Runs one call of a launcher on the CPU: the problem comes on stdin, the outputs go to stdout. Everything is int64 or raw:
+//
+//     structure, backward, dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
+//     B, d, k, trajectory, strides of matrix, eigenvalues, b, y0, then (batch, step) of phi, beta, gamma
+//     bytes of matrix, eigenvalues, b, y0, phi, beta, gamma, then of y, or of grad_y and the gradients in the order of
+//     MomentumBackward; -1: nullptr. Then their contents, in that order.
+//
+// Arrays and workspace have their exact size, for the address sanitizer to watch over. shift: bytes from a multiple of 16
+// to the arrays of the storage type.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cuda/momentum_kernels.h"
+
+using namespace unrolled_kernels;
+
+namespace {
+
+constexpr int arrays = 15, schedule = 4, first_output = 7, schedule_output = 12;
+struct Header {
+  int64_t structure, backward, dtype, shift, sizes[14], bytes[arrays];
+};
+
+constexpr int dtype_of(float) { return 0; }
+constexpr int dtype_of(double) { return 1; }
+constexpr int dtype_of(half) { return 2; }
+constexpr int dtype_of(bfloat16) { return 3; }
+
+void read_all(void* to, size_t bytes) {
+  if (fread(to, 1, bytes, stdin) != bytes) exit(4);
+}
+
+template <typename Problem>
+const char* run(int64_t structure, const Problem& p) {
+  size_t bytes = 0;
+  const auto which = static_cast<Structure>(structure);
+  if (const char* error = momentum_cuda_kernels(which, p, nullptr, nullptr, &bytes)) return error;
+  const std::unique_ptr<char[]> workspace(new char[bytes]);
+  memset(workspace.get(), 0xff, bytes);
+  return momentum_cuda_kernels(which, p, workspace.get(), nullptr, nullptr);
+}
+
+template <typename Storage>
+const char* run(const Header& h, void* const* pointers) {
+  using C = compute_type<Storage>;
+  const auto storage = [&](int i) { return static_cast<Storage*>(pointers[i]); };
+  const auto compute = [&](int i) { return static_cast<C*>(pointers[i]); };
+  const auto coefficient = [&](int i) { return Coefficient<C>{compute(schedule + i), h.sizes[8 + 2 * i], h.sizes[9 + 2 * i]}; };
+  MomentumInputs<Storage> in{};
+  in.B = h.sizes[0], in.d = h.sizes[1], in.k = h.sizes[2], in.trajectory = h.sizes[3] != 0;
+  in.matrix_stride = h.sizes[4], in.eigenvalues_stride = h.sizes[5], in.b_stride = h.sizes[6], in.y0_stride = h.sizes[7];
+  in.matrix = storage(0), in.eigenvalues = storage(1), in.b = storage(2), in.y0 = storage(3);
+  in.phi = coefficient(0), in.beta = coefficient(1), in.gamma = coefficient(2);
+  if (!h.backward) return run(h.structure, MomentumForward<Storage>{in, storage(7)});
+  return run(h.structure, MomentumBackward<Storage>{in, storage(7), storage(8), storage(9), storage(10), storage(11),
+                                                    compute(12), compute(13), compute(14)});
+}
+
+}  // namespace
+
+int main() {
+  Header h;
+  read_all(&h, sizeof h);
+  char* allocated[arrays] = {};
+  void* pointers[arrays] = {};
+  for (int i = 0; i < arrays; ++i) {
+    if (h.bytes[i] < 0) continue;
+    const bool is_schedule = (i >= schedule && i < first_output) || i >= schedule_output;
+    const int64_t shift = is_schedule ? 0 : h.shift;
+    allocated[i] = static_cast<char*>(malloc(h.bytes[i] + shift));
+    pointers[i] = allocated[i] + shift;
+    read_all(pointers[i], h.bytes[i]);
+  }
+  const char* error = "the kernels were not compiled for this dtype";
+#define UNROLLED_KERNELS_RUN(Storage) \
+  if (h.dtype == dtype_of(Storage())) error = run<Storage>(h, pointers);
+  UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_RUN)
+  if (error) {
+    fprintf(stderr, "%s\n", error);
+    return 2;
+  }
+  for (int i = first_output + (h.backward ? 1 : 0); i < arrays; ++i) {
+    if (h.bytes[i] > 0) fwrite(pointers[i], 1, h.bytes[i], stdout);
+  }
+  for (char* p : allocated) free(p);
+  return 0;
+}

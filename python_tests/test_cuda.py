@@ -1,0 +1,490 @@
+"""The CUDA kernels without a GPU: what the compiler makes of them, and what they compute when executed on the CPU.
+
+Neither is a run on a GPU; there, `make gpu` runs test_momentum.py with the backend "cuda".
+"""
+
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unrolled_kernels.ops.momentum import manual
+from unrolled_kernels.testing import assert_as_close_as_eager, random_quadratic
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+EMULATION = ROOT / "python_tests" / "native" / "cuda_on_cpu"
+CACHE = ROOT / "build" / "test_cuda"
+
+ARCHITECTURES = ("80", "90", "100", "120")
+STEMS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
+# where only float32 is looked at, the others need not be compiled
+FLOAT_ONLY = "-DUNROLLED_KERNELS_CUDA_TYPES(_)=_(float)"
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+STRUCTURES = ("dense", "diagonal", "spectral")
+# of the threads of a block; asynchronous copies arrive at once or when they are waited for
+ORDERS = (("up", "early"), ("down", "late"), ("7", "late"))
+
+
+def _toolkit_include():
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    home = os.environ.get("CUDA_HOME")
+    if nvcc is not None and home is None:
+        dryrun = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        top = re.search(r"_?TOP_?=(\S+)", dryrun)
+        home = top[1] if top else Path(nvcc).resolve().parent.parent
+    return nvcc, Path(home) / "include" if home else None
+
+
+NVCC, INCLUDE = _toolkit_include()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+needs_emulation = pytest.mark.skipif(
+    INCLUDE is None or not (INCLUDE / "cuda_fp16.h").exists() or shutil.which("g++") is None,
+    reason="executing CUDA sources on the CPU takes g++ and the headers of a CUDA toolkit",
+)
+
+
+def _cached(name, command, sources):
+    """The file that ``command(output)`` writes from ``sources``, and what it printed; kept by the hash of both."""
+    digest = hashlib.sha256(repr(command(Path("output"))).encode())
+    for path in sorted(sources):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-{digest.hexdigest()[:16]}"
+    output, log = CACHE / f"{stem}.out", CACHE / f"{stem}.log"
+    if not (output.exists() and log.exists()):
+        for old in CACHE.glob(f"{name}-????????????????.*"):
+            old.unlink()
+        partial = CACHE / f"{stem}.partial"
+        run = subprocess.run(command(partial), capture_output=True, text=True)
+        assert run.returncode == 0, f"{' '.join(map(str, command(partial)))}\n{run.stdout}{run.stderr}"
+        log.write_text(run.stdout + run.stderr)
+        partial.rename(output)
+    return output, log.read_text()
+
+
+def _kernel_sources():
+    folders = (CSRC, CSRC / "common", CSRC / "cuda")
+    return [p for folder in folders for p in folder.glob("*") if p.suffix in (".h", ".cuh", ".cu")]
+
+
+# what the compiler makes of the kernels
+
+
+def _resources(stem, architecture):
+    """``{kernel: (registers, stack bytes, spilled bytes)}`` of the float32 kernels, from the report of ptxas."""
+
+    def command(output):
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", FLOAT_ONLY, "-Xptxas=-v", "-Werror=all-warnings"]
+        return [NVCC, "-cubin", f"-arch=sm_{architecture}", *flags, str(source), "-o", str(output)]
+
+    source = CSRC / "cuda" / f"{stem}.cu"
+    headers = [p for p in _kernel_sources() if p.suffix != ".cu"]
+    _, report = _cached(f"{stem}-sm{architecture}", command, [*headers, source])
+    kernels = {}
+    for entry in re.split(r"Compiling entry function", report)[1:]:
+        name = re.search(r"'(\S+)'", entry)[1]
+        stack, stores, loads = map(
+            int,
+            re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups(),
+        )
+        kernels[name] = int(re.search(r"Used (\d+) registers", entry)[1]), stack, stores + loads
+    return kernels
+
+
+def _describe(symbol):
+    """(name, D) of a float32 kernel's mangled name, D None where it has none."""
+    match = re.search(r"\d+((?:momentum|sum)[a-z_]+?_kernel)If(?:Li(\d+)E)?(Li\d+E)?", symbol)
+    assert match, symbol
+    return match[1], int(match[2]) if match[2] and not match[3] else None
+
+
+@pytest.fixture(scope="session")
+def resources():
+    """The reports of every source and architecture."""
+    with ThreadPoolExecutor(2) as pool:
+        wanted = list(itertools.product(STEMS, ARCHITECTURES))
+        return dict(zip(wanted, pool.map(lambda key: _resources(*key), wanted), strict=True))
+
+
+# registers of a thread: with 102 five blocks of 128 threads are on a multiprocessor, with 128 four, with 255 two
+REGISTERS = {
+    "momentum_dense_kernel": 102,
+    "momentum_dense_backward_kernel": 224,
+    "momentum_diagonal_kernel": 80,
+    "momentum_diagonal_backward_kernel": 208,
+    "momentum_spectral_kernel": 128,
+    "momentum_spectral_backward_kernel": 255,
+    "sum_partials_kernel": 40,
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"sm_{a}")
+@pytest.mark.parametrize("stem", STEMS)
+def test_resources(resources, stem, architecture):
+    """float32 kernels with d ≤ 64 spill nothing, use no local memory and keep to their budget of registers."""
+    hot = {}
+    for symbol, (registers, stack, spilled) in resources[stem, architecture].items():
+        name, D = _describe(symbol)
+        if "streamed" in name or (D is not None and D > 64):
+            continue
+        assert (stack, spilled) == (0, 0), f"{name} D={D}: {stack} bytes of stack, {spilled} spilled"
+        hot[name] = max(hot.get(name, 0), registers)
+    assert set(hot) == {f"{stem}_kernel", f"{stem}_backward_kernel", "sum_partials_kernel"}
+    for name, registers in hot.items():
+        assert registers <= REGISTERS[name], f"{name}: {registers} registers"
+
+
+# what they compute
+
+MODES = {
+    "plain": ["-O1"],
+    # compiling is what takes long
+    "address": ["-O0", FLOAT_ONLY, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O0", FLOAT_ONLY, "-fsanitize=thread"],
+}
+
+
+def _emulated(name, mode, sources, defines=()):
+    """The executable made of CUDA sources and a main function, which runs them on the CPU."""
+    flags = [
+        "-std=c++17",
+        "-g1",
+        "-DUNROLLED_KERNELS_CUDA_ON_CPU",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-Wno-unused-parameter",
+        "-Werror",
+        f"-I{CSRC}",
+        f"-I{EMULATION}",
+        f"-isystem{INCLUDE}",
+        *MODES[mode],
+        *defines,
+    ]
+    headers = [p for p in [*_kernel_sources(), *EMULATION.glob("*.h")] if p.suffix != ".cu"]
+
+    def compile_source(source):
+        command = lambda output: ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
+        return _cached(f"{name}-{mode}-{source.stem}", command, [*headers, source])[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_source, sources))
+    command = lambda output: ["g++", *MODES[mode], *map(str, objects), "-o", str(output)]
+    return _cached(f"{name}-{mode}", command, objects)[0]
+
+
+def _environment(order, copies, **more):
+    return (
+        os.environ
+        | {
+            "CUDA_ON_CPU_ORDER": order,
+            "CUDA_ON_CPU_COPIES": copies,
+            "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
+            "TSAN_OPTIONS": "halt_on_error=1",
+        }
+        | more
+    )
+
+
+class Emulation:
+    """The contract of ``manual.forward`` and ``manual.backward``, fulfilled by the executed kernels."""
+
+    def __init__(self, mode="plain", order="up", copies="early", shift=0, **environment):
+        sources = [*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "driver.cpp"]
+        self.executable = _emulated("momentum", mode, sources)
+        self.environment, self.shift = _environment(order, copies, **environment), shift
+
+    def forward(self, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory):
+        y = _poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
+        return self._run(False, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, [y])[0]
+
+    def backward(
+        self,
+        grad_y,
+        eigenvalues,
+        matrix,
+        b,
+        y0,
+        phi,
+        beta,
+        gamma,
+        k,
+        trajectory,
+        needs_eigenvalues,
+        needs_matrix,
+        needs_schedule,
+    ):
+        outputs = [
+            _poisoned(matrix.shape, b.dtype) if needs_matrix else None,
+            _poisoned(b.shape, b.dtype) if needs_eigenvalues else None,
+            _poisoned(b.shape, b.dtype),
+            _poisoned(b.shape, b.dtype),
+            *(_poisoned(c.shape, c.dtype) if needs_schedule and c is not None else None for c in (phi, beta, gamma)),
+        ]
+        outputs = self._run(True, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, [grad_y, *outputs])
+        nothing = {True: b.new_empty(0), False: phi.new_empty(0)}
+        d_matrix, d_eigenvalues, *rest = (nothing[i < 4] if x is None else x for i, x in enumerate(outputs))
+        return (d_eigenvalues, d_matrix, *rest)
+
+    def _run(self, backward, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, rest):
+        stride = lambda x, dim: 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
+        numbers = [
+            STRUCTURES.index("dense" if eigenvalues is None else "diagonal" if matrix is None else "spectral"),
+            int(backward),
+            list(DTYPES.values()).index(b.dtype),
+            self.shift * b.element_size(),
+            *b.shape,
+            k,
+            int(trajectory),
+            *(stride(x, 0) for x in (matrix, eigenvalues, b, y0)),
+            *(stride(c, dim) for c in (phi, beta, gamma) for dim in (0, 1)),
+        ]
+        arrays = [None if x is None else _memory(x) for x in (matrix, eigenvalues, b, y0, phi, beta, gamma, *rest)]
+        arrays += [None] * (15 - len(arrays))
+        numbers += [-1 if x is None else len(x) for x in arrays]
+        run = subprocess.run(
+            [self.executable],
+            input=b"".join([np.array(numbers, np.int64).tobytes(), *filter(None, arrays)]),
+            capture_output=True,
+            env=self.environment,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stderr.decode()
+        outputs, position = [], 0
+        for x in rest[int(backward) :]:
+            size = 0 if x is None else x.numel() * x.element_size()
+            part = bytearray(run.stdout[position : position + size])
+            outputs.append(x if size == 0 else torch.frombuffer(part, dtype=x.dtype).reshape(x.shape))
+            position += size
+        assert position == len(run.stdout)
+        return outputs
+
+
+def _memory(x):
+    """The bytes from the first to the last element of x, whatever lies between."""
+    if x.numel() == 0:
+        return b""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((span,), (1,)).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _poisoned(shape, dtype):
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def _problem(structure, B, d, k, *, method="momentum", form="both", warm=True, shared=False, trajectory=False, seed=0):
+    """(grad_y, λ, matrix, b, y0, φ, β, γ): canonical arguments of the op in float64, rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves, _, b = random_quadratic(structure, (B,), d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed)
+    eigenvalues = leaves[0] if structure != "dense" else None
+    matrix = {"dense": leaves[0], "diagonal": None, "spectral": leaves[-1]}[structure]
+    if matrix is not None and matrix.dim() == 2:
+        matrix = matrix.unsqueeze(0)
+    shape = {"scalar": (1, 1), "step": (1, k), "sample": (B, 1), "both": (B, k)}[form]
+    uniform = lambda low, high: low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+    schedule = [uniform(0.3, 1), uniform(0, 0.7), uniform(0, 0.7)]
+    if method == "gd":
+        schedule[1:] = None, None
+    normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    y0 = normal(B, d) if warm else None
+    grad = normal(*((k + 1, B, d) if trajectory else (B, d)))
+    tensors = (grad, eigenvalues, matrix, b, y0, *schedule)
+    return [x if x is None else x.bfloat16().double().contiguous() for x in tensors]
+
+
+def _run(implementation, tensors, k, dtype, needs=(True, True, True)):
+    """y, and the gradients by name; those of the schedule as one vector, since a single number may cancel by chance."""
+    compute = torch.promote_types(dtype, torch.float32)
+    grad, eigenvalues, matrix, *rest = (
+        x if x is None else x.to(dtype if i < 5 else compute) for i, x in enumerate(tensors)
+    )
+    trajectory = grad.dim() == 3
+    y = implementation.forward(eigenvalues, matrix, *rest, k, trajectory)
+    needs_eigenvalues, needs_matrix, needs_schedule = needs
+    grads = implementation.backward(
+        grad,
+        eigenvalues,
+        matrix,
+        *rest,
+        k,
+        trajectory,
+        needs_eigenvalues and eigenvalues is not None,
+        needs_matrix and matrix is not None,
+        needs_schedule,
+    )
+    return dict(
+        y=y,
+        **dict(zip(("d_eigenvalues", "d_matrix", "db", "dy0"), grads[:4], strict=True)),
+        d_schedule=torch.cat([x.flatten() for x in grads[4:]]),
+    )
+
+
+def _check(emulation, tensors, k, dtype, needs=(True, True, True)):
+    """The executed kernels against the float64 reference; returns what they computed."""
+    actual = _run(emulation, tensors, k, dtype, needs)
+    exact = _run(manual, tensors, k, torch.float64, needs)
+    eager = _run(manual, tensors, k, torch.float32 if dtype == torch.float64 else dtype, needs)
+    for name in exact:
+        assert_as_close_as_eager(actual[name], exact[name], eager[name], what=name)
+    return actual
+
+
+def _in_every_order(tensors, k, dtype, **options):
+    """Right, and bit-equal whatever the order of the threads."""
+    first = _check(Emulation(**options), tensors, k, dtype)
+    for order, copies in ORDERS[1:]:
+        again = _run(Emulation(order=order, copies=copies, **options), tensors, k, dtype)
+        for name in first:
+            assert torch.equal(first[name], again[name]), f"{name}: the order of the threads shows ({order})"
+
+
+# enough samples that every warp takes a second item, with a remainder; the emulated device runs two blocks
+BATCHES = {3: 260, 5: 131, 8: 130, 11: 37, 20: 9, 33: 3, 100: 3, 140: 3}
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("d", BATCHES)
+def test_tilings(structure, d):
+    _in_every_order(_problem(structure, BATCHES[d], d, 3, seed=d), 3, torch.float32)
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
+def test_dtypes(structure, dtype, trajectory):
+    for B, d, k in ((3, 5, 7), (2, 16, 2), (5, 24, 4), (2, 40, 2), (1, 72, 2), (1, 132, 2)):
+        tensors = _problem(structure, B, d, k, form="step", trajectory=trajectory, seed=3)
+        _check(Emulation(order="7", copies="late"), tensors, k, DTYPES[dtype])
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("method", ["gd", "momentum"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_schedule_forms(structure, method, shared):
+    for form, (B, d) in itertools.product(("scalar", "step", "sample", "both"), ((37, 6), (3, 36), (3, 130))):
+        tensors = _problem(structure, B, d, 5, form=form, method=method, shared=shared, warm=form != "step", seed=1)
+        _check(Emulation(order="down", copies="late"), tensors, 5, torch.float64)
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
+def test_edges(structure, trajectory):
+    for k, B, (d, warm) in itertools.product((0, 1, 9), (0, 1), ((1, True), (6, False), (70, True), (129, False))):
+        for form, shared in (("step", True), ("sample", False)):
+            tensors = _problem(structure, B, d, k, form=form, shared=shared, warm=warm, trajectory=trajectory, seed=5)
+            _check(Emulation(), tensors, k, torch.float64)
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_does_not_fit_in_shared_memory(structure):
+    """Iterates, vectors and matrices in the workspace instead."""
+    for B, d, k, limit in ((7, 6, 40, 40000), (3, 40, 40, 24000), (2, 132, 5, 30000), (2, 132, 5, 1000)):
+        tensors = _problem(structure, B, d, k, form="step", seed=4)
+        _in_every_order(tensors, k, torch.float32, CUDA_ON_CPU_SHARED_MEMORY=str(limit))
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_strides_and_alignment(structure, dtype):
+    def spread(x):
+        """x with other values between its samples"""
+        if x is None or x.shape[0] == 1:
+            return x
+        rows = torch.nn.functional.pad(x.flatten(1), (0, 3), value=torch.nan)
+        return rows.as_strided(x.shape, (rows.stride(0), *x.stride()[1:]))
+
+    for d, shift in ((8, 1), (7, 0), (32, 3), (40, 1), (136, 1)):
+        grad, eigenvalues, matrix, b, y0, *schedule = _problem(structure, 5, d, 3, seed=6)
+        tensors = [grad, *(x if x is None else spread(x.to(DTYPES[dtype])) for x in (eigenvalues, matrix, b, y0))]
+        _check(Emulation(shift=shift), [*tensors, *schedule], 3, DTYPES[dtype])
+        expanded = [grad, eigenvalues, matrix, b[:1].expand(5, d), y0[:1].expand(5, d), *schedule]
+        _check(Emulation(shift=shift), expanded, 3, DTYPES[dtype])
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_that_are_not_needed(structure):
+    for needs, d in itertools.product(itertools.product((True, False), repeat=3), (6, 40, 130)):
+        _check(Emulation(), _problem(structure, 3, d, 4, seed=2), 4, torch.float64, needs)
+
+
+@needs_emulation
+def test_nan_stays_in_its_row():
+    for structure, (B, d) in itertools.product(STRUCTURES, ((37, 6), (9, 20), (3, 40), (3, 130))):
+        tensors = _problem(structure, B, d, 3, seed=8)
+        clean = _run(Emulation(), tensors, 3, torch.float32)
+        tensors[3][1, d // 2] = torch.nan
+        spoiled = _run(Emulation(), tensors, 3, torch.float32)
+        others = [i for i in range(B) if i != 1]
+        assert not spoiled["y"][1].isfinite().all()
+        for name in ("y", "db", "dy0"):
+            assert torch.equal(clean[name][others], spoiled[name][others]), name
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("mode", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+def test_sanitizers(structure, mode):
+    for (B, d), shared in itertools.product(((5, 5), (18, 11), (5, 20), (3, 33), (1, 66), (3, 130)), (False, True)):
+        tensors = _problem(structure, B, d, 5, form="step", shared=shared, trajectory=shared, seed=9)
+        _check(Emulation(mode, order="7", copies="late"), tensors, 5, torch.float32)
+    _check(Emulation(mode, CUDA_ON_CPU_SHARED_MEMORY="12000"), _problem(structure, 3, 40, 9), 9, torch.float32)
+    _check(Emulation(mode, shift=1), _problem(structure, 3, 34, 3), 3, torch.float32)
+
+
+# what the emulation finds
+
+# the mode that has to find each bug of planted_bugs.cu, in at least one order
+BUGS = {
+    1: "plain",
+    2: "address",
+    3: "plain",
+    4: "plain",
+    5: "plain",
+    6: "address",
+    7: "plain",
+    8: "plain",
+    9: "plain",
+    10: "plain",
+    11: "plain",
+    12: "thread",
+}
+ALL_BUGS = [
+    pytest.param(bug, mode, marks=[] if bug in (4, 6, 11, 12) else [pytest.mark.slow]) for bug, mode in BUGS.items()
+]
+
+
+def _exit_codes(bug, mode):
+    executable = _emulated(f"bug{bug}", mode, [EMULATION / "planted_bugs.cu"], [f"-DBUG={bug}"])
+    return [
+        subprocess.run([executable], env=_environment(*order), capture_output=True, timeout=60).returncode
+        for order in ORDERS
+    ]
+
+
+@needs_emulation
+@pytest.mark.parametrize(("bug", "mode"), ALL_BUGS)
+def test_planted_bug_is_found(bug, mode):
+    assert any(_exit_codes(bug, mode))
+
+
+@needs_emulation
+@pytest.mark.parametrize("mode", MODES)
+def test_no_bug_is_not_found(mode):
+    assert not any(_exit_codes(0, mode))

@@ -1,0 +1,305 @@
+"""What is particular to Triton: that its kernels compile well for GPUs that are not there, and how their ops register.
+
+The test law itself is test_momentum.py, run on a GPU, or with ``TRITON_INTERPRET=1 pytest -k triton`` on the CPU. A
+process either compiles or interprets, so each test below says which of the two it needs.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import INTERPRETED, device_of
+
+import unrolled_kernels.functional as F
+from unrolled_kernels import Diagonal, _backend
+from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+compiles = pytest.mark.skipif(INTERPRETED, reason="compiles ahead of time: needs a process without TRITON_INTERPRET")
+runs = pytest.mark.skipif(_backend.unavailable_reason("triton") is not None, reason="needs a GPU or TRITON_INTERPRET=1")
+structures = pytest.mark.parametrize("structure", STRUCTURES)
+
+# dynamic shared memory that a program may use, and the register file of a multiprocessor
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 65536
+# bytes a lane: the tables are made for the newest Triton; 3.6 spills a little at d = 5
+SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 256
+
+
+class FakeDriver:
+    """Enough of a driver for Triton to compile for ``capability`` as if such a GPU were the current device."""
+
+    def __init__(self, capability):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    # kernels are cached by device
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    @staticmethod
+    def is_active():
+        return True
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A function of a capability to a list, which the kernels of later launches go to, compiled and not started."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels.append((self.__name__, options["num_warps"], kernel))
+        return kernel
+
+    # leaves everything as it was where there is a GPU
+    def target(capability):
+        monkeypatch.setattr(driver, "_active", FakeDriver(capability))
+        return kernels
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    return target
+
+
+def resources(cubin):
+    """Registers and bytes of stack a lane, from the binary itself."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", out.stdout + out.stderr).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def compile_ops(structure, d, k, dtype=torch.float32, *, momentum=True, form="step", shared=False, trajectory=False):
+    """Run the forward and the backward op on tensors of such a call; the launchers choose the configuration."""
+    B = 64
+    compute = torch.promote_types(dtype, torch.float32)
+    empty = lambda *shape: torch.empty(shape, dtype=dtype)
+    matrix = empty(1 if shared else B, d, d)
+    operands = {"dense": (matrix,), "diagonal": (empty(B, d),), "spectral": (empty(B, d), matrix)}[structure]
+    shape = {"scalar": (1, 1), "step": (1, k), "sample": (B, 1), "both": (B, k)}[form]
+    schedule = [torch.empty(shape, dtype=compute) if i == 0 or momentum else None for i in range(3)]
+    grad_y = empty(k + 1, B, d) if trajectory else empty(B, d)
+    rest = (*operands, empty(B, d), empty(B, d), *schedule, k, trajectory)
+    ops = torch.ops.unrolled_kernels
+    getattr(ops, f"momentum_{structure}_triton")(*rest)
+    getattr(ops, f"momentum_{structure}_triton_backward")(grad_y, *rest, *[True] * len(operands), True)
+
+
+def check(kernels, capability, spills=False):
+    assert kernels
+    for name, num_warps, kernel in kernels:
+        registers, stack = resources(kernel.asm["cubin"])
+        assert registers * 32 * num_warps <= REGISTERS, f"{name}: {registers} registers a lane in {num_warps} warps"
+        assert spills or stack <= SPILLS, f"{name}: {stack} bytes of registers spilled a lane"
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability], f"{name}: {kernel.metadata.shared} bytes shared"
+        ptx = kernel.asm["ptx"]
+        assert "tf32" not in ptx, f"{name}: products in TF32"
+        assert not re.search(r"\b(atom|red)\.", ptx), f"{name}: atomics, whose order varies"
+
+
+capabilities = pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm_{c}")
+
+
+# one size for every row of the tables in triton_launch.py, then one beyond them
+@compiles
+@capabilities
+@pytest.mark.parametrize("d", [1, 3, 5, 8, 16, 32, 64, 128, 256])
+def test_dense_compiles_without_spills(compiled, capability, d):
+    kernels = compiled(capability)
+    compile_ops("dense", d, 10)
+    check(kernels, capability)
+
+
+@compiles
+@capabilities
+@pytest.mark.parametrize("d", [5, 16, 32, 64, 128])
+def test_shared_dense_compiles_without_spills(compiled, capability, d):
+    kernels = compiled(capability)
+    compile_ops("dense", d, 10, shared=True)
+    check(kernels, capability)
+
+
+@compiles
+@capabilities
+@pytest.mark.parametrize("momentum", [False, True], ids=["gd", "momentum"])
+@pytest.mark.parametrize("k", [8, 30])
+def test_diagonal_compiles_without_spills(compiled, capability, momentum, k):
+    kernels = compiled(capability)
+    compile_ops("diagonal", 512, k, momentum=momentum)
+    check(kernels, capability)
+
+
+@compiles
+@capabilities
+@pytest.mark.parametrize("d", [5, 8, 16, 32, 64, 128])
+def test_spectral_compiles_without_spills(compiled, capability, d):
+    kernels = compiled(capability)
+    compile_ops("spectral", d, 10)
+    check(kernels, capability)
+
+
+@compiles
+@structures
+@pytest.mark.parametrize("form", ["scalar", "both"])
+@pytest.mark.parametrize("d", [16, 64])
+def test_forms_and_trajectories_compile_without_spills(compiled, structure, form, d):
+    kernels = compiled(90)
+    compile_ops(structure, d, 10, form=form, trajectory=form == "both")
+    compile_ops(structure, d, 10, form=form, momentum=False)
+    check(kernels, 90)
+
+
+@compiles
+@structures
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
+@pytest.mark.parametrize(("d", "shared"), [(8, False), (32, False), (64, True), (256, True)])
+def test_other_dtypes_compile(compiled, structure, dtype, d, shared):
+    kernels = compiled(90)
+    compile_ops(structure, d, 10, dtype, shared=shared and structure != "diagonal")
+    check(kernels, 90, spills=True)
+
+
+def _arguments(structure, trajectory, permuted):
+    device = device_of("triton")
+    B, d, k = 3, 5, 4
+    leaves, _, b = random_quadratic(structure, (B,), d, dtype=torch.float64, device=device)
+    schedule = [torch.rand(B, k, dtype=torch.float64, device=device) for _ in range(3)]
+    grad = torch.randn((k + 1, B, d) if trajectory else (B, d), dtype=torch.float64, device=device)
+    turn = (lambda x: x.mT.contiguous().mT) if permuted else lambda x: x
+    return turn(grad), tuple(turn(x) for x in (*leaves, b, b)), [turn(x) for x in schedule], k, len(leaves)
+
+
+@runs
+@structures
+@pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_opcheck(structure, trajectory, permuted):
+    grad, tensors, schedule, k, operands = _arguments(structure, trajectory, permuted)
+    forward = getattr(torch.ops.unrolled_kernels, f"momentum_{structure}_triton").default
+    backward = getattr(torch.ops.unrolled_kernels, f"momentum_{structure}_triton_backward").default
+    # the raw ops refuse autograd by design, which opcheck's autograd tests would report
+    tests = ("test_schema", "test_faketensor")
+    for rest in ((*tensors, *schedule, k, trajectory), (*tensors, schedule[0], None, None, k, trajectory)):
+        torch.library.opcheck(forward, rest, test_utils=tests)
+        for wanted in (True, False):
+            torch.library.opcheck(backward, (grad, *rest, *[wanted] * operands, wanted), test_utils=tests)
+
+
+@runs
+def test_raw_ops_refuse_autograd():
+    _, (Q, b, y0), schedule, k, _ = _arguments("dense", False, False)
+    y = torch.ops.unrolled_kernels.momentum_dense_triton(Q.requires_grad_(), b, y0, *schedule, k, False)
+    with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
+        y.sum().backward()
+
+
+@runs
+@structures
+def test_export(structure):
+    """The exported graph holds the op itself."""
+    leaves, make_Q, b = random_quadratic(structure, (3,), 4, device=device_of("triton"))
+
+    class Model(torch.nn.Module):
+        def forward(self, *args):
+            return F.nesterov(make_Q(*args[:-1]), args[-1], 0.5, 0.1, 3, backend="triton")
+
+    exported = torch.export.export(Model(), (*leaves, b))
+    assert f"momentum_{structure}_triton" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(*leaves, b), Model()(*leaves, b))
+
+
+@runs
+def test_long_diagonal_schedules():
+    """Beyond a segment of steps the backward replays from checkpoints; blocks outnumber the programs."""
+    device = device_of("triton")
+    q, b = (torch.rand(2, 200, dtype=torch.float64, device=device) for _ in range(2))
+    for steps, shape in ((25, (25,)), (17, (2, 1)), (9, (2, 9))):
+        results = []
+        for backend in ("eager", "triton"):
+            phi, beta = (torch.full(shape, v, dtype=torch.float64, device=device) for v in (0.7, 0.4))
+            leaves = [x.clone().requires_grad_() for x in (q, b, phi, beta)]
+            y = F.momentum(Diagonal(leaves[0]), leaves[1], leaves[2], leaves[3], 0.2, steps, backend=backend)
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        for actual, expected in zip(*results[::-1], strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@runs
+@pytest.mark.parametrize("structure", ["dense", "spectral"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_shared_matrices_beyond_the_registers(structure, dtype):
+    """Products of streamed tiles with 16 samples, of which the second block is not full."""
+    device = device_of("triton")
+    leaves, make_Q, b = random_quadratic(structure, (37,), 130, symmetric=False, shared=True, dtype=torch.float64)
+    leaves = [*leaves, b, torch.rand(3, dtype=torch.float64), torch.rand(37, 3, dtype=torch.float64)]
+
+    def run(backend, dtype):
+        inputs = [x.to(device, dtype, copy=True).requires_grad_() for x in leaves]
+        *q, b, phi, beta = inputs
+        y = F.momentum(make_Q(*q), b, phi, beta, 0.3, 3, return_trajectory=True, backend=backend)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).to(dtype).reshape(y.shape)
+        return y.detach(), *torch.autograd.grad((y * weights).sum(), inputs)
+
+    exact, eager, actual = run("eager", torch.float64), run("eager", torch.float32), run("triton", dtype)
+    for one, reference, own in zip(actual, exact, eager, strict=True):
+        assert_as_close_as_eager(one, reference, own)
+
+
+def _python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_import_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, unrolled_kernels as uk
+Q, b = torch.eye(2), torch.ones(2)
+uk.functional.gradient_descent(Q, b, 0.5, 3)
+assert "triton" not in uk.available_backends()
+try:
+    uk.functional.gradient_descent(Q, b, 0.5, 3, backend="triton")
+except ValueError as error:
+    assert "pip install triton" in str(error), error
+else:
+    raise SystemExit("expected a ValueError")
+"""
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_does_not_import_the_kernels():
+    # torch itself imports triton where it is installed
+    code = """
+import sys
+import unrolled_kernels.functional
+assert "unrolled_kernels.ops.momentum.triton_kernels" in sys.modules
+assert "unrolled_kernels.ops.momentum.triton_tile" not in sys.modules
+"""
+    done = _python(code)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,233 @@
+"""Builds the extension ``unrolled_kernels/_C``: CPU kernels with any C++17 compiler, CUDA kernels where nvcc is.
+
+The metadata is in pyproject.toml. Environment:
+
+    UNROLLED_KERNELS_EXTENSION   0: install pure Python; 1: a build that fails is an error. Unset: it is reported.
+    UNROLLED_KERNELS_CUDA        0: leave the CUDA kernels out, even where nvcc is.
+    CXX, CUDA_HOME, MAX_JOBS     the compiler, the CUDA toolkit and the number of compilations at once.
+    TORCH_CUDA_ARCH_LIST         architectures instead of the default list.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+TORCH_TARGET = (2, 10)
+
+
+class BuildError(Exception):
+    """Why there is no extension, or why it has no CUDA kernels, in words for the person who builds."""
+
+
+def cuda_toolkit():
+    """The nvcc in use and its release, (13, 0) for instance."""
+    if os.environ.get("UNROLLED_KERNELS_CUDA") == "0":
+        raise BuildError("UNROLLED_KERNELS_CUDA=0")
+    if not list((CSRC / "cuda").glob("*.cu")):
+        raise BuildError("there are no CUDA sources")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin"] if home else []
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*candidates, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    if nvcc is None:
+        raise BuildError("nvcc was not found: put it on the PATH or set CUDA_HOME")
+    release = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
+    if release is None:
+        raise BuildError(f"{nvcc} --version names no release")
+    return nvcc, (int(release[1]), int(release[2]))
+
+
+def cuda_architectures(nvcc):
+    """``-gencode`` flags and the names of the architectures, without those that this nvcc does not know."""
+    known = set(
+        re.findall(r"compute_(\w+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
+    )
+    flags, names = [], []
+    for name in re.split(r"[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
+        number = name.removesuffix("+PTX").replace(".", "")
+        if number.rstrip("af") not in known and number not in known:
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        names.append(name)
+    if not flags:
+        raise BuildError("nvcc knows none of the architectures in TORCH_CUDA_ARCH_LIST")
+    return flags, names
+
+
+def cuda_libraries(nvcc):
+    """Include and library folder of the toolkit that nvcc belongs to."""
+    output = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"_?TOP_?=(\S+)", output)
+    home = Path(top[1] if top else Path(nvcc).resolve().parent.parent).resolve()
+    for lib in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        if (home / lib / "libcudart_static.a").exists():
+            return home / "include", home / lib
+    raise BuildError(f"libcudart_static.a was not found below {home}")
+
+
+def pybind11_include(torch_include):
+    """The pybind11 package's headers, else the copy that comes with torch."""
+    if importlib.util.find_spec("pybind11"):
+        import pybind11
+
+        return Path(pybind11.get_include())
+    return torch_include
+
+
+def quote(path):
+    """``path`` as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def sources_sha256():
+    """Hash of everything under csrc, to tell which kernels a measurement is of."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")):
+        digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def ninja_file(compiler, library, build):
+    """The text of build.ninja, and the reason why there is no CUDA in it (None if there is)."""
+    import torch
+
+    torch_root = Path(torch.__file__).parent
+    torch_include = torch_root / "include"
+    includes = [CSRC, torch_include, pybind11_include(torch_include), Path(sysconfig.get_paths()["include"])]
+    target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
+    # no -std: the headers of torch ask for C++17 or C++20 by version, and compilers default to one that serves
+    cxx_flags = [
+        "-O2",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Wno-unused-parameter",
+        target,
+    ]
+    cxx_flags += [f"-I{includes[0]}", *(f"-isystem {quote(p)}" for p in includes[1:])]
+    link_flags = [f"-L{quote(torch_root / 'lib')}", "-ltorch_cpu"]
+    module_flags = [
+        f'-DUNROLLED_KERNELS_SOURCES_SHA256=\\"{sources_sha256()}\\"',
+        f'-DUNROLLED_KERNELS_TORCH_TARGET=\\"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}\\"',
+    ]
+    nvcc_flags, cuda_reason, nvcc = [], None, None
+    try:
+        nvcc, release = cuda_toolkit()
+        gencode, names = cuda_architectures(nvcc)
+        include, lib = cuda_libraries(nvcc)
+    except BuildError as error:
+        cuda_reason, nvcc = str(error), None
+    else:
+        cxx_flags += ["-DUNROLLED_KERNELS_WITH_CUDA", f"-isystem {quote(include)}"]
+        link_flags += [f"-L{quote(lib)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *gencode]
+        module_flags += [
+            f'-DUNROLLED_KERNELS_CUDA_ARCHITECTURES=\\"{" ".join(names)}\\"',
+            f'-DUNROLLED_KERNELS_CUDA_VERSION=\\"{release[0]}.{release[1]}\\"',
+        ]
+
+    lines = [
+        f"cxx = {quote(compiler)}",
+        f"nvcc = {quote(nvcc or 'nvcc')}",
+        f"flags = {' '.join(cxx_flags)}",
+        f"nvcc_flags = {' '.join(nvcc_flags)}",
+        "rule cxx\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = compile $in $extra",
+        "rule nvcc\n  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = compile $in",
+        f"rule link\n  command = $cxx -shared -Wl,--as-needed $in {' '.join(link_flags)} -o $out\n  description = link $out",
+    ]
+    objects = []
+
+    def compile_source(rule, path, suffix="", extra=()):
+        objects.append(build / f"{path.relative_to(CSRC).as_posix().replace('/', '.')}{suffix}.o")
+        lines.append(f"build {quote(objects[-1])}: {rule} {quote(path)}")
+        lines.extend([f"  extra = {' '.join(extra)}"] if extra else [])
+
+    # what takes longest first
+    for path in sorted(CSRC.glob("cuda/*.cu")) if nvcc else []:
+        compile_source("nvcc", path)
+    levels = range(3) if platform.machine() in ("x86_64", "AMD64") else range(1)
+    plain = []
+    for path in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
+        if '#include "cpu/simd.h"' not in path.read_text():
+            plain.append(path)
+            continue
+        for level in levels:
+            compile_source("cxx", path, f".{level}", [f"-DUNROLLED_KERNELS_ISA={level}"])
+    for path in plain:
+        compile_source("cxx", path, extra=module_flags if path.name == "module.cpp" else ())
+    lines.append(f"build {quote(library)}: link {' '.join(map(quote, objects))}")
+    lines.append(f"default {quote(library)}")
+    return "\n".join(lines) + "\n", cuda_reason
+
+
+def build_library(library):
+    """Compile everything to the file ``library``; return the reason why it has no CUDA kernels, or None."""
+    if os.environ.get("UNROLLED_KERNELS_EXTENSION") == "0":
+        raise BuildError("UNROLLED_KERNELS_EXTENSION=0")
+    compiler = next(
+        filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), None
+    )
+    if compiler is None:
+        raise BuildError("no C++ compiler was found: install one (g++, for instance) or set CXX")
+    if importlib.util.find_spec("torch") is None:
+        raise BuildError("torch cannot be imported in the build: install torch, then build with --no-build-isolation")
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=os.path.dirname(sys.executable))
+    if ninja is None:
+        raise BuildError("ninja was not found: pip install ninja")
+    build = ROOT / "build" / f"extension-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    build.mkdir(parents=True, exist_ok=True)
+    text, cuda_reason = ninja_file(compiler, build / library.name, build)
+    (build / "build.ninja").write_text(text)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    if subprocess.run([ninja, "-C", str(build), *jobs]).returncode != 0:
+        raise BuildError("the compilation failed; its messages are above")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(build / library.name, library)
+    return cuda_reason
+
+
+class BuildExtension(build_ext):
+    """Builds with ninja, and leaves a record of what was built and why the rest was not."""
+
+    def run(self):
+        (extension,) = self.extensions
+        library = Path(self.get_ext_fullpath(extension.name))
+        record = {"extension": True, "extension_reason": None}
+        try:
+            record["cuda_reason"] = build_library(library)
+        except BuildError as error:
+            if os.environ.get("UNROLLED_KERNELS_EXTENSION") == "1":
+                raise SystemExit(f"unrolled_kernels: {error}") from None
+            print(f"unrolled_kernels: installing without the extension: {error}", file=sys.stderr)
+            record = {"extension": False, "extension_reason": str(error), "cuda_reason": str(error)}
+            # a library of an earlier build would belong to other sources
+            library.unlink(missing_ok=True)
+            self.extensions = []
+        record["cuda"] = record["cuda_reason"] is None
+        library.parent.mkdir(parents=True, exist_ok=True)
+        (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def get_outputs(self):
+        return [self.get_ext_fullpath(extension.name) for extension in self.extensions]
+
+
+setup(ext_modules=[Extension("unrolled_kernels._C", sources=[])], cmdclass={"build_ext": BuildExtension})

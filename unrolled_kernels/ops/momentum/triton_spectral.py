@@ -1,0 +1,375 @@
+"""Q = R diag(λ) Rᵀ in Triton: R is read once into registers, rotates in and out, and the steps between are elementwise.
+
+The states are columns of R's tile all along: Rᵀb comes out as columns and Rŷ takes them in, so the steps need no
+exchange between lanes. Backward leaves the iterates in a trace as in triton_dense. Beyond the registers of a program
+the rotations are matrix products of torch (under its setting for TF32) around the diagonal kernels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from unrolled_kernels.ops.momentum import triton_diagonal
+from unrolled_kernels.ops.momentum.reference import matvec
+from unrolled_kernels.ops.momentum.triton_launch import (
+    SPECTRAL_BACKWARD,
+    SPECTRAL_FORWARD,
+    ScheduleGradient,
+    Tile,
+    as_matrices,
+    as_rows,
+    cotangent_strides,
+    launch,
+    resident_programs,
+    schedule_arguments,
+    zero_gradients,
+)
+from unrolled_kernels.ops.momentum.triton_tile import (
+    UNSPECIALIZED,
+    adjoint_step,
+    diagonal_step,
+    load_schedule,
+    load_tile,
+    load_vector,
+    outer,
+    product,
+    store_step_gradient,
+    store_tile,
+    transposed_product,
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def momentum_spectral_kernel(
+    eigenvalues, R, b, y0, phi, beta, gamma,
+    y,              # [B, d], or [num_steps + 1, B, d]
+    eigenvalues_stride, R_stride, b_stride, y0_stride, column_stride,
+    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+    B, num_steps,
+    d: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BB: tl.constexpr,
+    SHARED: tl.constexpr, TRAJECTORY: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = phi.dtype.element_ty
+    MOMENTUM: tl.constexpr = beta is not None
+    n: tl.constexpr = D // W
+    i = tl.arange(0, D)[:, None]
+    j = (tl.arange(0, n)[:, None] * W + tl.arange(0, W)[None, :])[:, None, :]
+    if SHARED:
+        r = load_tile(R, tl.zeros([BB], tl.int32), 0, column_stride, B, d, D, W).to(C)
+    for block in range(tl.program_id(0), tl.cdiv(B, BB), tl.num_programs(0)):
+        sample = block * BB + tl.arange(0, BB)
+        real = sample < B
+        s, inside = sample[None, :], (i < d) & real[None, :]
+        s_hat, inside_hat = sample[None, :, None], (j < d) & real[None, :, None]
+        if not SHARED:
+            r = load_tile(R, sample, R_stride, column_stride, B, d, D, W).to(C)
+        q = load_vector(eigenvalues, s_hat, eigenvalues_stride, j, 1, inside_hat, C)
+        b_hat = transposed_product(r, load_vector(b, s, b_stride, i, 1, inside, C))
+        x = tl.zeros([n, BB, W], C)
+        target = y + s.to(tl.int64) * d + i
+        if y0 is not None:
+            start = load_vector(y0, s, y0_stride, i, 1, inside, C)
+            x = transposed_product(r, start)
+            if TRAJECTORY:
+                tl.store(target, start, mask=inside)
+        elif TRAJECTORY:
+            tl.store(target, tl.zeros([D, BB], C), mask=inside)
+        previous = x
+        for t in range(num_steps):
+            phi_t, beta_t, gamma_t = load_schedule(
+                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+                sample, t, real,
+            )  # fmt: skip
+            following = diagonal_step(
+                q, b_hat, x, previous, phi_t[None, :, None], beta_t[None, :, None], gamma_t[None, :, None], MOMENTUM
+            )
+            previous = x
+            x = following
+            if TRAJECTORY:
+                target += tl.cast(B, tl.int64) * d
+                tl.store(target, product(r, x), mask=inside)
+        if not TRAJECTORY:
+            tl.store(target, product(r, x), mask=inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def momentum_spectral_backward_kernel(
+    grad_y, eigenvalues, R, b, y0, phi, beta, gamma,
+    d_eigenvalues,           # [B, d]; None where not needed
+    dR,                      # like R; where the batch shares R one [d, d] a program, in the compute dtype; None
+    db, dy0,                 # [B, d]
+    d_phi, d_beta, d_gamma,  # [B or programs, num_steps or 1] by ROWS and STEPS; None where not needed
+    trace,                   # [programs, num_steps, D, BB]
+    grad_step, grad_sample, grad_entry,
+    eigenvalues_stride, R_stride, b_stride, y0_stride, column_stride,
+    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+    B, num_steps,            # at least one step
+    d: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BB: tl.constexpr,
+    SHARED: tl.constexpr, TRAJECTORY: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = phi.dtype.element_ty
+    MOMENTUM: tl.constexpr = beta is not None
+    n: tl.constexpr = D // W
+    i = tl.arange(0, D)[:, None]
+    j = (tl.arange(0, n)[:, None] * W + tl.arange(0, W)[None, :])[:, None, :]
+    trace += tl.program_id(0).to(tl.int64) * num_steps * (D * BB) + j * BB + tl.arange(0, BB)[None, :, None]
+    dr = tl.zeros([n, D, BB, W], C)
+    phi_sum = tl.zeros([n, BB, W], C)
+    beta_sum = tl.zeros([n, BB, W], C)
+    gamma_sum = tl.zeros([n, BB, W], C)
+    if SHARED:
+        r = load_tile(R, tl.zeros([BB], tl.int32), 0, column_stride, B, d, D, W).to(C)
+    for block in range(tl.program_id(0), tl.cdiv(B, BB), tl.num_programs(0)):
+        first = block == tl.program_id(0)
+        sample = block * BB + tl.arange(0, BB)
+        real = sample < B
+        s, inside = sample[None, :], (i < d) & real[None, :]
+        s_hat, inside_hat = sample[None, :, None], (j < d) & real[None, :, None]
+        if not SHARED:
+            r = load_tile(R, sample, R_stride, column_stride, B, d, D, W).to(C)
+            dr = tl.zeros([n, D, BB, W], C)
+        q = load_vector(eigenvalues, s_hat, eigenvalues_stride, j, 1, inside_hat, C)
+        b_hat = transposed_product(r, load_vector(b, s, b_stride, i, 1, inside, C))
+        x = tl.zeros([n, BB, W], C)
+        if y0 is not None:
+            x = transposed_product(r, load_vector(y0, s, y0_stride, i, 1, inside, C))
+
+        # replay ŷ_0 … ŷ_k, all but the last into the trace; dR takes Σ_t ȳ_t^out ŷ_tᵀ on the way
+        previous = x
+        row = trace
+        cotangent = grad_y
+        tl.debug_barrier()
+        for t in range(num_steps):
+            tl.store(row, x)
+            row += D * BB
+            phi_t, beta_t, gamma_t = load_schedule(
+                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+                sample, t, real,
+            )  # fmt: skip
+            following = diagonal_step(
+                q, b_hat, x, previous, phi_t[None, :, None], beta_t[None, :, None], gamma_t[None, :, None], MOMENTUM
+            )
+            previous = x
+            x = following
+            if TRAJECTORY:
+                cotangent += grad_step
+                if dR is not None:
+                    dr += outer(load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C), x)
+        tl.debug_barrier()
+
+        last = load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C)
+        if dR is not None and not TRAJECTORY:
+            dr += outer(last, x)
+        a = transposed_product(r, last)
+        carry = tl.zeros([n, BB, W], C)
+        q_bar = tl.zeros([n, BB, W], C)
+        b_hat_bar = tl.zeros([n, BB, W], C)
+        row -= D * BB
+        x = tl.load(row)
+        for back in range(num_steps):
+            t = num_steps - 1 - back
+            if t > 0:
+                row -= D * BB
+            previous = tl.load(row)
+            phi_t, beta_t, gamma_t = load_schedule(
+                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+                sample, t, real,
+            )  # fmt: skip
+            m = x - previous
+            z = x
+            if MOMENTUM:
+                z = x + gamma_t[None, :, None] * m
+            w = q * a
+            a_scaled = phi_t[None, :, None] * a
+            q_bar -= a_scaled * z
+            b_hat_bar -= a_scaled
+            if d_phi is not None:
+                phi_part = -(w * z + a * b_hat)
+                beta_part = a * m
+                gamma_part = -(phi_t[None, :, None] * w * m)
+                if STEPS:
+                    store_step_gradient(
+                        d_phi, tl.sum(tl.sum(phi_part, 2), 0), sample, t, num_steps, real, True, first, ROWS
+                    )
+                    if MOMENTUM:
+                        store_step_gradient(
+                            d_beta, tl.sum(tl.sum(beta_part, 2), 0), sample, t, num_steps, real, True, first, ROWS
+                        )
+                        store_step_gradient(
+                            d_gamma, tl.sum(tl.sum(gamma_part, 2), 0), sample, t, num_steps, real, True, first, ROWS
+                        )
+                else:
+                    phi_sum += phi_part
+                    if MOMENTUM:
+                        beta_sum += beta_part
+                        gamma_sum += gamma_part
+            a, carry = adjoint_step(
+                a, carry, w, phi_t[None, :, None], beta_t[None, :, None], gamma_t[None, :, None], MOMENTUM
+            )
+            if TRAJECTORY:
+                cotangent -= grad_step
+                # the cotangent of y_0 itself, which is never rotated, comes last
+                if t > 0:
+                    a += transposed_product(r, load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C))
+            x = previous
+
+        a += carry
+        start_bar = product(r, a)
+        if TRAJECTORY:
+            start_bar += load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C)
+        target = s.to(tl.int64) * d + i
+        tl.store(db + target, product(r, b_hat_bar), mask=inside)
+        tl.store(dy0 + target, start_bar, mask=inside)
+        if d_eigenvalues is not None:
+            tl.store(d_eigenvalues + s_hat.to(tl.int64) * d + j, q_bar, mask=inside_hat)
+        if dR is not None:
+            dr += outer(load_vector(b, s, b_stride, i, 1, inside, C), b_hat_bar)
+            if y0 is not None:
+                dr += outer(load_vector(y0, s, y0_stride, i, 1, inside, C), a)
+            if not SHARED:
+                store_tile(dR, dr, sample, d * d, column_stride, B, d, D, W)
+        if d_phi is not None and ROWS and not STEPS:
+            tl.store(d_phi + sample, tl.sum(tl.sum(phi_sum, 2), 0), mask=real)
+            phi_sum = tl.zeros([n, BB, W], C)
+            if MOMENTUM:
+                tl.store(d_beta + sample, tl.sum(tl.sum(beta_sum, 2), 0), mask=real)
+                tl.store(d_gamma + sample, tl.sum(tl.sum(gamma_sum, 2), 0), mask=real)
+                beta_sum = tl.zeros([n, BB, W], C)
+                gamma_sum = tl.zeros([n, BB, W], C)
+
+    if dR is not None and SHARED:
+        own = tl.program_id(0) + tl.zeros([1], tl.int32)
+        store_tile(dR, tl.sum(dr, 2)[:, :, None, :], own, d * d, column_stride, tl.num_programs(0), d, D, W)
+    if d_phi is not None and not ROWS and not STEPS:
+        tl.store(d_phi + tl.program_id(0), tl.sum(phi_sum))
+        if MOMENTUM:
+            tl.store(d_beta + tl.program_id(0), tl.sum(beta_sum))
+            tl.store(d_gamma + tl.program_id(0), tl.sum(gamma_sum))
+
+
+def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
+    """Contract of the op ``momentum_spectral``."""
+    B, d = b.shape
+    schedule = (step_sizes, momentum, extrapolation)
+    y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
+    if y.numel() == 0:
+        return y
+    if num_steps == 0:
+        return y.zero_() if y0 is None else y.copy_(y0)
+    tile = Tile.find(SPECTRAL_FORWARD, d, b.dtype, step_sizes.dtype)
+    if tile is None:
+        return _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory)
+    shared = matrix.shape[0] < B
+    blocks = triton.cdiv(B, tile.samples)
+    matrix, matrix_stride = as_matrices(matrix)
+    (eigenvalues, eigenvalues_stride), (b, b_stride), (y0, y0_stride) = as_rows(eigenvalues), as_rows(b), as_rows(y0)
+    phi, beta, gamma, *strides = schedule_arguments(*schedule)
+    launch(
+        momentum_spectral_kernel,
+        resident_programs(b.device, blocks, tile.num_warps) if shared else blocks,
+        eigenvalues, matrix, b, y0, phi, beta, gamma, y,
+        eigenvalues_stride, matrix_stride, b_stride, y0_stride, 1, *strides, B, num_steps,
+        **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    grad_y, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
+    needs_eigenvalues, needs_matrix, needs_schedule,
+):  # fmt: skip
+    """Contract of the op ``momentum_spectral_backward``."""
+    B, d = b.shape
+    schedule = (step_sizes, momentum, extrapolation)
+    needs = (needs_eigenvalues, needs_matrix)
+    if b.numel() == 0 or num_steps == 0:
+        grads = zero_gradients((eigenvalues, matrix), b, schedule, needs, needs_schedule)
+        if b.numel():
+            grads[3].copy_(grad_y[0] if trajectory else grad_y)
+        return grads
+    tile = Tile.find(SPECTRAL_BACKWARD, d, b.dtype, step_sizes.dtype)
+    if tile is None:
+        return _rotated_backward(
+            grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory, *needs, needs_schedule
+        )
+    shared = matrix.shape[0] < B
+    programs = resident_programs(b.device, triton.cdiv(B, tile.samples), tile.num_warps)
+    trace = step_sizes.new_empty((programs, num_steps, tile.D, tile.samples))
+    d_eigenvalues = eigenvalues.new_empty((B, d)) if needs_eigenvalues else None
+    d_matrix = None
+    if needs_matrix:
+        d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
+    db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
+    d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
+    matrix, matrix_stride = as_matrices(matrix)
+    (eigenvalues, eigenvalues_stride), (b, b_stride), (y0, y0_stride) = as_rows(eigenvalues), as_rows(b), as_rows(y0)
+    phi, beta, gamma, *strides = schedule_arguments(*schedule)
+    launch(
+        momentum_spectral_backward_kernel,
+        programs,
+        grad_y, eigenvalues, matrix, b, y0, phi, beta, gamma,
+        d_eigenvalues, d_matrix, db, dy0, *d_schedule.parts, trace, *cotangent_strides(grad_y, trajectory),
+        eigenvalues_stride, matrix_stride, b_stride, y0_stride, 1, *strides, B, num_steps,
+        **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+    nothing = b.new_empty
+    if d_matrix is not None and shared:
+        d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
+    return (
+        nothing(0) if d_eigenvalues is None else d_eigenvalues,
+        nothing(0) if d_matrix is None else d_matrix,
+        db,
+        dy0,
+        *d_schedule.reduce(schedule),
+    )
+
+
+def _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory):
+    storage, compute = b.dtype, schedule[0].dtype
+    R = matrix.to(compute)
+    b_hat = matvec(R.mT, b.to(compute))
+    y0_hat = None if y0 is None else matvec(R.mT, y0.to(compute))
+    y_hat = triton_diagonal.forward(eigenvalues.to(compute), b_hat, y0_hat, *schedule, num_steps, trajectory)
+    if not trajectory:
+        return matvec(R, y_hat).to(storage)
+    start = torch.zeros_like(b) if y0 is None else y0
+    return torch.cat([start.unsqueeze(0), _matvecs(R, y_hat[1:]).to(storage)])
+
+
+def _rotated_backward(
+    grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory, needs_eigenvalues, needs_matrix, needs_schedule
+):
+    storage, compute = b.dtype, schedule[0].dtype
+    grad_y, eigenvalues, R, b, y0 = (x if x is None else x.to(compute) for x in (grad_y, eigenvalues, matrix, b, y0))
+    b_hat = matvec(R.mT, b)
+    y0_hat = None if y0 is None else matvec(R.mT, y0)
+    if trajectory:
+        grad_y_hat = torch.cat([torch.zeros_like(grad_y[:1]), _matvecs(R.mT, grad_y[1:])])
+    else:
+        grad_y_hat = matvec(R.mT, grad_y)
+    d_eigenvalues, db_hat, dy0_hat, *d_schedule = triton_diagonal.backward(
+        grad_y_hat, eigenvalues, b_hat, y0_hat, *schedule, num_steps, trajectory, needs_eigenvalues, needs_schedule
+    )
+    db, dy0 = matvec(R, db_hat), matvec(R, dy0_hat)
+    if trajectory:
+        dy0 = dy0 + grad_y[0]
+    d_matrix = b.new_empty(0)
+    if needs_matrix:
+        y_hat = triton_diagonal.forward(eigenvalues, b_hat, y0_hat, *schedule, num_steps, trajectory)
+        left, right = [b.unsqueeze(0)], [db_hat.unsqueeze(0)]
+        if y0 is not None:
+            left.append(y0.unsqueeze(0))
+            right.append(dy0_hat.unsqueeze(0))
+        left.append(grad_y[1:] if trajectory else grad_y.unsqueeze(0))
+        right.append(y_hat[1:] if trajectory else y_hat.unsqueeze(0))
+        equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
+        d_matrix = torch.einsum(equation, torch.cat(left), torch.cat(right)).reshape(matrix.shape)
+    return (*(x.to(storage) for x in (d_eigenvalues, d_matrix, db, dy0)), *d_schedule)
+
+
+def _matvecs(matrix, zs):
+    """``matrix`` ``[B or 1, d, d]`` times each row of zs ``[steps, B, d]``."""
+    if matrix.shape[0] == 1:
+        return zs @ matrix[0].mT
+    return (matrix @ zs.permute(1, 2, 0)).permute(2, 0, 1)

@@ -1,0 +1,347 @@
+"""Dense Q in Triton beyond the registers of a program: Q streams by in tiles ``[R, C]`` every step, from L2 if it fits.
+
+A program takes S samples: one that owns its Q, or 16 that share one, whose products are then matrix products in plain
+float32 or float64. The states live in global memory, ``[slots, S, d]`` a program, and are read back through L1: a
+barrier between two steps is what makes them one program's memory. Backward takes three passes, replay, adjoint and
+Q̄ = -Σ_t φ_t ȳ_{t+1} z_tᵀ, of which the last writes each tile of Q̄ once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from unrolled_kernels.ops.momentum.triton_launch import (
+    ScheduleGradient,
+    as_matrices,
+    as_rows,
+    cotangent_strides,
+    launch,
+    resident_programs,
+    schedule_arguments,
+)
+from unrolled_kernels.ops.momentum.triton_tile import (
+    UNSPECIALIZED,
+    adjoint_step,
+    load_coefficient,
+    load_schedule,
+    load_vector,
+    store_step_gradient,
+)
+
+_WARPS = 8
+_SHARED_SAMPLES = 16
+
+
+@triton.jit
+def load_state(slot, entry, S: tl.constexpr, d):
+    """Entries ``[R, S]`` of a state ``[S, d]`` of this program."""
+    sample = tl.arange(0, S)[None, :]
+    return tl.load(slot + sample * d + entry, mask=(entry < d) & (sample < S), other=0.0)
+
+
+@triton.jit
+def store_state(slot, entry, value, S: tl.constexpr, d):
+    """Inverse of ``load_state``."""
+    sample = tl.arange(0, S)[None, :]
+    tl.store(slot + sample * d + entry, value, mask=(entry < d) & (sample < S))
+
+
+@triton.jit
+def streamed_product(
+    Q, first, current, previous, gamma_t, d,
+    S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr, EXTRAPOLATE: tl.constexpr,
+):  # fmt: skip
+    """Entries first … first + R of Q z or Qᵀ z as ``[R, S]``; z = current + γ_t (current - previous), or current."""
+    dtype: tl.constexpr = current.dtype.element_ty
+    i = (first + tl.arange(0, R))[:, None]
+    total = tl.zeros([R, C if S == 1 else S], dtype)
+    for start in range(0, d, C):
+        j = start + tl.arange(0, C)
+        row, column = (j[None, :], i) if TRANSPOSED else (i, j[None, :])
+        tile = tl.load(Q + row.to(tl.int64) * d + column, mask=(row < d) & (column < d), other=0.0).to(dtype)
+        z = load_state(current, j[:, None], S, d)
+        if EXTRAPOLATE:
+            z += gamma_t * (z - load_state(previous, j[:, None], S, d))
+        if S == 1:
+            total += tile * tl.trans(z)
+        else:
+            total += tl.dot(tile, z, input_precision="ieee", out_dtype=dtype)
+    return tl.sum(total, 1)[:, None] if S == 1 else total
+
+
+@triton.jit
+def streamed_step(
+    Q, b, sample, b_stride, real, current, previous, following, phi_t, beta_t, gamma_t, d,
+    S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MOMENTUM: tl.constexpr,
+):  # fmt: skip
+    """Write y_{t+1} to the slot ``following`` from y_t and y_{t-1}; coefficients ``[1, S]``."""
+    dtype: tl.constexpr = current.dtype.element_ty
+    for first in range(0, d, R):
+        i = (first + tl.arange(0, R))[:, None]
+        Qz = streamed_product(Q, first, current, previous, gamma_t, d, S, R, C, False, MOMENTUM)
+        x = load_state(current, i, S, d)
+        next_x = x - phi_t * (Qz + load_vector(b, sample[None, :], b_stride, i, 1, (i < d) & real[None, :], dtype))
+        if MOMENTUM:
+            next_x += beta_t * (x - load_state(previous, i, S, d))
+        store_state(following, i, next_x, S, d)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def momentum_dense_streamed_kernel(
+    Q, b, y0, phi, beta, gamma,
+    y,              # [B, d], or [num_steps + 1, B, d]
+    states,         # [programs, 3, S, d]: y_t stands in slot t mod 3
+    Q_stride, b_stride, y0_stride,
+    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+    B, num_steps, d,
+    S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, TRAJECTORY: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = phi.dtype.element_ty
+    MOMENTUM: tl.constexpr = beta is not None
+    slot = tl.cast(d, tl.int64) * S
+    states += tl.program_id(0) * 3 * slot
+    for block in range(tl.program_id(0), tl.cdiv(B, S), tl.num_programs(0)):
+        sample = block * S + tl.arange(0, S)
+        real = sample < B
+        s = sample[None, :]
+        # with one sample a program Q is its own; otherwise the stride is 0
+        Q_block = Q + tl.cast(block, tl.int64) * Q_stride
+        for first in range(0, d, R):
+            i = (first + tl.arange(0, R))[:, None]
+            inside = (i < d) & real[None, :]
+            x = load_vector(y0, s, y0_stride, i, 1, inside, dtype)
+            store_state(states, i, x, S, d)
+            if TRAJECTORY:
+                tl.store(y + s.to(tl.int64) * d + i, x, mask=inside)
+        tl.debug_barrier()
+        target = y
+        for t in range(num_steps):
+            phi_t, beta_t, gamma_t = load_schedule(
+                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+                sample, t, real,
+            )  # fmt: skip
+            following = states + ((t + 1) % 3) * slot
+            streamed_step(
+                Q_block, b, sample, b_stride, real, states + (t % 3) * slot,
+                states + (tl.maximum(t - 1, 0) % 3) * slot, following,
+                phi_t[None, :], beta_t[None, :], gamma_t[None, :], d, S, R, C, MOMENTUM,
+            )  # fmt: skip
+            if TRAJECTORY:
+                target += tl.cast(B, tl.int64) * d
+                for first in range(0, d, R):
+                    i = (first + tl.arange(0, R))[:, None]
+                    x = load_state(following, i, S, d)
+                    tl.store(target + s.to(tl.int64) * d + i, x, mask=(i < d) & real[None, :])
+        if not TRAJECTORY:
+            for first in range(0, d, R):
+                i = (first + tl.arange(0, R))[:, None]
+                x = load_state(states + (num_steps % 3) * slot, i, S, d)
+                tl.store(y + s.to(tl.int64) * d + i, x, mask=(i < d) & real[None, :])
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def momentum_dense_streamed_backward_kernel(
+    grad_y, Q, b, y0, phi, beta, gamma,
+    dQ,             # like Q; where the batch shares Q one [d, d] a program, in the compute dtype; None where not needed
+    db, dy0,        # [B, d]
+    d_phi, d_beta, d_gamma,  # [B or programs, num_steps or 1] by ROWS and STEPS; None where not needed
+    states,         # [programs, 2 num_steps + 4, S, d]: y_0 … y_k, ȳ_0 … ȳ_k, two slots for what goes on to ȳ_{t-1}
+    grad_step, grad_sample, grad_entry,
+    Q_stride, b_stride, y0_stride,
+    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+    B, num_steps, d,
+    S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    TRAJECTORY: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = phi.dtype.element_ty
+    MOMENTUM: tl.constexpr = beta is not None
+    slot = tl.cast(d, tl.int64) * S
+    states += tl.program_id(0) * (2 * num_steps + 4) * slot
+    adjoints = states + (num_steps + 1) * slot
+    carries = adjoints + (num_steps + 1) * slot
+    phi_sum = tl.zeros([S], dtype)
+    beta_sum = tl.zeros([S], dtype)
+    gamma_sum = tl.zeros([S], dtype)
+    for block in range(tl.program_id(0), tl.cdiv(B, S), tl.num_programs(0)):
+        first_block = block == tl.program_id(0)
+        sample = block * S + tl.arange(0, S)
+        real = sample < B
+        s = sample[None, :]
+        Q_block = Q + tl.cast(block, tl.int64) * Q_stride
+        last = grad_y
+        if TRAJECTORY:
+            last += tl.cast(num_steps, tl.int64) * grad_step
+        for first in range(0, d, R):
+            i = (first + tl.arange(0, R))[:, None]
+            inside = (i < d) & real[None, :]
+            store_state(states, i, load_vector(y0, s, y0_stride, i, 1, inside, dtype), S, d)
+            a = load_vector(last, s, grad_sample, i, grad_entry, inside, dtype)
+            store_state(adjoints + num_steps * slot, i, a, S, d)
+            store_state(carries + (num_steps % 2) * slot, i, tl.zeros([R, S], dtype), S, d)
+        tl.debug_barrier()
+        for t in range(num_steps - 1):
+            phi_t, beta_t, gamma_t = load_schedule(
+                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+                sample, t, real,
+            )  # fmt: skip
+            streamed_step(
+                Q_block, b, sample, b_stride, real, states + t * slot, states + tl.maximum(t - 1, 0) * slot,
+                states + (t + 1) * slot, phi_t[None, :], beta_t[None, :], gamma_t[None, :], d, S, R, C, MOMENTUM,
+            )  # fmt: skip
+
+        for back in range(num_steps):
+            t = num_steps - 1 - back
+            phi_t, beta_t, gamma_t = load_schedule(
+                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+                sample, t, real,
+            )  # fmt: skip
+            phi_part = tl.zeros([R, S], dtype)
+            beta_part = tl.zeros([R, S], dtype)
+            gamma_part = tl.zeros([R, S], dtype)
+            following = adjoints + (t + 1) * slot
+            for first in range(0, d, R):
+                i = (first + tl.arange(0, R))[:, None]
+                inside = (i < d) & real[None, :]
+                w = streamed_product(Q_block, first, following, following, gamma_t[None, :], d, S, R, C, True, False)
+                a = load_state(following, i, S, d)
+                carry = load_state(carries + ((t + 1) % 2) * slot, i, S, d)
+                if d_phi is not None:
+                    x = load_state(states + t * slot, i, S, d)
+                    z = x
+                    if MOMENTUM:
+                        m = x - load_state(states + tl.maximum(t - 1, 0) * slot, i, S, d)
+                        z += gamma_t[None, :] * m
+                        beta_part += a * m
+                        gamma_part -= phi_t[None, :] * w * m
+                    phi_part -= w * z + a * load_vector(b, s, b_stride, i, 1, inside, dtype)
+                a, carry = adjoint_step(a, carry, w, phi_t[None, :], beta_t[None, :], gamma_t[None, :], MOMENTUM)
+                if TRAJECTORY:
+                    own = grad_y + tl.cast(t, tl.int64) * grad_step
+                    a += load_vector(own, s, grad_sample, i, grad_entry, inside, dtype)
+                store_state(adjoints + t * slot, i, a, S, d)
+                store_state(carries + (t % 2) * slot, i, carry, S, d)
+            if d_phi is not None:
+                if STEPS:
+                    store_step_gradient(d_phi, tl.sum(phi_part, 0), sample, t, num_steps, real, True, first_block, ROWS)
+                    if MOMENTUM:
+                        store_step_gradient(
+                            d_beta, tl.sum(beta_part, 0), sample, t, num_steps, real, True, first_block, ROWS
+                        )
+                        store_step_gradient(
+                            d_gamma, tl.sum(gamma_part, 0), sample, t, num_steps, real, True, first_block, ROWS
+                        )
+                else:
+                    phi_sum += tl.sum(phi_part, 0)
+                    beta_sum += tl.sum(beta_part, 0)
+                    gamma_sum += tl.sum(gamma_part, 0)
+            tl.debug_barrier()
+
+        for first in range(0, d, R):
+            i = (first + tl.arange(0, R))[:, None]
+            inside = (i < d) & real[None, :]
+            b_bar = tl.zeros([R, S], dtype)
+            for t in range(num_steps):
+                phi_t = load_coefficient(phi, sample, phi_sample, t, phi_step, real)[None, :]
+                b_bar -= phi_t * load_state(adjoints + (t + 1) * slot, i, S, d)
+            tl.store(db + s.to(tl.int64) * d + i, b_bar, mask=inside)
+            start = load_state(adjoints, i, S, d) + load_state(carries, i, S, d)
+            tl.store(dy0 + s.to(tl.int64) * d + i, start, mask=inside)
+            if dQ is not None:
+                for start_column in range(0, d, C):
+                    j = start_column + tl.arange(0, C)
+                    tile = tl.zeros([R, C], dtype)
+                    for t in range(num_steps):
+                        phi_t = load_coefficient(phi, sample, phi_sample, t, phi_step, real)[None, :]
+                        a = phi_t * load_state(adjoints + (t + 1) * slot, i, S, d)
+                        z = load_state(states + t * slot, j[:, None], S, d)
+                        if MOMENTUM:
+                            gamma_t = load_coefficient(gamma, sample, gamma_sample, t, gamma_step, real)[None, :]
+                            z += gamma_t * (z - load_state(states + tl.maximum(t - 1, 0) * slot, j[:, None], S, d))
+                        if S == 1:
+                            tile -= a * tl.trans(z)
+                        else:
+                            tile -= tl.dot(a, tl.trans(z), input_precision="ieee", out_dtype=dtype)
+                    entries = i.to(tl.int64) * d + j[None, :]
+                    whole = (i < d) & (j[None, :] < d)
+                    if S == 1:
+                        tl.store(dQ + tl.cast(block, tl.int64) * d * d + entries, tile, mask=whole)
+                    else:
+                        own = dQ + tl.program_id(0).to(tl.int64) * d * d + entries
+                        if not first_block:
+                            tile += tl.load(own, mask=whole, other=0.0)
+                        tl.store(own, tile, mask=whole)
+        if d_phi is not None and ROWS and not STEPS:
+            tl.store(d_phi + sample, phi_sum, mask=real)
+            phi_sum = tl.zeros([S], dtype)
+            if MOMENTUM:
+                tl.store(d_beta + sample, beta_sum, mask=real)
+                tl.store(d_gamma + sample, gamma_sum, mask=real)
+                beta_sum = tl.zeros([S], dtype)
+                gamma_sum = tl.zeros([S], dtype)
+        # the states are overwritten for the next block
+        tl.debug_barrier()
+
+    if d_phi is not None and not ROWS and not STEPS:
+        tl.store(d_phi + tl.program_id(0), tl.sum(phi_sum))
+        if MOMENTUM:
+            tl.store(d_beta + tl.program_id(0), tl.sum(beta_sum))
+            tl.store(d_gamma + tl.program_id(0), tl.sum(gamma_sum))
+
+
+def _plan(matrix, B, compute):
+    """Whether the batch shares Q, and the constants of a launch: samples a program, tile of Q, warps, registers."""
+    shared = matrix.shape[0] < B
+    constants = {"S": _SHARED_SAMPLES if shared else 1, "R": 64, "C": 16 if shared else 64}
+    # two programs a multiprocessor; left alone, ptxas spills to fit a third
+    return shared, constants | {"num_warps": _WARPS, "maxnreg": 128 if compute == torch.float32 else None}
+
+
+def forward(matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
+    """Contract of the op ``momentum_dense``, for a batch that is not empty."""
+    B, d = b.shape
+    shared, constants = _plan(matrix, B, step_sizes.dtype)
+    y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
+    programs = resident_programs(b.device, triton.cdiv(B, constants["S"]), _WARPS)
+    states = step_sizes.new_empty((programs, 3, constants["S"], d))
+    matrix, matrix_stride = as_matrices(matrix)
+    (b, b_stride), (y0, y0_stride) = as_rows(b), as_rows(y0)
+    phi, beta, gamma, *strides = schedule_arguments(step_sizes, momentum, extrapolation)
+    launch(
+        momentum_dense_streamed_kernel, programs,
+        matrix, b, y0, phi, beta, gamma, y, states, 0 if shared else matrix_stride, b_stride, y0_stride, *strides,
+        B, num_steps, d, **constants, TRAJECTORY=trajectory,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    grad_y, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, needs_matrix, needs_schedule
+):
+    """Contract of the op ``momentum_dense_backward``, for a batch that is not empty."""
+    B, d = b.shape
+    schedule = (step_sizes, momentum, extrapolation)
+    shared, constants = _plan(matrix, B, step_sizes.dtype)
+    programs = resident_programs(b.device, triton.cdiv(B, constants["S"]), _WARPS)
+    states = step_sizes.new_empty((programs, 2 * num_steps + 4, constants["S"], d))
+    d_matrix = None
+    if needs_matrix:
+        d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
+    db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
+    d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
+    matrix, matrix_stride = as_matrices(matrix)
+    (b, b_stride), (y0, y0_stride) = as_rows(b), as_rows(y0)
+    phi, beta, gamma, *strides = schedule_arguments(*schedule)
+    launch(
+        momentum_dense_streamed_backward_kernel, programs,
+        grad_y, matrix, b, y0, phi, beta, gamma, d_matrix, db, dy0, *d_schedule.parts, states,
+        *cotangent_strides(grad_y, trajectory), 0 if shared else matrix_stride, b_stride, y0_stride, *strides,
+        B, num_steps, d, **constants,
+        TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
+    )  # fmt: skip
+    if d_matrix is None:
+        d_matrix = b.new_empty(0)
+    elif shared:
+        d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
+    return (d_matrix, db, dy0, *d_schedule.reduce(schedule))
