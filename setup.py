@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 TORCH_TARGET = (2, 10)
+LEVELS = ("baseline", "avx2", "avx512")  # UNROLLED_KERNELS_ISA = 0, 1, 2
 
 
 class BuildError(Exception):
@@ -96,6 +97,12 @@ def quote(path):
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def rule(name, command, description, depfile=None):
+    """Lines of a ninja rule."""
+    dependencies = [f"  depfile = {depfile}", "  deps = gcc"] if depfile else []
+    return [f"rule {name}", f"  command = {command}", f"  description = {description}", *dependencies]
+
+
 def sources_sha256():
     """Hash of everything under csrc, to tell which kernels a measurement is of."""
     digest = hashlib.sha256()
@@ -150,28 +157,30 @@ def ninja_file(compiler, library, build):
         f"nvcc = {quote(nvcc or 'nvcc')}",
         f"flags = {' '.join(cxx_flags)}",
         f"nvcc_flags = {' '.join(nvcc_flags)}",
-        "rule cxx\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = compile $in $extra",
-        "rule nvcc\n  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = compile $in",
-        f"rule link\n  command = $cxx -shared -Wl,--as-needed $in {' '.join(link_flags)} -o $out\n  description = link $out",
+        *rule("cxx", "$cxx $flags $extra -MMD -MF $out.d -c $in -o $out", "compile $in $level", depfile="$out.d"),
+        *rule("nvcc", "$nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out", "compile $in", depfile="$out.d"),
+        *rule("link", f"$cxx -shared -Wl,--as-needed $in {' '.join(link_flags)} -o $out", "link $out"),
     ]
     objects = []
 
-    def compile_source(rule, path, suffix="", extra=()):
+    def compile_source(rule_name, path, extra=(), level=None):
+        suffix = "" if level is None else f".{level}"
         objects.append(build / f"{path.relative_to(CSRC).as_posix().replace('/', '.')}{suffix}.o")
-        lines.append(f"build {quote(objects[-1])}: {rule} {quote(path)}")
+        lines.append(f"build {quote(objects[-1])}: {rule_name} {quote(path)}")
         lines.extend([f"  extra = {' '.join(extra)}"] if extra else [])
+        lines.extend([f"  level = for {LEVELS[level]}"] if level is not None else [])
 
     # what takes longest first
     for path in sorted(CSRC.glob("cuda/*.cu")) if nvcc else []:
         compile_source("nvcc", path)
-    levels = range(3) if platform.machine() in ("x86_64", "AMD64") else range(1)
+    levels = range(len(LEVELS) if platform.machine() in ("x86_64", "AMD64") else 1)
     plain = []
     for path in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
         if '#include "cpu/simd.h"' not in path.read_text():
             plain.append(path)
             continue
         for level in levels:
-            compile_source("cxx", path, f".{level}", [f"-DUNROLLED_KERNELS_ISA={level}"])
+            compile_source("cxx", path, [f"-DUNROLLED_KERNELS_ISA={level}"], level)
     for path in plain:
         compile_source("cxx", path, extra=module_flags if path.name == "module.cpp" else ())
     lines.append(f"build {quote(library)}: link {' '.join(map(quote, objects))}")

@@ -14,16 +14,14 @@ using namespace pybind11::literals;
 namespace unrolled_kernels {
 namespace {
 
-#define UNROLLED_KERNELS_STRING_(x) #x
-#define UNROLLED_KERNELS_STRING(x) UNROLLED_KERNELS_STRING_(x)
-
 py::dict build_info() {
   py::list levels;
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
     if (isa == Isa::baseline || UNROLLED_KERNELS_ISA_LEVELS) levels.append(isa_name(isa));
   }
 #ifdef UNROLLED_KERNELS_WITH_CUDA
-  const py::object cuda = py::dict("architectures"_a = UNROLLED_KERNELS_CUDA_ARCHITECTURES, "version"_a = UNROLLED_KERNELS_CUDA_VERSION);
+  const py::object cuda =
+      py::dict("architectures"_a = UNROLLED_KERNELS_CUDA_ARCHITECTURES, "version"_a = UNROLLED_KERNELS_CUDA_VERSION);
 #else
   const py::object cuda = py::none();
 #endif

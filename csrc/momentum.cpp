@@ -172,7 +172,8 @@ Gradients run_backward(const Tensor& grad_y_, const Arguments& args, bool needs_
 Tensor momentum_dense(const Tensor& Q, const Tensor& b, const OptionalTensor& y0, const Tensor& step_sizes,
                       const OptionalTensor& momentum, const OptionalTensor& extrapolation, int64_t num_steps,
                       bool trajectory) {
-  return run_forward({Structure::dense, nullptr, &Q, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory});
+  return run_forward(
+      {Structure::dense, nullptr, &Q, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory});
 }
 
 Tensor momentum_diagonal(const Tensor& q, const Tensor& b, const OptionalTensor& y0, const Tensor& step_sizes,

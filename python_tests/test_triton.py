@@ -120,15 +120,17 @@ def check(kernels, capability, spills=False):
         ptx = kernel.asm["ptx"]
         assert "tf32" not in ptx, f"{name}: products in TF32"
         assert not re.search(r"\b(atom|red)\.", ptx), f"{name}: atomics, whose order varies"
+        # states are written and read back within a kernel, which the read-only cache would not see
+        assert "global.nc" not in ptx, f"{name}: loads through the read-only cache"
 
 
 capabilities = pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm_{c}")
 
 
-# one size for every row of the tables in triton_launch.py, then one beyond them
+# a size for every row of the tables in triton_launch.py (those below 8 are alike), then one beyond them
 @compiles
 @capabilities
-@pytest.mark.parametrize("d", [1, 3, 5, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("d", [3, 5, 8, 16, 32, 64, 128, 256])
 def test_dense_compiles_without_spills(compiled, capability, d):
     kernels = compiled(capability)
     compile_ops("dense", d, 10)
@@ -147,16 +149,15 @@ def test_shared_dense_compiles_without_spills(compiled, capability, d):
 @compiles
 @capabilities
 @pytest.mark.parametrize("momentum", [False, True], ids=["gd", "momentum"])
-@pytest.mark.parametrize("k", [8, 30])
-def test_diagonal_compiles_without_spills(compiled, capability, momentum, k):
+def test_diagonal_compiles_without_spills(compiled, capability, momentum):
     kernels = compiled(capability)
-    compile_ops("diagonal", 512, k, momentum=momentum)
+    compile_ops("diagonal", 512, 24, momentum=momentum)
     check(kernels, capability)
 
 
 @compiles
 @capabilities
-@pytest.mark.parametrize("d", [5, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("d", [5, 16, 32, 64, 128])
 def test_spectral_compiles_without_spills(compiled, capability, d):
     kernels = compiled(capability)
     compile_ops("spectral", d, 10)
@@ -165,19 +166,20 @@ def test_spectral_compiles_without_spills(compiled, capability, d):
 
 @compiles
 @structures
-@pytest.mark.parametrize("form", ["scalar", "both"])
-@pytest.mark.parametrize("d", [16, 64])
-def test_forms_and_trajectories_compile_without_spills(compiled, structure, form, d):
+def test_forms_and_trajectories_compile_without_spills(compiled, structure):
     kernels = compiled(90)
-    compile_ops(structure, d, 10, form=form, trajectory=form == "both")
-    compile_ops(structure, d, 10, form=form, momentum=False)
+    compile_ops(structure, 16, 10, form="both", trajectory=True)
+    compile_ops(structure, 16, 10, form="scalar", momentum=False)
     check(kernels, 90)
 
 
 @compiles
 @structures
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
-@pytest.mark.parametrize(("d", "shared"), [(8, False), (32, False), (64, True), (256, True)])
+@pytest.mark.parametrize(
+    ("dtype", "d", "shared"),
+    [(torch.float64, 32, False), (torch.float64, 256, True), (torch.bfloat16, 16, False)],
+    ids=["f64", "f64-shared", "bf16"],
+)
 def test_other_dtypes_compile(compiled, structure, dtype, d, shared):
     kernels = compiled(90)
     compile_ops(structure, d, 10, dtype, shared=shared and structure != "diagonal")

@@ -52,7 +52,8 @@ inline Tensor allocate(const Tensor& like, ScalarType type, std::initializer_lis
   return Tensor(handle);
 }
 
-// `x` if every sample is contiguous and the batch is not expanded, else a contiguous copy. A size of 1 is a shared sample.
+// `x` if every sample is contiguous and the batch is not expanded, else a contiguous copy. A size of 1 is a shared
+// sample.
 inline Tensor with_contiguous_samples(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   int64_t expected = 1;

@@ -1,4 +1,5 @@
-// The instruction sets that the CPU kernels are compiled for, one namespace each, and the choice among them at run time.
+// The instruction sets that the CPU kernels are compiled for, one namespace each, and the choice among them at run
+// time.
 #pragma once
 
 namespace unrolled_kernels {

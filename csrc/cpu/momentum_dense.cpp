@@ -52,7 +52,15 @@ struct StaticMatrix {
   static constexpr int64_t size() { return d; }
   UNROLLED_KERNELS_INLINE Image multiply(const C* x, int64_t row, int64_t column) const {
     Image image;
-    product_block<VectorOperand<C>, VectorOperand<C>, d, 1, C>(data, row, column, x, lanes<C>, d, image.v);
+    Vector<C> xj = load(x);
+#pragma GCC unroll 8
+    for (int i = 0; i < d; ++i) image.v[i] = load(data + i * row) * xj;
+#pragma GCC unroll 8
+    for (int j = 1; j < d; ++j) {
+      xj = load(x + j * lanes<C>);
+#pragma GCC unroll 8
+      for (int i = 0; i < d; ++i) image.v[i] += load(data + i * row + j * column) * xj;
+    }
     return image;
   }
 };
@@ -93,7 +101,7 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C>* traces, const Matrix* matr
   const int64_t n_vectors = matrices[0].size();
   for (int64_t t = 0; t < products; ++t) {
     for (int g = 0; g < groups; ++g) {
-      const Trace<C>& s = traces[g];
+      const Trace<C> s = traces[g];
       const auto c = s.schedule.template at<momentum>(t);
       const Vector<C> gamma_next = momentum ? s.schedule.template at<momentum>(min(t + 1, k - 1)).gamma : Vector<C>{};
       const C *y = s.y + t * s.y_step, *m = s.m + t * s.m_step;
@@ -128,7 +136,7 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C>* traces, const Matrix* mat
   const int64_t n_vectors = matrices[0].size(), row = n_vectors * W;
   for (int64_t t = k - 1; t >= 0; --t) {
     for (int g = 0; g < groups; ++g) {
-      const Trace<C>& trace = traces[g];
+      const Trace<C> trace = traces[g];
       auto c = trace.schedule.template at<momentum>(t);
       if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
       C *s = trace.s + (t + 1) * row, *s_t = trace.s + t * row, *ybar = trace.ybar;
@@ -169,7 +177,8 @@ class DenseTile {
 
  public:
   // `backward` may be nullptr; of what it points to, the constructor reads which outputs are wanted
-  UNROLLED_KERNELS_NOINLINE DenseTile(Arena& arena, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward, int64_t steps)
+  UNROLLED_KERNELS_NOINLINE DenseTile(Arena& arena, const MomentumInputs<Storage>& p,
+                                      const MomentumBackward<Storage>* backward, int64_t steps)
       : p_(p),
         tile_{p.B, p.d, 0, 0},
         row_(tile_.size() * W),
@@ -187,7 +196,7 @@ class DenseTile {
         db_(backward ? arena.take<C>(row_) : nullptr),
         dQ_(backward ? arena.take<C>(p.d * row_) : nullptr) {}
 
-  UNROLLED_KERNELS_NOINLINE void load(int64_t index, bool first_of_chunk) {
+  UNROLLED_KERNELS_NOINLINE void stage(int64_t index, bool first_of_chunk) {
     tile_.first = index * tile_.samples;
     tile_.count = min(tile_.samples, p_.B - tile_.first);
     schedule_.stage(tile_, first_of_chunk);
@@ -198,16 +207,21 @@ class DenseTile {
     } else {
       fill_zero(y_, row_);
     }
-    if (z_ != y_) copy(y_, row_, z_);
+    if (z_ != y_) copy_vectors(y_, row_, z_);
     if (m_) fill_zero(m_, row_);
   }
 
   const TileMatrix<Storage, Layout, Operand>& Q() const { return Q_; }
 
   Trace<C> trace() const {
-    const bool plain = !p_.beta.data;
-    return {b_, y_, m_, plain ? y_ : z_, plain ? max(y_step_, z_step_) : y_step_, z_step_, plain ? max(y_step_, z_step_) : z_step_,
-            s_, ybar_, p_.y0 == nullptr, p_.trajectory, schedule_.view(), gradient_.sums()};
+    const bool y0_is_zero = p_.y0 == nullptr;
+    if (p_.beta.data) {
+      return {b_, y_, m_, z_, y_step_, z_step_, z_step_, s_, ybar_, y0_is_zero, p_.trajectory, schedule_.view(),
+              gradient_.sums()};
+    }
+    const int64_t step = max(y_step_, z_step_);
+    return {b_, y_, nullptr, y_, step, 0, step, s_, ybar_, y0_is_zero, p_.trajectory, schedule_.view(),
+            gradient_.sums()};
   }
 
   void store_forward(Storage* y) const {
@@ -215,13 +229,13 @@ class DenseTile {
     for (int64_t t = 0; t <= p_.k; ++t) tile_.store_state(y_ + t * row_, y + t * p_.B * p_.d);
   }
 
-  UNROLLED_KERNELS_NOINLINE void load_cotangents(const MomentumBackward<Storage>& p, bool first_of_chunk) {
+  UNROLLED_KERNELS_NOINLINE void stage_cotangents(const MomentumBackward<Storage>& p, bool first_of_chunk) {
     if (gradient_.wanted()) gradient_.begin_tile(first_of_chunk);
     if (first_of_chunk && shares_matrix(p) && p.d_matrix) fill_zero(dQ_, p.d * row_);
     for (int64_t t = p.trajectory ? 0 : p.k; t <= p.k; ++t) {
       tile_.load_state(p.grad_y + (p.trajectory ? t * p.B * p.d : 0), p.d, s_ + t * row_);
     }
-    copy(s_ + p.k * row_, row_, ybar_);
+    copy_vectors(s_ + p.k * row_, row_, ybar_);
   }
 
   UNROLLED_KERNELS_NOINLINE void store_backward(const MomentumBackward<Storage>& p, bool per_step) {
@@ -233,17 +247,18 @@ class DenseTile {
       int64_t t = 0;
       for (; t + 4 <= p.k; t += 4) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) partial[i] += at(a + (t + i) * row_);
+        for (int i = 0; i < 4; ++i) partial[i] += load(a + (t + i) * row_);
       }
-      for (; t < p.k; ++t) partial[0] += at(a + t * row_);
+      for (; t < p.k; ++t) partial[0] += load(a + t * row_);
       const Vector<C> sum = (partial[0] + partial[1]) + (partial[2] + partial[3]);
-      phi_sum += sum * at(b_ + n);
+      phi_sum += sum * load(b_ + n);
       store(db_ + n, scale * sum);
     }
     tile_.store_state(db_, p.db);
     if (p.d_matrix) {
       const int64_t first = p.y0 || p.k == 0 ? 0 : 1;  // z_0 = y_0 may be zero
-      phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_ + first * row_, p.k - first, scale, dQ_);
+      phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_ + first * row_, p.k - first, scale,
+                            !per_step && gradient_.wanted(), dQ_);
     }
     if (gradient_.wanted()) {
       if (!per_step && p.k > 0) gradient_.sums().add_phi(0, -phi_sum);
@@ -258,11 +273,6 @@ class DenseTile {
   }
 
  private:
-  static void copy(const C* from, int64_t elements, C* to) {
-    for (int64_t n = 0; n < elements; n += W) store(to + n, at(from + n));
-  }
-  static Vector<C> at(const C* x) { return unrolled_kernels::UNROLLED_KERNELS_NAMESPACE::load(x); }
-
   const MomentumInputs<Storage>& p_;
   Layout<C> tile_;
   int64_t row_, y_step_, z_step_;  // elements of a state; from state to state of y, and of z and m
@@ -331,7 +341,7 @@ class DenseTiles {
   void forward(const MomentumForward<Storage>& p, const MomentumChunk<C>& chunk) {
     for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
       const int active = static_cast<int>(min(groups_, chunk.end - i));
-      for (int g = 0; g < active; ++g) tiles_[g]->load(i + g, i == chunk.begin);
+      for (int g = 0; g < active; ++g) tiles_[g]->stage(i + g, i == chunk.begin);
       with_matrices<C>(tiles_, active, p.d, static_d, [&](const auto* matrices) {
         const Trace<C> traces[max_groups] = {first_.trace(), second_.trace()};
         if (p.beta.data) {
@@ -348,8 +358,8 @@ class DenseTiles {
     for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
       const int active = static_cast<int>(min(groups_, chunk.end - i));
       for (int g = 0; g < active; ++g) {
-        tiles_[g]->load(i + g, i == chunk.begin);
-        tiles_[g]->load_cotangents(p, i == chunk.begin);
+        tiles_[g]->stage(i + g, i == chunk.begin);
+        tiles_[g]->stage_cotangents(p, i == chunk.begin);
       }
       with_matrices<C>(tiles_, active, p.d, static_d, [&](const auto* matrices) {
         const Trace<C> traces[max_groups] = {first_.trace(), second_.trace()};

@@ -1,5 +1,5 @@
-// Diagonal Q = diag(q): elementwise, so a sample is cut into strips that need no common lanes. Short rows with a schedule
-// of their own run with samples in lanes (lanes.h).
+// Diagonal Q = diag(q): elementwise, so a sample is cut into strips that need no common lanes. Short rows with a
+// schedule of their own run with samples in lanes (lanes.h).
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -37,9 +37,13 @@ struct StripLanes {
 };
 
 template <typename Storage>
+bool schedule_per_sample(const MomentumInputs<Storage>& p) {
+  return p.phi.batch_stride != 0 || (p.beta.data && (p.beta.batch_stride != 0 || p.gamma.batch_stride != 0));
+}
+
+template <typename Storage>
 bool samples_in_lanes(const MomentumInputs<Storage>& p) {
-  const bool per_sample = p.phi.batch_stride != 0 || (p.beta.data && (p.beta.batch_stride != 0 || p.gamma.batch_stride != 0));
-  return per_sample && p.B > 1 && p.d < 2 * lanes<compute_type<Storage>>;
+  return schedule_per_sample(p) && p.B > 1 && p.d < 2 * lanes<compute_type<Storage>>;
 }
 
 template <typename Storage>
@@ -88,7 +92,10 @@ class DiagonalTiles {
         }
         backward_part(p, part);
       });
-      if (gradient_.wanted()) for_parts(i, [&](const auto& part, bool first) { if (first) gradient_.end_tile(part); });
+      if (!gradient_.wanted()) continue;
+      for_parts(i, [&](const auto& part, bool first_of_tile) {
+        if (first_of_tile) gradient_.end_tile(part);
+      });
     }
     if (gradient_.wanted()) gradient_.end_chunk(chunk.schedule);
   }
@@ -202,8 +209,7 @@ MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Stora
   plan.schedule_steps = constant_schedule(p) ? min(p.k, 1) : p.k;
   plan.scratch_bytes = DiagonalTiles<Storage>(nullptr, p, backward, plan).scratch_bytes();
   const double flops = (backward ? 10.0 : 4.0) * static_cast<double>(p.B) * p.d * (p.k + 2);
-  const bool per_sample = p.phi.batch_stride != 0 || (p.beta.data && (p.beta.batch_stride != 0 || p.gamma.batch_stride != 0));
-  const bool cut = backward && backward->dphi && per_sample && plan.tiles_per_sample > 1;
+  const bool cut = backward && backward->dphi && schedule_per_sample(p) && plan.tiles_per_sample > 1;
   plan.chunks = cut ? plan.tiles : chunks_for(plan.tiles, flops, 1024);
   return plan;
 }

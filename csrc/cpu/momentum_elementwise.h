@@ -1,7 +1,7 @@
 // The recurrence where Q is diagonal, Q z = lambda z elementwise: k steps at a time on a few vectors in registers.
 //
-// m_t = y_t - y_{t-1} is carried along, and backward s_t, its adjoint by every way through it (momentum_dense.cpp). With
-// one phi, beta, gamma for all steps
+// m_t = y_t - y_{t-1} is carried along, and backward s_t, its adjoint by every way through it (momentum_dense.cpp).
+// With one phi, beta, gamma for all steps
 //
 //     p = phi lambda    m <- (beta m - phi b) - p z    z <- y + (1 + gamma) m    y <- y + m
 //                       ybar <- ybar - p s             s <- ybar + (beta - gamma p) s
@@ -48,8 +48,8 @@ struct ElementwiseBackward {
 // vectors in registers at once
 constexpr int vectors_at_once = 3;
 
-// One step of one vector: y_t, z_t, m_t -> t + 1. `lambda` and `b` are phi lambda and phi b where the schedule is constant.
-// The shortest way from z to the next z is two operations.
+// One step of one vector: y_t, z_t, m_t -> t + 1. `lambda` and `b` are phi lambda and phi b where the schedule is
+// constant. The shortest way from z to the next z is two operations.
 template <bool momentum, bool per_step, typename C>
 UNROLLED_KERNELS_INLINE void elementwise_step(const StepCoefficients<C>& c, Vector<C> gamma_next, Vector<C> lambda,
                                               Vector<C> b, Vector<C>& y, Vector<C>& z, Vector<C>& m) {

@@ -1,4 +1,5 @@
-// What the launcher of `momentum` (momentum_launch.cpp) and its CPU kernels (momentum_{dense,diagonal,spectral}.cpp) agree on.
+// What the launcher of `momentum` (momentum_launch.cpp) and its CPU kernels (momentum_{dense,diagonal,spectral}.cpp)
+// agree on.
 //
 // The work is a row of tiles, cut into chunks by the plan. A plan depends on the problem and never on the number of
 // threads, and sums over chunks are taken in their order: results are bit-equal run to run and for any thread count.

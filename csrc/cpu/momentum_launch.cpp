@@ -63,7 +63,8 @@ void momentum_cpu(Structure structure, const MomentumForward<Storage>& p) {
   const auto kernels = momentum_kernels<Storage>(structure);
   const MomentumPlan plan = kernels.plan(p, nullptr);
   for_chunks(plan, [&](int64_t chunk, void* scratch) {
-    kernels.forward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch, nullptr, nullptr});
+    kernels.forward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
+                              nullptr, nullptr});
   });
 }
 

@@ -29,6 +29,11 @@ UNROLLED_KERNELS_NOINLINE void fill_zero(C* p, int64_t elements) {
   for (int64_t i = 0; i < elements; ++i) p[i] = 0;
 }
 
+template <typename C>
+UNROLLED_KERNELS_NOINLINE void copy_vectors(const C* from, int64_t elements, C* to) {
+  for (int64_t i = 0; i < elements; i += lanes<C>) store(to + i, load(from + i));
+}
+
 // Chunks of equal size for any machine: a power of two, so that two, four ... threads share them evenly, each worth the
 // few microseconds that waking a thread takes.
 inline int64_t chunks_for(int64_t tiles, double flops, int64_t limit) {

@@ -91,7 +91,9 @@ class SpectralTiles {
         fill_zero(y0, row_);
       }
       const int64_t first = p.trajectory || p.k == 0 ? 1 : 0;
-      for (int64_t t = 0; t < states_; ++t) load_rotated(p.grad_y + t * p.B * p.d, p.d, grad + t * row_, grad_h_ + t * row_);
+      for (int64_t t = 0; t < states_; ++t) {
+        load_rotated(p.grad_y + t * p.B * p.d, p.d, grad + t * row_, grad_h_ + t * row_);
+      }
       if (first == 1) fill_zero(grad_h_, row_);
 
       ElementwiseBackward<C> e;
@@ -122,10 +124,10 @@ class SpectralTiles {
       tile_.store_state(state_, p.dy0);
       if (p.d_matrix) {
         forward_eigenbasis(yh);
-        load_copy(dbh_, right_);
-        load_copy(dy0h_, right_ + row_);
+        copy_vectors(dbh_, row_, right_);
+        copy_vectors(dy0h_, row_, right_ + row_);
         if (first == 1) fill_zero(yh, row_);
-        R_.outer(p, tile_, left_, right_, states_ + 2, broadcast(C(1)), d_matrix_);
+        R_.outer(p, tile_, left_, right_, states_ + 2, broadcast(C(1)), false, d_matrix_);
       }
       if (gradient_.wanted()) gradient_.end_tile(tile_);
     }
@@ -147,10 +149,6 @@ class SpectralTiles {
   void load_rotated(const Storage* x, int64_t stride, C* state, C* rotated) {
     tile_.load_state(x, stride, state);
     R_.apply_transposed(state, rotated);
-  }
-
-  void load_copy(const C* from, C* to) const {
-    for (int64_t n = 0; n < row_; n += W) store(to + n, load(from + n));
   }
 
   void forward_eigenbasis(C* y) const {

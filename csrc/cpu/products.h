@@ -37,7 +37,8 @@ UNROLLED_KERNELS_INLINE void for_balanced_blocks(int64_t n, int64_t limit, F f) 
   }
 }
 
-// R rows, `chains` partial sums each: with few rows several columns have to be in flight to cover the latency of an FMA
+// R rows, `chains` partial sums each: with few rows several columns have to be in flight to cover the latency of an
+// FMA.
 template <typename M, typename X, int R, int chains, typename C>
 UNROLLED_KERNELS_INLINE void product_block(const C* m, int64_t row, int64_t column, const C* x, int64_t x_step,
                                            int64_t count, Vector<C> (&sum)[R]) {
@@ -80,8 +81,8 @@ inline void product_rows(const MatrixView<C>& m, int64_t begin, const C* x, int6
   for (int r = 0; r < R; ++r) store(out + (begin + r) * lanes<C>, sum[r]);
 }
 
-// `backwards`: from the last column to the first. A matrix larger than the first-level cache that is read in turns finds
-// the half that was read last still there.
+// `backwards`: from the last column to the first. A matrix larger than the first-level cache that is read in turns
+// finds the half that was read last still there.
 template <typename M, typename X, typename C>
 UNROLLED_KERNELS_NOINLINE void product(MatrixView<C> m, int64_t rows, const C* x, int64_t count, bool backwards,
                                        C* out) {
@@ -106,8 +107,8 @@ UNROLLED_KERNELS_NOINLINE void product(MatrixView<C> m, int64_t rows, const C* x
   });
 }
 
-// out = M x for rows in lanes, M [d, d] in rows of `row` elements that are padded with zeros, as is x [row]: dot products,
-// W at a time. Slower than `product` on the transpose, but without one.
+// out = M x for rows in lanes, M [d, d] in rows of `row` elements that are padded with zeros, as is x [row]: dot
+// products, W at a time. Slower than `product` on the transpose, but without one.
 template <typename C>
 UNROLLED_KERNELS_NOINLINE void row_products(const C* m, int64_t row, int64_t d, const C* x, C* out) {
   constexpr int W = lanes<C>;
@@ -143,15 +144,17 @@ struct OuterOperands {
   Vector<C> scale;
   bool accumulate;
   C* out;      // [rows, columns] vectors
-  const C* m;  // [rows, columns] of the operand M, or nullptr
+  const C* m;  // [rows, columns] of the operand M; nullptr: the product with it is not wanted
 };
 
 template <typename A, typename M, int I, int J, typename C>
 inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, Vector<C>& inner) {
   constexpr int W = lanes<C>;
+  const int64_t steps = o.steps, step = o.step, columns = o.columns, first = i0 * columns + j0;
+  const Vector<C> scale = o.scale;
   Vector<C> sum[I][J] = {};
   const C *a = o.a + i0 * A::width, *z = o.z + j0 * W;
-  for (int64_t t = 0; t < o.steps; ++t, a += o.step, z += o.step) {
+  for (int64_t t = 0; t < steps; ++t, a += step, z += step) {
     Vector<C> zj[J];
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) zj[j] = load(z + j * W);
@@ -162,16 +165,28 @@ inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, Vecto
       for (int j = 0; j < J; ++j) sum[i][j] += ai * zj[j];
     }
   }
+  if (o.m) {
+    const C* m = o.m + first * M::width;
+    Vector<C> dot{};
 #pragma GCC unroll 8
-  for (int i = 0; i < I; ++i) {
+    for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) {
-      const int64_t ij = (i0 + i) * o.columns + j0 + j;
-      C* p = o.out + ij * W;
-      if (o.m) inner += M::at(o.m + ij * M::width) * sum[i][j];
-      store(p, o.accumulate ? load(p) + o.scale * sum[i][j] : o.scale * sum[i][j]);
+      for (int j = 0; j < J; ++j) dot += M::at(m + (i * columns + j) * M::width) * sum[i][j];
     }
+    inner += dot;
   }
+  C* out = o.out + first * W;
+  const auto store_scaled = [&](auto accumulate) {
+#pragma GCC unroll 8
+    for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) {
+        C* p = out + (i * columns + j) * W;
+        store(p, decltype(accumulate)::value ? load(p) + scale * sum[i][j] : scale * sum[i][j]);
+      }
+    }
+  };
+  o.accumulate ? store_scaled(std::true_type()) : store_scaled(std::false_type());
 }
 
 template <typename A, typename M, int J, typename C>

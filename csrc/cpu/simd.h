@@ -1,8 +1,9 @@
 // Vectors of the native width of one instruction set, their loads, conversions and transposes.
 //
 // A file that includes this is compiled once per level, UNROLLED_KERNELS_ISA = 0 | 1 | 2. The target pragma below holds
-// from here on, so this header comes after every standard one, and whatever follows stays in UNROLLED_KERNELS_NAMESPACE:
-// an inline function of the standard library that were compiled for AVX could be the copy that the linker keeps for all.
+// from here on, so this header comes after every standard one, and whatever follows stays in
+// UNROLLED_KERNELS_NAMESPACE: an inline function of the standard library that were compiled for AVX could be the copy
+// that the linker keeps for all.
 #pragma once
 
 #include <cstddef>

@@ -89,9 +89,9 @@ class TileMatrix {
   void apply_transposed(const C* x, C* out) const { product<M, X>(blocked().adjoint, row_ / W, x, p_.d, false, out); }
 
   // Writes scale sum_t a_t z_t' of the tile to p.d_matrix, or adds it to `sum` [d, row] where the matrix is shared.
-  // a and z are rows of states. Returns, lane by lane, <sum_t a_t z_t', Q>.
+  // a and z are rows of states. Returns, lane by lane, <sum_t a_t z_t', Q> if that is wanted.
   Vector<C> outer(const MomentumBackward<Storage>& p, const Layout<C>& tile, const C* a, const C* z, int64_t steps,
-                  Vector<C> scale, C* sum) const {
+                  Vector<C> scale, bool inner_wanted, C* sum) const {
     const int64_t elements = p.d * p.d;
     const bool summed = shares_matrix(p), direct = !summed && in_place();
     Storage* out = p.d_matrix + (summed ? 0 : tile.first * elements);
@@ -104,7 +104,7 @@ class TileMatrix {
     o.scale = scale;
     o.accumulate = summed;
     o.out = direct ? reinterpret_cast<C*>(out) : sum;
-    o.m = data_;
+    o.m = inner_wanted ? data_ : nullptr;
     const Vector<C> inner = outer_products<X, M>(o, p.d);
     if (summed || direct) return inner;
     if constexpr (rows_in_lanes) {
@@ -135,15 +135,16 @@ class TileMatrix {
 };
 
 // Calls f with a null pointer to Tiles<Storage, layout, operand of the matrix>: samples in lanes up to the d that Tiles
-// names, and at any d where the matrix is shared and only broadcast; rows in lanes for the rest and where the samples are
-// too few to fill the lanes.
+// names, and at any d where the matrix is shared and only broadcast; rows in lanes for the rest and where the samples
+// are too few to fill the lanes.
 template <template <typename, template <typename> class, template <typename> class> class Tiles, typename Storage,
           typename F>
 void with_layout(const MomentumInputs<Storage>& p, F f) {
   constexpr int64_t W = lanes<compute_type<Storage>>;
   if (shares_matrix(p) && (p.d <= W || 2 * p.B >= W)) {
     f(static_cast<Tiles<Storage, SampleLanes, ScalarOperand>*>(nullptr));
-  } else if (!shares_matrix(p) && p.d <= Tiles<Storage, SampleLanes, VectorOperand>::max_d && p.B * W >= 2 * p.d) {
+  } else if (!shares_matrix(p) && p.d <= Tiles<Storage, SampleLanes, VectorOperand>::max_d &&
+             p.B * W >= 2 * p.d) {
     f(static_cast<Tiles<Storage, SampleLanes, VectorOperand>*>(nullptr));
   } else {
     f(static_cast<Tiles<Storage, RowLanes, VectorOperand>*>(nullptr));
@@ -160,7 +161,9 @@ MomentumPlan matrix_plan(const MomentumInputs<Storage>& p, const MomentumBackwar
   plan.schedule_steps = constant ? min(p.k, 1) : p.k;
   with_layout<Tiles>(p, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    plan.variant = !T::samples_in_lanes ? "rows in lanes" : shares_matrix(p) ? "samples in lanes, shared matrix" : "samples in lanes";
+    plan.variant = !T::samples_in_lanes  ? "rows in lanes"
+                   : shares_matrix(p) ? "samples in lanes, shared matrix"
+                                      : "samples in lanes";
     plan.tiles = T::samples_in_lanes ? ceil_div(p.B, plan.lanes) : p.B;
     plan.scratch_bytes = T(nullptr, p, backward, plan.schedule_steps).scratch_bytes();
   });

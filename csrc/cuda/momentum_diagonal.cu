@@ -1,11 +1,12 @@
 // Q = diag(q): every element of the state is a recurrence of its own, run in registers.
 //
 // Floor of one element, s bytes: forward 3s bytes (q, b, y) and 4k flops, backward 5s bytes (q, b, grad_y, dq, db) and 10k
-// flops, one s more for y_0 and its gradient each; with float32 bound by memory up to k = 40 on an H200.
+// flops, one s more for y_0 and its gradient each; float32 on an H200 is bound by memory up to k = 40 and k = 28, less the
+// share of what backward computes twice.
 //
 // A thread takes 16 bytes (half types: 8) of consecutive elements of one sample, a warp one chunk after another. Backward
-// recomputes the iterates in registers, four at a time, from every fourth one, which is kept in shared memory: so 1/4 (with
-// momentum 1/2) of a value for each element and step, and none up to k = 4.
+// recomputes the iterates in registers, four at a time, from every fourth pair of them, which is kept in shared memory: 1/2
+// of a value for each element and step, and none up to k = 4.
 // Where samples have the same schedule and their rows follow one another, the batch is one long sample.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"

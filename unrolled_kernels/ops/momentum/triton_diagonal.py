@@ -279,7 +279,7 @@ def backward(
         RB=RB, CB=CB, SEGMENT=segment, TAIL=num_steps % segment != 0,
         TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps, num_warps=_WARPS,
         # three programs a multiprocessor; left alone, ptxas spills to fit a fourth or fifth
-        maxnreg=168 if momentum is not None and step_sizes.dtype == torch.float32 else None,
+        maxnreg=168 if step_sizes.dtype == torch.float32 else None,
     )  # fmt: skip
     nothing = b.new_empty(0)
     return (nothing if d_eigenvalues is None else d_eigenvalues, db, dy0, *d_schedule.reduce(schedule))
