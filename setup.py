@@ -210,7 +210,10 @@ def build_library(library):
     if subprocess.run([ninja, "-C", str(build), *jobs]).returncode != 0:
         raise BuildError("the compilation failed; its messages are above")
     library.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(build / library.name, library)
+    # a process that has the old library loaded keeps it: a new file takes its name
+    fresh = library.with_name(library.name + ".new")
+    shutil.copyfile(build / library.name, fresh)
+    os.replace(fresh, library)
     return cuda_reason
 
 

@@ -88,8 +88,6 @@ def resolve(backend, device):
     return _decide(_default if backend is None or backend == "auto" else backend, device.type)
 
 
-# torch.compile takes the answer as a constant of the graph, which it guards on the arguments
-@torch.compiler.assume_constant_result
 def _decide(backend, device_type):
     check_name(backend)
     if backend == "auto":
@@ -100,3 +98,8 @@ def _decide(backend, device_type):
     if device_type != runs_on:
         raise ValueError(f"backend: {backend!r} runs on {runs_on} tensors, got tensors on device {device_type!r}")
     return backend
+
+
+# torch.compile takes the answer as a constant of the graph, which it guards on the arguments. This is what
+# torch.compiler.assume_constant_result sets, without its import of the compiler, and with that of triton.
+_decide._dynamo_marked_constant = True
