@@ -113,7 +113,7 @@ def cpu_name():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", "").split()
     best = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "baseline"
     return f"{fields.get('model name', platform.machine())} (family {fields.get('cpu family', '?')}, {best})"

@@ -103,8 +103,10 @@ def check(case, device, backends):
     eager = peers.forward_backward(case.method, case.k, inputs, "eager")
     for backend in backends:
         actual = peers.forward_backward(case.method, case.k, inputs, backend)
-        for a, x, e in zip(actual, exact, eager, strict=True):
-            assert_as_close_as_eager(a, x, e, what=f"{case.id} {backend}")
+        for i, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
+            # the step size's gradient, the last, is a sum that cancels near the minimizer: see test_momentum.py
+            condition = 10 if i == len(exact) - 1 else 1
+            assert_as_close_as_eager(a, x, e, what=f"{case.id} {backend}", condition=condition)
 
 
 def run(case, device, roof, environment, wanted_peers, rounds):

@@ -33,8 +33,8 @@ def random_quadratic(
     if d >= 2:
         eigenvalues[..., 0], eigenvalues[..., -1] = L, mu
     matrix_batch = () if shared else batch
-    eigenvectors = torch.linalg.qr(normal(*matrix_batch, d, d))[0]
     b = normal(*batch, d)
+    eigenvectors = None if structure == "diagonal" else torch.linalg.qr(normal(*matrix_batch, d, d))[0].contiguous()
     if structure == "diagonal":
         tensors, make_Q = (eigenvalues,), Diagonal
     elif structure == "spectral":
