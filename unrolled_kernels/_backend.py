@@ -89,6 +89,11 @@ def resolve(backend, device):
 
 
 def _decide(backend, device_type):
+    return _choose(backend, device_type)
+
+
+@functools.cache
+def _choose(backend, device_type):
     check_name(backend)
     if backend == "auto":
         candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device_type, ())
@@ -100,6 +105,7 @@ def _decide(backend, device_type):
     return backend
 
 
-# torch.compile takes the answer as a constant of the graph, which it guards on the arguments. This is what
+# torch.compile takes the answer as a constant of the graph, which it guards on the arguments (and it would look
+# through functools.cache, hence two functions). This is what
 # torch.compiler.assume_constant_result sets, without its import of the compiler, and with that of triton.
 _decide._dynamo_marked_constant = True

@@ -11,6 +11,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_num_steps(num_steps):
     """A non-negative int (NumPy's and symbolic integers too)."""
+    if type(num_steps) is int and num_steps >= 0:
+        return num_steps
     if isinstance(num_steps, (bool, torch.Tensor)) or not hasattr(num_steps, "__index__"):
         raise TypeError(f"num_steps: expected a non-negative int, got {num_steps!r} ({type(num_steps).__name__})")
     num_steps = num_steps if isinstance(num_steps, int) else operator.index(num_steps)

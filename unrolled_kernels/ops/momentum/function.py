@@ -8,7 +8,8 @@ import torch
 
 from unrolled_kernels.ops.momentum import manual, native, reference, triton_kernels
 
-_LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native, "triton": triton_kernels}
+_NATIVE = native.Launcher()
+_LAUNCHERS = {"manual": manual, "cpu": _NATIVE, "cuda": _NATIVE, "triton": triton_kernels.LAUNCHER}
 
 
 def momentum(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation):

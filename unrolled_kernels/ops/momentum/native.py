@@ -5,46 +5,65 @@ import torch
 from unrolled_kernels import _backend
 
 
-def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
-    """Run the recurrence on canonical arguments (see the package's docstring)."""
-    ops = torch.ops.unrolled_kernels
-    rest = (b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory)
-    if eigenvalues is None:
-        return ops.momentum_dense(matrix, *rest)
-    if matrix is None:
-        return ops.momentum_diagonal(eigenvalues, *rest)
-    return ops.momentum_spectral(eigenvalues, matrix, *rest)
+class Launcher:
+    """Forward and backward through the registered ops ``momentum_{dense,diagonal,spectral}``, a suffix for a backend."""
 
+    def __init__(self, suffix=""):
+        self.suffix = suffix
 
-def backward(
-    grad_y,
-    eigenvalues,
-    matrix,
-    b,
-    y0,
-    step_sizes,
-    momentum,
-    extrapolation,
-    num_steps,
-    trajectory,
-    needs_eigenvalues,
-    needs_matrix,
-    needs_schedule,
-):
-    """Gradients of the canonical arguments; the contract of ``manual.backward``."""
-    ops = torch.ops.unrolled_kernels
-    rest = (b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory)
-    if eigenvalues is None:
-        d_matrix, *d_rest = ops.momentum_dense_backward(grad_y, matrix, *rest, needs_matrix, needs_schedule)
-        return (b.new_empty(0), d_matrix, *d_rest)
-    if matrix is None:
-        d_eigenvalues, *d_rest = ops.momentum_diagonal_backward(
-            grad_y, eigenvalues, *rest, needs_eigenvalues, needs_schedule
+    def forward(self, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
+        """Run the recurrence on canonical arguments (see the package's docstring)."""
+        name, operands = _operands(eigenvalues, matrix)
+        return _call(
+            f"momentum_{name}{self.suffix}",
+            (*operands, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory),
         )
-        return (d_eigenvalues, b.new_empty(0), *d_rest)
-    return ops.momentum_spectral_backward(
-        grad_y, eigenvalues, matrix, *rest, needs_eigenvalues, needs_matrix, needs_schedule
-    )
+
+    def backward(
+        self,
+        grad_y,
+        eigenvalues,
+        matrix,
+        b,
+        y0,
+        step_sizes,
+        momentum,
+        extrapolation,
+        num_steps,
+        trajectory,
+        needs_eigenvalues,
+        needs_matrix,
+        needs_schedule,
+    ):
+        """Gradients of the canonical arguments; the contract of ``manual.backward``."""
+        name, operands = _operands(eigenvalues, matrix)
+        rest = (b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory)
+        needs = {"dense": (needs_matrix,), "diagonal": (needs_eigenvalues,)}.get(
+            name, (needs_eigenvalues, needs_matrix)
+        )
+        grads = _call(f"momentum_{name}{self.suffix}_backward", (grad_y, *operands, *rest, *needs, needs_schedule))
+        if name == "dense":
+            return (b.new_empty(0), *grads)
+        if name == "diagonal":
+            return (grads[0], b.new_empty(0), *grads[1:])
+        return grads
+
+
+def _operands(eigenvalues, matrix):
+    if eigenvalues is None:
+        return "dense", (matrix,)
+    if matrix is None:
+        return "diagonal", (eigenvalues,)
+    return "spectral", (eigenvalues, matrix)
+
+
+def _call(name, arguments):
+    op = getattr(torch.ops.unrolled_kernels, name).default
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    # inside a Function there is nothing for autograd to do: its kernel, which is Python, costs as much as the launch
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def _fake_forward(b, num_steps, trajectory):

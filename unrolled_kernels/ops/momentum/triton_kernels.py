@@ -10,48 +10,6 @@ from unrolled_kernels.ops.momentum import native
 _OPERANDS = {"dense": ("matrix",), "diagonal": ("eigenvalues",), "spectral": ("eigenvalues", "matrix")}
 
 
-def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
-    """Run the recurrence on canonical arguments (see the package's docstring)."""
-    ops = torch.ops.unrolled_kernels
-    rest = (b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory)
-    if eigenvalues is None:
-        return ops.momentum_dense_triton(matrix, *rest)
-    if matrix is None:
-        return ops.momentum_diagonal_triton(eigenvalues, *rest)
-    return ops.momentum_spectral_triton(eigenvalues, matrix, *rest)
-
-
-def backward(
-    grad_y,
-    eigenvalues,
-    matrix,
-    b,
-    y0,
-    step_sizes,
-    momentum,
-    extrapolation,
-    num_steps,
-    trajectory,
-    needs_eigenvalues,
-    needs_matrix,
-    needs_schedule,
-):
-    """Gradients of the canonical arguments; the contract of ``manual.backward``."""
-    ops = torch.ops.unrolled_kernels
-    rest = (b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory)
-    if eigenvalues is None:
-        d_matrix, *d_rest = ops.momentum_dense_triton_backward(grad_y, matrix, *rest, needs_matrix, needs_schedule)
-        return (b.new_empty(0), d_matrix, *d_rest)
-    if matrix is None:
-        d_eigenvalues, *d_rest = ops.momentum_diagonal_triton_backward(
-            grad_y, eigenvalues, *rest, needs_eigenvalues, needs_schedule
-        )
-        return (d_eigenvalues, b.new_empty(0), *d_rest)
-    return ops.momentum_spectral_triton_backward(
-        grad_y, eigenvalues, matrix, *rest, needs_eigenvalues, needs_matrix, needs_schedule
-    )
-
-
 @functools.cache
 def _kernels(structure):
     """The module of ``structure``'s kernels, which imports Triton."""
@@ -79,3 +37,5 @@ for _structure, _names in _OPERANDS.items():
             "CompositeExplicitAutograd",
         )
     native.register(len(_names), _op)
+
+LAUNCHER = native.Launcher("_triton")
