@@ -97,16 +97,16 @@ def check(case, device, backends):
     inputs = case.inputs(device)
     leaves, make_Q, b, step_size, cotangent = inputs
     wide = [x.detach().double().requires_grad_() for x in (*leaves, b, step_size)]
-    exact = peers.forward_backward(
-        case.method, case.k, (wide[:-2], make_Q, wide[-2], wide[-1], cotangent.double()), "eager"
-    )
-    eager = peers.forward_backward(case.method, case.k, inputs, "eager")
-    for backend in backends:
-        actual = peers.forward_backward(case.method, case.k, inputs, backend)
-        for i, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
-            # the step size's gradient, the last, is a sum that cancels near the minimizer: see test_momentum.py
-            condition = 10 if i == len(exact) - 1 else 1
-            assert_as_close_as_eager(a, x, e, what=f"{case.id} {backend}", condition=condition)
+    wide_inputs = (wide[:-2], make_Q, wide[-2], wide[-1], cotangent.double())
+    for k in sorted({min(case.k, 4), case.k}):
+        exact = peers.forward_backward(case.method, k, wide_inputs, "eager")
+        eager = peers.forward_backward(case.method, k, inputs, "eager")
+        for backend in backends:
+            actual = peers.forward_backward(case.method, k, inputs, backend)
+            # the last is the step size's: after many steps y no longer depends on it, and what is left of its
+            # gradient is the rounding of a sum that cancels; it is compared after a few
+            for a, x, e in list(zip(actual, exact, eager, strict=True))[: None if k <= 4 else -1]:
+                assert_as_close_as_eager(a, x, e, what=f"{case.id} {backend} k={k}")
 
 
 def run(case, device, roof, environment, wanted_peers, rounds):
