@@ -54,12 +54,13 @@ class Timing:
     p80: float
 
 
-def interleave(functions, device, *, rounds=30, min_seconds=0.002, max_seconds=20.0):
+def interleave(functions, device, *, rounds=30, min_seconds=0.02, max_seconds=20.0):
     """Time ``{name: call}`` in turns, so that a noisy moment falls on all of them alike.
 
     Args:
         functions: each is called without arguments, several times a round if it is short.
         device: "cpu" or "cuda".
+        min_seconds: length of a turn: the first calls after another function's find the caches cold.
         rounds: turns for each function, fewer for one that would take more than ``max_seconds`` in all.
     Returns:
         ``{name: Timing}``.
