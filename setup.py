@@ -148,7 +148,7 @@ def ninja_file(compiler, library, build):
         link_flags += [f"-L{quote(lib)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *gencode]
         module_flags += [
-            f'-DUNROLLED_KERNELS_CUDA_ARCHITECTURES=\\"{" ".join(names)}\\"',
+            f'-DUNROLLED_KERNELS_CUDA_ARCHITECTURES=\\"{",".join(names)}\\"',
             f'-DUNROLLED_KERNELS_CUDA_VERSION=\\"{release[0]}.{release[1]}\\"',
         ]
 
