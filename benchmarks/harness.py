@@ -5,19 +5,27 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.util
+import itertools
+import json
+import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
 
 import torch
 
+from unrolled_kernels import _backend
+
+# the profiler, which peak_memory uses, logs its stages otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 COLUMNS = (
     "op", "structure", "method", "backend", "mode", "dtype", "B", "d", "k", "p50_us", "p20_us", "p80_us", "compile_s",
-    "bytes", "flops", "percent_of_roof", "copy_gb_s", "fma_gflop_s", "threads", "device", "torch", "triton", "commit",
-    "kernel_sources_sha256", "date",
+    "bytes", "flops", "gb_s", "gflop_s", "percent_of_roof", "peak_mb", "copy_gb_s", "fma_gflop_s", "launch_us",
+    "threads", "device", "torch", "triton", "commit", "kernel_sources_sha256", "date",
 )
 # fmt: on
 
@@ -28,6 +36,7 @@ class Roof:
 
     copy_bytes_per_s: float
     flops_per_s: float
+    launch_seconds: float  # one call of the smallest operation of torch, end to end
 
     def seconds(self, num_bytes, flops):
         """The least time the work can take: the slower of its memory traffic and its arithmetic."""
@@ -35,14 +44,31 @@ class Roof:
 
 
 def measure_roof(device):
-    """Copy bandwidth (read + write, larger than the caches) and float32 FMA rate (a large matrix product)."""
-    source = torch.ones(64 * 2**20, device=device)
+    """Copy bandwidth (read + write, larger than the caches), float32 FMA rate (a large matrix product), launch."""
+    source = torch.ones((1024 if device == "cuda" else 64) * 2**20, device=device)
     target = torch.empty_like(source)
-    n = 4096 if device == "cuda" else 1536
-    square = torch.rand(n, n, device=device)
-    copy = interleave({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"].p20
-    product = interleave({"mm": lambda: square @ square}, device, rounds=10)["mm"].p20
-    return Roof(2 * source.nbytes / copy, 2 * n**3 / product)
+    n = 8192 if device == "cuda" else 1536
+    square, one = torch.rand(n, n, device=device), torch.ones(1, device=device)
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: square @ square, "launch": lambda: one.add_(one)}
+    copy, product, launch = (timing.p20 for timing in interleave(calls, device, rounds=10).values())
+    return Roof(2 * source.nbytes / copy, 2 * n**3 / product, launch)
+
+
+def peak_memory(call, device):
+    """Most bytes that one call holds at a time beyond what it was given, as torch's allocator counts them."""
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +134,26 @@ def environment(device):
     }
 
 
+def results_directory(device):
+    """``benchmarks/results/<device>``, with a ``machine.json`` that says what the machine is."""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    name = gpu.removeprefix("NVIDIA ").split()[0] if gpu else f"cpu {cpu_name()}"
+    directory = ROOT / "benchmarks/results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    directory.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "processor": cpu_name(),
+        "logical_cpus": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "gpu": gpu,
+        "torch_cuda": torch.version.cuda,
+        "extension": _backend.extension().build_info() if _backend.extension() else None,
+    }
+    (directory / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+    return directory
+
+
 def cpu_name():
     """The processor's name as the system gives it, with the instruction sets the kernels tell apart."""
     try:
@@ -132,6 +178,41 @@ def kernel_sources_sha256():
 def _git(*arguments):
     result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     return result.stdout.strip()
+
+
+def usable(name, device):
+    """Whether fused backend ``name`` runs on ``device``."""
+    return _backend.unavailable_reason(name) is None and (name == "cpu") == (device == "cpu")
+
+
+def row(case, backend, mode, timing, roof, where, *, compile_seconds=None, peak=None):
+    """One line of the CSV; ``case`` says what was run and what it must cost at least, ``where`` is ``environment``."""
+    num_bytes, flops = case.floor(mode)
+    return {
+        "op": case.op,
+        "structure": case.structure,
+        "method": case.method,
+        "backend": backend,
+        "mode": mode,
+        "dtype": str(case.dtype)[6:],
+        "B": case.B,
+        "d": case.d,
+        "k": case.k,
+        "p50_us": f"{timing.p50 * 1e6:.1f}",
+        "p20_us": f"{timing.p20 * 1e6:.1f}",
+        "p80_us": f"{timing.p80 * 1e6:.1f}",
+        "compile_s": "" if compile_seconds is None else f"{compile_seconds:.1f}",
+        "bytes": num_bytes,
+        "flops": flops,
+        "gb_s": f"{num_bytes / timing.p50 / 1e9:.2f}",
+        "gflop_s": f"{flops / timing.p50 / 1e9:.2f}",
+        "percent_of_roof": f"{100 * roof.seconds(num_bytes, flops) / timing.p50:.1f}",
+        "peak_mb": "" if peak is None else f"{peak / 1e6:.3f}",
+        "copy_gb_s": f"{roof.copy_bytes_per_s / 1e9:.1f}",
+        "fma_gflop_s": f"{roof.flops_per_s / 1e9:.0f}",
+        "launch_us": f"{roof.launch_seconds * 1e6:.2f}",
+        **where,
+    }
 
 
 def write_csv(path, rows):

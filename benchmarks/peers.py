@@ -1,80 +1,105 @@
-"""What the fused layers are compared with: the same function by the means a user would otherwise have."""
+"""What the fused layers are compared with: the same function by the means a user would otherwise have.
 
+A case (benchmarks/momentum.py and its neighbours) offers
+
+    case.function(backend)   a function of its leaves (tensors that require grad) that returns y
+    case.inputs(device)      (leaves, cotangent of y)
+    case.jax_function()      the same function in JAX
+"""
+
+import functools
 import importlib.util
 import time
 
 import torch
 
-import unrolled_kernels.functional as F
-
-PEERS = ("eager", "compile", "jax")
-
-
-def call(method, Q, b, step_size, k, backend):
-    """One forward through the public interface; NAG's μ = 0.1 as in the paper's synthetic task."""
-    if method == "gd":
-        return F.gradient_descent(Q, b, step_size, k, backend=backend)
-    return F.nesterov(Q, b, step_size, 0.1, k, backend=backend)
+MODES = ("forward", "backward", "forward+backward")
+PEERS = ("eager", "cudagraph", "compile", "compile-max", "jax")
 
 
-def forward_backward(method, k, inputs, backend):
-    """A step on one set of inputs: forward, then the gradients of Q's tensors, b and the step size."""
-    leaves, make_Q, b, step_size, cotangent = inputs
-    y = call(method, make_Q(*leaves), b, step_size, k, backend)
-    return torch.autograd.grad(y, [*leaves, b, step_size], cotangent)
+def step(function, mode):
+    """``prepare(leaves, cotangent) -> call``: a call of ``function`` in one of ``MODES``, ready to be timed."""
+
+    def forward(leaves, cotangent):
+        def call():
+            with torch.no_grad():
+                return function(*leaves)
+
+        return call
+
+    def backward(leaves, cotangent):
+        y = function(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True)
+
+    def both(leaves, cotangent):
+        return lambda: torch.autograd.grad(function(*leaves), leaves, cotangent)
+
+    return {"forward": forward, "backward": backward, "forward+backward": both}[mode]
 
 
-def compiled(method, k, inputs):
-    """``torch.compile`` of the eager loop, default mode; returns the step and the seconds its compilation took."""
-    torch._dynamo.reset()
-    compiled_call = torch.compile(lambda Q, b, s: call(method, Q, b, s, k, "eager"), fullgraph=True, dynamic=False)
+def missing(peer, device):
+    """Why a peer cannot be compared with on this device; None where it can."""
+    if peer == "jax" and importlib.util.find_spec("jax") is None:
+        return "JAX is not installed (`pip install jax`)"
+    if peer == "jax" and device == "cuda" and not _jax_has_gpu():
+        return "this JAX has no GPU (`pip install jax[cuda13]`)"
+    if peer == "cudagraph" and device != "cuda":
+        return "there are no CUDA graphs on the CPU"
+    if peer == "compile-max" and device != "cuda":
+        return "max-autotune tunes GPU kernels only"
+    return None
 
-    def step(inputs):
-        leaves, make_Q, b, step_size, cotangent = inputs
-        y = compiled_call(make_Q(*leaves), b, step_size)
-        return torch.autograd.grad(y, [*leaves, b, step_size], cotangent)
 
+@functools.cache
+def _jax_has_gpu():
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
+def torch_peer(peer, case, sets):
+    """The eager loop as it is, captured in CUDA graphs, or compiled: a function of the leaves.
+
+    Args:
+        peer: one of ``PEERS`` but ``"jax"``.
+        case: what is compared.
+        sets: input sets; the first serves to capture.
+    """
+    function = case.function("eager")
+    if peer == "cudagraph":
+        # graphs read and write fixed buffers: copies of the leaves go in, as for any user of them
+        samples = tuple(x.detach().clone().requires_grad_() for x in sets[0][0])
+        return torch.cuda.make_graphed_callables(function, samples)
+    if peer.startswith("compile"):
+        torch._dynamo.reset()
+        mode = "max-autotune" if peer == "compile-max" else "default"
+        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    return function
+
+
+def seconds_to_first_result(prepare, leaves, cotangent):
+    """``(call, seconds)``: what the first forward and backward took, which is compilation for a peer that compiles."""
     start = time.perf_counter()
-    step(inputs)
-    return step, time.perf_counter() - start
+    call = prepare(leaves, cotangent)
+    call()
+    return call, time.perf_counter() - start
 
 
-def jax_missing():
-    """Why JAX cannot be compared with; None where it can."""
-    return None if importlib.util.find_spec("jax") else "JAX is not installed (`pip install jax`)"
-
-
-def jax_step(structure, method, k, inputs):
-    """``jax.jit`` of the gradient of a ``lax.scan`` over the steps; returns the step and its compilation time."""
+def jax_peer(case, mode, inputs):
+    """``jax.jit`` of the function or of its gradient: ``(call, seconds until the first result)``; None for backward."""
     import jax
     import jax.numpy as jnp
 
-    def run(leaves, b, step_size, cotangent):
-        if structure == "spectral":
-            eigenvalues, R = leaves
-            b = jnp.einsum("bij,bi->bj", R, b)
-            apply_Q = lambda z: eigenvalues * z
-        elif structure == "diagonal":
-            apply_Q = lambda z: leaves[0] * z
-        else:
-            apply_Q = lambda z: jnp.einsum("bij,bj->bi", leaves[0], z)
-        root = jnp.sqrt(0.1 * step_size)
-        beta = 0.0 if method == "gd" else (1 - root) / (1 + root)
-
-        def body(state, _):
-            y, previous = state
-            z = y + beta * (y - previous) if method != "gd" else y
-            return (z - step_size * (apply_Q(z) + b), y), None
-
-        y = jax.lax.scan(body, (jnp.zeros_like(b), jnp.zeros_like(b)), None, length=k)[0][0]
-        y = jnp.einsum("bij,bj->bi", R, y) if structure == "spectral" else y
-        return jnp.vdot(y, cotangent)
-
-    gradient = jax.jit(jax.grad(run, argnums=(0, 1, 2)))
-    convert = lambda x: jnp.asarray(x.detach().cpu().numpy())
-    leaves, _, b, step_size, cotangent = inputs
-    arguments = (tuple(map(convert, leaves)), convert(b), convert(step_size), convert(cotangent))
+    if mode == "backward":
+        return None
+    function = case.jax_function()
+    leaves, cotangent = inputs
+    *leaves, cotangent = (jnp.asarray(x.detach().cpu().numpy()) for x in (*leaves, cotangent))
+    if mode == "forward":
+        compiled, arguments = jax.jit(function), leaves
+    else:
+        gradient = jax.grad(lambda leaves, cotangent: jnp.vdot(function(*leaves), cotangent))
+        compiled, arguments = jax.jit(gradient), (leaves, cotangent)
     start = time.perf_counter()
-    grads = jax.block_until_ready(gradient(*arguments))
-    seconds = time.perf_counter() - start
-    return lambda: jax.block_until_ready(gradient(*arguments)), seconds, [*grads[0], *grads[1:]]
+    jax.block_until_ready(compiled(*arguments))
+    return lambda: jax.block_until_ready(compiled(*arguments)), time.perf_counter() - start

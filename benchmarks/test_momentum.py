@@ -1,30 +1,12 @@
-"""pytest-benchmark over the same cases, grouped by shape: ``pytest benchmarks --benchmark-enable``."""
+"""pytest-benchmark over the same cases, grouped by shape and mode: ``pytest benchmarks --benchmark-enable``."""
 
 import pytest
-import torch
 
-from benchmarks import peers
-from benchmarks.momentum import CASES, _usable, check, input_sets, rotating
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = [name for name in ("cpu", "cuda", "triton") if _usable(name, DEVICE)] + ["eager"]
+from benchmarks import momentum, suite
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_forward_backward(benchmark, case, backend):
-    if backend != "eager":
-        check(case, DEVICE, [backend])
-    benchmark.group = case.id
-    num_bytes, flops = case.floor()
-    benchmark.extra_info |= {"bytes": num_bytes, "flops": flops, "device": DEVICE}
-    step = rotating(
-        lambda inputs: peers.forward_backward(case.method, case.k, inputs, backend), input_sets(case, DEVICE)
-    )
-
-    def synchronized():
-        step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(synchronized)
+@pytest.mark.parametrize("backend", suite.BACKENDS)
+@pytest.mark.parametrize("mode", suite.peers.MODES)
+@pytest.mark.parametrize("case", momentum.cases(suite.DEVICE), ids=lambda case: case.id)
+def test_speed(benchmark, case, mode, backend):
+    suite.benchmark_case(benchmark, case, mode, backend)

@@ -1,0 +1,160 @@
+"""How a list of cases is checked, timed against its peers and written down; each op's file holds the cases."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import unrolled_kernels as uk
+from benchmarks import harness, peers
+from unrolled_kernels.testing import assert_as_close_as_eager
+
+FUSED = ("cpu", "cuda", "triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [*(name for name in FUSED if harness.usable(name, DEVICE)), "eager"]
+
+
+def check(case, device, backends):
+    """Refuse to time what is wrong: gradients of each backend against float64, as close as the eager loop's."""
+    leaves, cotangent = case.inputs(device)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    for k in sorted({min(case.k, 4), case.k}):
+        gradients = lambda backend, leaves, cotangent, k=k: torch.autograd.grad(
+            case.with_steps(k).function(backend)(*leaves), leaves, cotangent
+        )
+        exact = gradients("eager", wide, cotangent.double())
+        eager = gradients("eager", leaves, cotangent)
+        for backend in backends:
+            actual = gradients(backend, leaves, cotangent)
+            # after many steps y no longer depends on some leaves, and what is left of their gradient is the rounding
+            # of a sum that cancels: those are compared after a few
+            last = len(leaves) - (case.vanishing if k > 4 else 0)
+            for a, x, e in list(zip(actual, exact, eager, strict=True))[:last]:
+                assert_as_close_as_eager(a, x, e, what=f"{case.id} {backend} k={k}")
+
+
+def rotating(calls):
+    """A call that takes the next of several calls each time, so that no input set stays in the caches by itself."""
+    state = {"i": 0}
+
+    def call():
+        state["i"] = (state["i"] + 1) % len(calls)
+        return calls[state["i"]]()
+
+    return call
+
+
+def input_sets(case, device, cache_bytes=64 * 2**20, most=8):
+    """Enough input sets to exceed the last-level cache, at most ``most``."""
+    one = sum(x.nbytes for x in case.inputs(device)[0])
+    return [case.inputs(device, seed) for seed in range(max(1, min(most, cache_bytes // max(one, 1) + 1)))]
+
+
+def run(case, device, roof, where, *, modes, wanted_peers, rounds):
+    """Rows of one case: the fused backends of this device and the peers, timed in turns, mode by mode."""
+    ours = [name for name in FUSED if harness.usable(name, device)]
+    check(case, device, ours)
+    sets = input_sets(case, device)
+    functions = {name: case.function(name) for name in ours}
+    for peer in wanted_peers:
+        if peer != "jax" and peers.missing(peer, device) is None and peer not in case.unreasonable:
+            functions[peer] = peers.torch_peer(peer, case, sets)
+    for mode in modes:
+        calls, compile_seconds, peaks = {}, {}, {}
+        for name, function in functions.items():
+            prepare = peers.step(function, mode)
+            try:
+                first, seconds = peers.seconds_to_first_result(prepare, *sets[0])
+                calls[name] = rotating([first, *(prepare(*inputs) for inputs in sets[1:])])
+                peaks[name] = harness.peak_memory(calls[name], device)
+            except torch.OutOfMemoryError:
+                print(f"{case.id}: {name} needs more memory than there is", file=sys.stderr)
+                calls.pop(name, None)
+                continue
+            if name.startswith("compile"):
+                compile_seconds[name] = seconds
+        if "jax" in wanted_peers and not peers.missing("jax", device):
+            timed = peers.jax_peer(case, mode, sets[0])
+            if timed:
+                calls["jax"], compile_seconds["jax"] = timed
+        for name, timing in harness.interleave(calls, device, rounds=rounds).items():
+            yield harness.row(
+                case, name, mode, timing, roof, where,
+                compile_seconds=compile_seconds.get(name), peak=peaks.get(name),
+            )  # fmt: skip
+
+
+def benchmark_case(benchmark, case, mode, backend):
+    """One pytest-benchmark of a case, checked first, grouped with the other backends of the same shape and mode."""
+    if backend != "eager":
+        check(case, DEVICE, [backend])
+    benchmark.group = f"{case.op} {case.id} {mode}"
+    num_bytes, flops = case.floor(mode)
+    benchmark.extra_info |= {"bytes": num_bytes, "flops": flops, "device": DEVICE}
+    prepare = peers.step(case.function(backend), mode)
+    call = rotating([prepare(*inputs) for inputs in input_sets(case, DEVICE)])
+
+    def synchronized():
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(synchronized)
+
+
+def main(cases, description, name_of_results, arguments=None):
+    """The command line of a file of cases; ``--record`` writes ``<name_of_results>.csv``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default=DEVICE, choices=("cpu", "cuda"))
+    parser.add_argument("--only", default="", help="run the cases whose id contains this text")
+    parser.add_argument("--modes", default="forward+backward", help=f"of {','.join(peers.MODES)}")
+    parser.add_argument("--peers", default=",".join(peers.PEERS), help=f"of {','.join(peers.PEERS)}; '' for none")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of each function, of which the median is taken")
+    parser.add_argument("--out", type=Path, help="CSV to write (default: print only)")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/results/<device>/, to be committed")
+    options = parser.parse_args(arguments)
+    device, modes = options.device, options.modes.split(",")
+    wanted = [name for name in options.peers.split(",") if name]
+    for name, known, kind in [(m, peers.MODES, "modes") for m in modes] + [(p, peers.PEERS, "peers") for p in wanted]:
+        if name not in known:
+            parser.error(f"--{kind}: expected some of {','.join(known)}, got {name!r}")
+    for peer in wanted:
+        if peers.missing(peer, device):
+            print(f"without {peer}: {peers.missing(peer, device)}")
+    if not any(harness.usable(name, device) for name in FUSED):
+        sys.exit(f"no fused backend runs on {device}: available are {uk.available_backends()}")
+    if options.record:
+        options.out = harness.results_directory(device) / f"{name_of_results}.csv"
+    roof, where = harness.measure_roof(device), harness.environment(device)
+    print(
+        f"{where['device']}, torch {where['torch']}, {where['threads'] or 'no'} threads: copy "
+        f"{roof.copy_bytes_per_s / 1e9:.1f} GB/s, FMA {roof.flops_per_s / 1e9:.0f} GFLOP/s, "
+        f"launch {roof.launch_seconds * 1e6:.1f} µs"
+    )
+    rows = []
+    for case in cases(device):
+        if options.only in case.id:
+            new = list(run(case, device, roof, where, modes=modes, wanted_peers=wanted, rounds=options.rounds))
+            rows += new
+            _print(case, modes, new)
+            # the results so far outlive whatever stops the next case
+            if options.out:
+                harness.write_csv(options.out, rows)
+    if not rows:
+        sys.exit(f"--only {options.only!r}: no case has this text in its id")
+    if options.out:
+        print(f"wrote {options.out}")
+
+
+def _print(case, modes, rows):
+    for mode in modes:
+        first, *others = (row for row in rows if row["mode"] == mode)
+        ours = float(first["p50_us"])
+        print(
+            f"{case.id:44s} {mode:16s} {first['backend']} {ours:.0f} µs ({first['percent_of_roof']} % of roof)  "
+            + "  ".join(
+                f"{r['backend']} {float(r['p50_us']):.0f} µs ({float(r['p50_us']) / ours:.1f}x)" for r in others
+            ),
+            flush=True,
+        )
