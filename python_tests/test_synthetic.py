@@ -18,7 +18,7 @@ from unrolled_kernels import Spectral
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments import cli
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
-from unrolled_kernels.experiments.synthetic import data, ensemble, figures, golden, grid, report, runner, train
+from unrolled_kernels.experiments.synthetic import chunks, data, ensemble, figures, golden, grid, report, runner, train
 from unrolled_kernels.experiments.synthetic.evaluation import distance, spectrum_errors
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 
@@ -166,7 +166,7 @@ def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, l
     # algorithms, depths, seeds and learning rates all differ within the chunk
     settings = [("gd", 1, 100, 1e-2), ("nag", 3, 101, 1e-3), ("nag", 6, 100, 5e-3), ("gd", 6, 101, 1e-2)]
     trials = [Trial(hidden, optimizer, *point) for point in settings]
-    together = ensemble.train_chunk(exact_task, trials, training)
+    together = chunks.train_chunk(exact_task, trials, training)
     for trial, row in zip(trials, together, strict=True):
         alone = train.train_one(exact_task, trial, training)
         assert row.keys() == alone.keys()
@@ -183,18 +183,18 @@ def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, l
 
 def test_training_lowers_the_error_and_keeps_the_best_epoch(task):
     trial = Trial(8, "adam", "nag", 6, 100, 1e-2)
-    (row,) = ensemble.train_chunk(task, [trial], Training(epochs=200))
+    (row,) = chunks.train_chunk(task, [trial], Training(epochs=200))
     assert row["train"] < 0.7 * row["init_train"]
     assert row["test"] < 0.8 * row["init_test"]
     assert 1 <= row["best_epoch"] <= 200
     assert row["gap"] == row["test"] - row["train"]
-    longer = ensemble.train_chunk(task, [trial], Training(epochs=400))[0]
+    longer = chunks.train_chunk(task, [trial], Training(epochs=400))[0]
     assert longer["train"] <= row["train"]
 
 
 def test_a_model_that_diverges_says_so_and_is_not_chosen(task):
     trials = [Trial(8, "sgd", "gd", 3, 100, rate) for rate in (1e-2, 1e30)]
-    rows = ensemble.train_chunk(task, trials, Training(epochs=3))
+    rows = chunks.train_chunk(task, trials, Training(epochs=3))
     alone = train.train_one(task, trials[1], Training(epochs=3))
     # the first epoch already ends in NaN
     assert [np.isnan(row["train"]) for row in (*rows, alone)] == [False, True, True]
@@ -205,9 +205,9 @@ def test_a_model_that_diverges_says_so_and_is_not_chosen(task):
 def test_chunks_hold_one_architecture_and_every_model_once():
     trials = grid.PRESETS["medium"].trials()
     assert len(trials) == 1020
-    chunks = ensemble.make_chunks(trials, 100)
-    assert sorted(trial for chunk in chunks for trial in chunk) == trials
-    for chunk in chunks:
+    groups = chunks.make_chunks(trials, 100)
+    assert sorted(trial for chunk in groups for trial in chunk) == trials
+    for chunk in groups:
         assert len(chunk) <= 100
         assert len({(t.hidden, t.optimizer) for t in chunk}) == 1
     assert len(grid.PRESETS["paper"].trials()) == 20_400
@@ -251,14 +251,14 @@ def test_finished_run_trains_nothing_again(small_run, monkeypatch):
 
 
 def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypatch, capsys):
-    whole, chunks = ensemble.train_chunk, []
+    whole, started = chunks.train_chunk, []
 
     def interrupted(task, trials, training, *, checkpoint, on_epochs):
-        chunks.append(trials)
+        started.append(trials)
 
         def interrupt(count):
             # in the middle of the second chunk
-            if len(chunks) == 2 and count:
+            if len(started) == 2 and count:
                 raise KeyboardInterrupt
 
         return whole(task, trials, training, checkpoint=checkpoint, on_epochs=interrupt)
@@ -267,7 +267,7 @@ def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypat
     monkeypatch.setattr(runner, "train_chunk", interrupted)
     assert cli.main(command(out)) == 130
     assert "continues" in capsys.readouterr().err
-    assert len(pd.read_parquet(out / "results.parquet")) == len(chunks[0])
+    assert len(pd.read_parquet(out / "results.parquet")) == len(started[0])
     assert len(list((out / "checkpoints").iterdir())) == 1
 
     resumed_at = []
@@ -301,20 +301,36 @@ def test_killed_run_with_workers_ends_with_the_same_table(small_run, tmp_path):
     assert_same_table(out, small_run)
 
 
+def test_shards_end_with_the_table_of_one_process(small_run, tmp_path):
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = ["-m", "unrolled_kernels.experiments.cli"]
+    run = subprocess.run([*torchrun, *module, *command(out)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "rank 0 of 2, models 12/12" in run.stderr
+    assert [file.name for file in out.glob("*.parquet")] == ["results.parquet"]
+    assert_same_table(out, small_run)
+
+
+def test_part_of_a_killed_shard_is_taken_over(tmp_path):
+    RunDirectory(tmp_path, {}).append([{"train": 1.0}])
+    RunDirectory(tmp_path, {}, part="rank1").append([{"train": 2.0}])
+    assert RunDirectory(tmp_path, {}).results()["train"].tolist() == [1.0, 2.0]
+    assert pd.read_parquet(tmp_path / "results.parquet")["train"].tolist() == [1.0, 2.0]
+    assert not (tmp_path / "results-rank1.parquet").exists()
+
+
 def test_checkpoint_holds_the_whole_state(task, tmp_path):
     trials = [Trial(8, "adam", "nag", k, 100, 1e-2) for k in (2, 5)]
     training = Training(epochs=10)
     whole, first = ensemble.Ensemble(task, trials, training), ensemble.Ensemble(task, trials, training)
     orders = whole.minibatch_orders(0)
-    for epoch in range(10):
-        whole.train_epoch(orders[epoch])
-    for epoch in range(4):
-        first.train_epoch(orders[epoch])
+    whole.train(orders[:10])
+    first.train(orders[:4])
     first.save(tmp_path / "state.safetensors")
     second = ensemble.Ensemble(task, trials, training)
     second.load(tmp_path / "state.safetensors")
-    for epoch in range(second.epoch, 10):
-        second.train_epoch(orders[epoch])
+    second.train(orders[second.epoch : 10])
     for name in ("theta", "first_moment", "second_moment", "best_theta", "best_loss", "best_epoch"):
         assert torch.equal(getattr(second, name), getattr(whole, name)), name
 
@@ -378,10 +394,10 @@ def test_damaged_or_foreign_checkpoint_names_the_file(task, tmp_path):
     one, other = ([Trial(0, "adam", "gd", k, 100, 1e-2)] for k in (2, 3))
     ensemble.Ensemble(task, one, Training(5)).save(file)
     with pytest.raises(ValueError, match=r"state\.safetensors: a checkpoint of other models"):
-        ensemble.train_chunk(task, other, Training(5), checkpoint=file)
+        chunks.train_chunk(task, other, Training(5), checkpoint=file)
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"state\.safetensors: not a readable checkpoint \(truncated"):
-        ensemble.train_chunk(task, one, Training(5), checkpoint=file)
+        chunks.train_chunk(task, one, Training(5), checkpoint=file)
 
 
 def test_damaged_reference_names_the_file(tmp_path, capsys):
@@ -472,8 +488,8 @@ def test_golden_at_the_start():
     assert len(table) == 60
     task = data.load_reference(REFERENCE)
     rows = []
-    for chunk in ensemble.make_chunks(golden.golden_trials(table), 100):
-        rows += ensemble.train_chunk(task, chunk, Training(0))
+    for chunk in chunks.make_chunks(golden.golden_trials(table), 100):
+        rows += chunks.train_chunk(task, chunk, Training(0))
     both = table.merge(pd.DataFrame(rows), on=golden.KEYS, suffixes=("", "_got"), validate="one_to_one")
     np.testing.assert_allclose(both.init_train_got, both.init_train, rtol=1e-4)
     np.testing.assert_allclose(both.init_test_got, both.init_test, rtol=1e-4)
@@ -492,7 +508,7 @@ def test_golden_after_training(trainer, algorithm, hidden, depths, rate):
     trials, training = golden.golden_trials(table), Training(golden.EPOCHS)
     task = data.load_reference(REFERENCE)
     if trainer == "ensemble":
-        rows = ensemble.train_chunk(task, trials, training)
+        rows = chunks.train_chunk(task, trials, training)
     else:
         rows = [train.train_one(task, trial, training) for trial in trials]
     errors = golden.compare(table, pd.DataFrame(rows))

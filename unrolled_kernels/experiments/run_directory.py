@@ -21,14 +21,17 @@ class RunDirectory:
         path: the directory; made if need be.
         config: the settings that decide the results, a dict that JSON can hold.
         environment: versions and the like, written down beside them and never compared.
+        part: where several processes share the run, the name of this one's part of the table, kept in
+            ``results-PART.parquet``. The process without one takes over the parts that an earlier run left behind.
     Raises:
         ValueError: the directory holds a run with other settings (the message names those that differ), or its
             ``config.json`` is damaged.
         OSError: the directory cannot be made or written.
     """
 
-    def __init__(self, path, config, environment=None):
+    def __init__(self, path, config, environment=None, part=None):
         self.path = Path(path)
+        self.results_file = self.path / (f"results-{part}.parquet" if part else "results.parquet")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         config = json.loads(json.dumps(config))
@@ -39,11 +42,10 @@ class RunDirectory:
             text = json.dumps({"settings": config, "environment": environment or {}}, indent=2)
             with atomic_path(file) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
-        self._rows = self._read_rows()
-
-    @property
-    def results_file(self):
-        return self.path / "results.parquet"
+        self._rows = _read_rows(self.results_file)
+        for file in [] if part else sorted(self.path.glob("results-*.parquet")):
+            self.append(_read_rows(file))
+            file.unlink()
 
     def results(self):
         """Every finished model so far: a DataFrame with one row each, empty where there is none."""
@@ -54,8 +56,16 @@ class RunDirectory:
         """Add finished models, a list of dicts, to ``results.parquet``; the file is whole at every moment."""
         with self._lock:
             self._rows = self._rows + list(rows)
+            if not self._rows:
+                return
             with atomic_path(self.results_file) as temporary:
                 pd.DataFrame(self._rows).to_parquet(temporary, index=False)
+
+    def clear(self):
+        """Forget the finished models: another process keeps them."""
+        with self._lock:
+            self._rows = []
+            self.results_file.unlink(missing_ok=True)
 
     def checkpoint_file(self, name):
         """Where the state of unfinished work called ``name`` is kept."""
@@ -66,18 +76,6 @@ class RunDirectory:
     def remove_checkpoints(self):
         """Forget the state of unfinished work: all of it is finished."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-
-    def _read_rows(self):
-        file = self.results_file
-        if not file.exists():
-            return []
-        try:
-            return pd.read_parquet(file).to_dict("records")
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ValueError(
-                f"{file}: not a readable results table (truncated, or of another kind): {error}; "
-                "restore it, or delete it to train its models again"
-            ) from None
 
 
 @contextlib.contextmanager
@@ -99,6 +97,18 @@ def atomic_path(file):
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _read_rows(file):
+    if not file.exists():
+        return []
+    try:
+        return pd.read_parquet(file).to_dict("records")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(
+            f"{file}: not a readable results table (truncated, or of another kind): {error}; "
+            "restore it, or delete it to train its models again"
+        ) from None
 
 
 def _read_config(file):

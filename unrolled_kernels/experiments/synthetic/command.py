@@ -10,7 +10,7 @@ import torch
 import unrolled_kernels
 from unrolled_kernels import _backend
 from unrolled_kernels.experiments.run_directory import RunDirectory
-from unrolled_kernels.experiments.synthetic import figures, report, runner, speed
+from unrolled_kernels.experiments.synthetic import figures, report, runner, sharding, speed
 from unrolled_kernels.experiments.synthetic.grid import OPTIMIZERS, PRESETS, Training, select_best
 from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
 
@@ -22,7 +22,9 @@ def add_parser(subparsers):
         help="train GD and NAG layers on the paper's synthetic task; Figures 3, 4 and 5",
         description=(
             "Train the models of the paper's synthetic task (Sec. 7.1) and draw Figures 3, 4 and 5. A run that was "
-            "stopped continues when the same command is given again."
+            "stopped continues when the same command is given again. Under `torchrun --nproc-per-node N -m "
+            "unrolled_kernels.experiments.cli synthetic …` each process trains its share of the models, on a GPU of "
+            "its own where there are GPUs."
         ),
     )
     grid = parser.add_argument_group("the grid (each option replaces that of the preset)")
@@ -56,7 +58,12 @@ def add_parser(subparsers):
 
 def run(arguments):
     """Train, draw and report; see ``unrolled-kernels synthetic --help``."""
-    device = _device(arguments.device)
+    with sharding.joined() as shard:
+        return _run(arguments, shard)
+
+
+def _run(arguments, shard):
+    device = _device(arguments.device, shard)
     _backend.resolve(arguments.backend, device)
     fields = {f.name for f in dataclasses.fields(PRESETS["quick"])}
     replaced = {
@@ -81,9 +88,14 @@ def run(arguments):
         "backend": arguments.backend,
         "trainer": arguments.trainer,
     }
-    directory = RunDirectory(arguments.out or Path("runs") / f"synthetic-{arguments.preset}", settings, _environment())
-    print(f"{len(trials)} models of {grid.epochs} epochs; results go to {directory.path}")
-    runner.train_grid(setup, trials, directory, workers=arguments.workers)
+    out = arguments.out or Path("runs") / f"synthetic-{arguments.preset}"
+    directory = shard.in_order(lambda: RunDirectory(out, settings, _environment(), shard.part))
+    first = shard.rank == 0
+    if first:
+        print(f"{len(trials)} models of {grid.epochs} epochs; results go to {directory.path}")
+    runner.train_grid(setup, trials, directory, workers=arguments.workers, shard=shard, show_progress=first)
+    if not first:
+        return 0
 
     results = directory.results()
     best = select_best(results)
@@ -120,9 +132,11 @@ def device_name(device):
     return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), one thread"
 
 
-def _device(name):
+def _device(name, shard):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and shard.local_size > 1:
+        name = f"cuda:{shard.local_rank % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -67,7 +67,7 @@ class SyntheticTask:
 
         Args:
             seed: the training seed.
-            block: epochs ``256 · block … 256 · block + 255``, counted from zero; see ``epochs_in_blocks``.
+            block: epochs ``256 · block … 256 · block + 255``, counted from zero; see ``epoch_blocks``.
         Returns:
             ``[256, 100]`` int64, a permutation in each row.
         """
@@ -194,10 +194,13 @@ def _reference_orders(block):
     return torch.stack(orders), generator.get_state()
 
 
-def epochs_in_blocks(first_epoch, last_epoch):
-    """Pair each epoch of ``range(first_epoch, last_epoch)`` with its ``(block, row)`` in ``minibatch_orders``."""
-    for epoch in range(first_epoch, last_epoch):
-        yield epoch, *divmod(epoch, _ORDER_BLOCK)
+def epoch_blocks(first_epoch, last_epoch):
+    """Cut ``range(first_epoch, last_epoch)`` where ``minibatch_orders`` is: each block, and the slice of its rows."""
+    while first_epoch < last_epoch:
+        block, row = divmod(first_epoch, _ORDER_BLOCK)
+        rows = slice(row, min(_ORDER_BLOCK, row + last_epoch - first_epoch))
+        yield block, rows
+        first_epoch += rows.stop - rows.start
 
 
 def _random(*key):

@@ -12,9 +12,7 @@ the task make the step small:
 Samples lie along the last dimension throughout: M models, n samples, h hidden units, k steps.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import time
 
@@ -26,77 +24,15 @@ from unrolled_kernels import Diagonal
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments.run_directory import atomic_path
 from unrolled_kernels.experiments.synthetic import evaluation
-from unrolled_kernels.experiments.synthetic.data import DIM, MU, X_DIM, L, epochs_in_blocks
-from unrolled_kernels.experiments.synthetic.grid import trial_columns
+from unrolled_kernels.experiments.synthetic.data import DIM, MU, X_DIM, L
+from unrolled_kernels.experiments.synthetic.grid import fingerprint, trial_columns
 from unrolled_kernels.experiments.synthetic.model import inner_eigenvalues, make_layer
+from unrolled_kernels.experiments.synthetic.step_graph import StepGraph
 from unrolled_kernels.schedules import nesterov_momentum
 
 _STATE = ("theta", "first_moment", "second_moment", "best_theta", "best_loss", "best_epoch")
 # samples of one pass of the evaluation: its activations stay in the cache
 _EVALUATED_AT_ONCE = 500
-
-
-def make_chunks(trials, models_per_chunk):
-    """Split trials into the chunks that are trained together: one architecture each, and depths as equal as may be.
-
-    Args:
-        trials: sorted list of ``Trial``, all of a grid (a resumed run must get the same chunks).
-        models_per_chunk: the size of the largest chunk.
-    Returns:
-        Lists of trials.
-    """
-    families = {}
-    for trial in trials:
-        families.setdefault((trial.hidden, trial.optimizer), []).append(trial)
-    chunks = []
-    for family in families.values():
-        by_depth = sorted(family, key=lambda trial: (trial.num_steps, trial))
-        count = math.ceil(len(by_depth) / models_per_chunk)
-        bounds = [round(i * len(by_depth) / count) for i in range(count + 1)]
-        chunks += [by_depth[lo:hi] for lo, hi in itertools.pairwise(bounds)]
-    return chunks
-
-
-def train_chunk(task, trials, training, *, checkpoint=None, checkpoint_seconds=120, on_epochs=lambda count: None):
-    """Train the models of one chunk together.
-
-    Args:
-        task: the data, on the device to train on.
-        trials: models of one hidden size and optimizer.
-        training: what all models share.
-        checkpoint: the file that keeps the state of unfinished training; continued from if it is there, removed at
-            the end.
-        checkpoint_seconds: how often it is written.
-        on_epochs: called now and then with the number of epochs done since the last call.
-    Returns:
-        The rows of the results table, one dict for each trial.
-    Raises:
-        ValueError: the checkpoint is damaged or belongs to other models; the message names it.
-    """
-    ensemble = Ensemble(task, trials, training)
-    if checkpoint is not None and checkpoint.exists():
-        ensemble.load(checkpoint)
-        on_epochs(ensemble.epoch)
-    saved, reported = time.monotonic(), ensemble.epoch
-    try:
-        for epoch, block, row in epochs_in_blocks(ensemble.epoch, training.epochs):
-            if row == 0 or epoch == ensemble.first_epoch:
-                orders = ensemble.minibatch_orders(block)
-                on_epochs(epoch - reported)
-                reported = epoch
-            if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
-                ensemble.save(checkpoint)
-                saved = time.monotonic()
-            ensemble.train_epoch(orders[row])
-    except KeyboardInterrupt:
-        if checkpoint is not None:
-            ensemble.save(checkpoint)
-        raise
-    on_epochs(training.epochs - reported)
-    rows = ensemble.results()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return rows
 
 
 class Ensemble:
@@ -121,8 +57,12 @@ class Ensemble:
         self._initial_parameters()
         self._eigenbasis()
         self._training_samples()
-        self.first_epoch = self.epoch = 0
+        self.epoch = 0
         self.seconds = 0.0
+        # what one epoch reads and writes stays in place: on CUDA it is a captured graph
+        self._order = torch.zeros(self.samples.shape[::2], dtype=torch.int64, device=self.device)  # [S, n]
+        self._epochs_done = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._run_epoch = StepGraph(self._epoch, self.device)
         self.init = self.training_loss(), self.evaluate()[0]
 
     def _column(self, values):
@@ -225,27 +165,38 @@ class Ensemble:
 
     # -- training
 
-    def train_epoch(self, order):
-        """Visit every training sample once in the given order ``[S, n]``, then keep what is best so far."""
+    def train(self, orders):
+        """Train for some epochs, each of which visits every training sample once, and keep what is best so far.
+
+        Args:
+            orders: ``[epochs, S, n]`` int64, from ``minibatch_orders``.
+        """
         start = time.perf_counter()
-        samples = self.samples.gather(2, order.unsqueeze(1).expand_as(self.samples))[self.seed_of_model]
-        fixed = None if self.fixed is None else self.fixed_samples.gather(1, order[self.seed_of_model])
+        self._epochs_done.fill_(self.epoch)
+        for order in orders:
+            self._order.copy_(order)
+            self._run_epoch()
+        self.epoch += len(orders)
+        self.seconds += time.perf_counter() - start
+
+    def _epoch(self):
+        samples = self.samples.gather(2, self._order.unsqueeze(1).expand_as(self.samples))[self.seed_of_model]
+        fixed = None if self.fixed is None else self.fixed_samples.gather(1, self._order[self.seed_of_model])
         size, steps = self.training.batch_size, math.ceil(samples.shape[2] / self.training.batch_size)
         for i in range(steps):
             batch = slice(i * size, (i + 1) * size)
-            step = self.epoch * steps + i + 1
-            self.train_step(step, samples[:, :, batch], None if fixed is None else fixed[:, batch])
-        self.epoch += 1
+            step = self._epochs_done * steps + i + 1
+            self._step(step, samples[:, :, batch], None if fixed is None else fixed[:, batch])
+        self._epochs_done += 1
         with torch.no_grad():
             loss = self._losses(self._views(self.theta), self.evaluated, self.fixed_samples)[0].mean(1)
             # false for NaN: a model that diverged keeps its last good parameters
             better = loss < self.best_loss
-            self.best_loss = torch.where(better, loss, self.best_loss)
-            self.best_epoch.masked_fill_(better, self.epoch)
+            torch.where(better, loss, self.best_loss, out=self.best_loss)
+            self.best_epoch.masked_fill_(better, self._epochs_done)
             torch.where(better.unsqueeze(1), self.theta, self.best_theta, out=self.best_theta)
-        self.seconds += time.perf_counter() - start
 
-    def train_step(self, step, samples, fixed):
+    def _step(self, step, samples, fixed):
         """Optimizer step ``step``, counted from 1, of each model on its minibatch, samples ``[M, F, batch]``."""
         leaves = [view.detach().requires_grad_() for view in self._views(self.theta)]
         losses, _ = self._losses(leaves, samples, fixed)
@@ -254,17 +205,17 @@ class Ensemble:
         grad = torch.cat([g.flatten(1) for g in grads], 1)
         grad.add_(self.theta, alpha=self.training.weight_decay)
         if self.adam:
-            self._adam(step, grad)
+            self._adam(step.double(), grad)
         else:
             self.theta.addcmul_(grad, self.learning_rates, value=-1)
 
     def _adam(self, step, grad, beta1=0.9, beta2=0.999, eps=1e-8):
-        """Adam as in torch.optim, with a learning rate for each row."""
+        """Adam as in torch.optim, with a learning rate for each row; ``step`` is a float64 tensor."""
         self.first_moment.lerp_(grad, 1 - beta1)
         self.second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = self.second_moment.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+        denominator = self.second_moment.sqrt().div_((1 - beta2**step).sqrt()).add_(eps)
         update = torch.div(self.first_moment, denominator, out=grad)
-        self.theta.addcmul_(update, self.learning_rates, value=-1 / (1 - beta1**step))
+        self.theta.addcmul_(update, self.learning_rates / (1 - beta1**step), value=-1)
 
     # -- evaluation
 
@@ -334,7 +285,7 @@ class Ensemble:
         try:
             with safe_open(file, "pt") as saved:
                 metadata = saved.metadata() or {}
-                state = {name: saved.get_tensor(name).to(self.device) for name in _STATE}
+                state = {name: saved.get_tensor(name) for name in _STATE}
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{file}: not a readable checkpoint (truncated, or of another kind): {error}; "
@@ -343,12 +294,6 @@ class Ensemble:
         if metadata.get("trials") != fingerprint(self.trials):
             raise ValueError(f"{file}: a checkpoint of other models; delete it to train these from the start")
         for name, tensor in state.items():
-            setattr(self, name, tensor)
-        self.first_epoch = self.epoch = int(metadata["epoch"])
+            getattr(self, name).copy_(tensor)
+        self.epoch = int(metadata["epoch"])
         self.seconds = float(metadata["seconds"])
-
-
-def fingerprint(trials):
-    """A name for a list of trials, the same in every process."""
-    text = json.dumps([list(trial_columns(trial).values()) for trial in trials])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ import torch
 
 from unrolled_kernels.experiments.run_directory import RunDirectory
 from unrolled_kernels.experiments.synthetic import runner
-from unrolled_kernels.experiments.synthetic.data import epochs_in_blocks
+from unrolled_kernels.experiments.synthetic.data import epoch_blocks
 from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 
@@ -79,10 +79,8 @@ def rounding_spread(task, trial, training, copies):
     ensemble = Ensemble(task, [trial] * copies, training)
     noise = torch.randn(ensemble.theta.shape, generator=torch.Generator().manual_seed(0)).to(ensemble.theta)
     ensemble.theta *= 1 + torch.finfo(torch.float32).eps * noise
-    for _, block, row in epochs_in_blocks(0, training.epochs):
-        if row == 0:
-            orders = ensemble.minibatch_orders(block)
-        ensemble.train_epoch(orders[row])
+    for block, rows in epoch_blocks(0, training.epochs):
+        ensemble.train(ensemble.minibatch_orders(block)[rows])
     return pd.DataFrame(ensemble.results())
 
 

@@ -1,6 +1,8 @@
 """Which models are trained: the grid of the paper, its presets, and the choice of the best over the optimizers."""
 
+import hashlib
 import itertools
+import json
 from dataclasses import asdict, dataclass
 
 from unrolled_kernels.experiments.synthetic.data import FIRST_SEED
@@ -77,6 +79,12 @@ PRESETS = {
 def trial_columns(trial):
     """A trial as the leading columns of its row."""
     return asdict(trial)
+
+
+def fingerprint(trials):
+    """A name for a list of trials, the same in every process."""
+    text = json.dumps([list(trial_columns(trial).values()) for trial in trials])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def finished_trials(results):

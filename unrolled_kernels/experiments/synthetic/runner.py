@@ -1,6 +1,7 @@
 """Trains the models of a grid, in worker processes on the CPU, and keeps every result as soon as it is there."""
 
 import concurrent.futures
+import math
 import multiprocessing
 import os
 import threading
@@ -12,8 +13,9 @@ from tqdm import tqdm
 
 from unrolled_kernels import use_backend
 from unrolled_kernels.experiments.synthetic import data
-from unrolled_kernels.experiments.synthetic.ensemble import fingerprint, make_chunks, train_chunk
-from unrolled_kernels.experiments.synthetic.grid import Training, finished_trials
+from unrolled_kernels.experiments.synthetic.chunks import make_chunks, train_chunk
+from unrolled_kernels.experiments.synthetic.grid import Training, fingerprint
+from unrolled_kernels.experiments.synthetic.sharding import Shard
 from unrolled_kernels.experiments.synthetic.train import train_one
 
 # on the CPU, enough models to hide the cost of a torch call, few enough that depths within a chunk are alike and that
@@ -45,7 +47,7 @@ class Setup:
         return task.to(self.device)
 
 
-def train_grid(setup, trials, run_directory, *, workers=None, show_progress=True):
+def train_grid(setup, trials, run_directory, *, workers=None, shard=None, show_progress=True):
     """Train every trial that ``run_directory`` does not hold yet.
 
     Args:
@@ -54,40 +56,46 @@ def train_grid(setup, trials, run_directory, *, workers=None, show_progress=True
         run_directory: a ``RunDirectory``; results are appended to it as they come, checkpoints kept in it.
         workers: processes, each of one thread; default: the cores of this process on the CPU, 1 on a GPU. With 1
             everything runs in this process, with torch's threads as they are.
-        show_progress: draw a bar of epochs over all models.
+        shard: this process's share of the run, at the end of which rank 0's directory holds the models of all; default:
+            everything.
+        show_progress: draw a bar of epochs over the models of this process.
     """
-    done = finished_trials(run_directory.results())
+    shard = shard or Shard()
+    done = shard.collect(run_directory)
     jobs = []
-    for chunk in _chunks(setup, trials):
+    for chunk in _chunks(setup, trials, shard.size):
         chunk = [trial for trial in chunk if trial not in done]
         if chunk:
             jobs.append((chunk, run_directory.checkpoint_file(fingerprint(chunk))))
     # the most expensive first, so that the workers end together
     jobs.sort(key=lambda job: -len(job[0]) * max(trial.num_steps for trial in job[0]))
-    workers = min(workers or default_workers(setup.device), len(jobs))
-    epochs = setup.training.epochs
-    with tqdm(
-        total=len(trials) * epochs, unit="epoch", unit_scale=True, mininterval=1, disable=not show_progress
-    ) as bar:
-        finished = len(trials) - sum(len(chunk) for chunk, _ in jobs)
-        bar.update(finished * epochs)
-        bar.set_description(f"models {finished}/{len(trials)}")
+    jobs = jobs[shard.rank :: shard.size]
+    workers = min(workers or default_workers(setup.device, shard.local_size), len(jobs))
+    epochs, finished = setup.training.epochs, len(done)
+    total = finished + sum(len(chunk) for chunk, _ in jobs)
+    what = "models" if shard.size == 1 else f"rank {shard.rank} of {shard.size}, models"
+    bar_options = {"unit": "epoch", "unit_scale": True, "mininterval": 1, "disable": not show_progress}
+    with tqdm(total=total * epochs, initial=finished * epochs, **bar_options) as bar:
+        bar.set_description(f"{what} {finished}/{total}")
         for rows in _run(setup, jobs, workers, bar):
             run_directory.append(rows)
             finished += len(rows)
-            bar.set_description(f"models {finished}/{len(trials)}")
+            bar.set_description(f"{what} {finished}/{total}")
+    shard.collect(run_directory)
     run_directory.remove_checkpoints()
 
 
-def default_workers(device):
-    """Processes that train at once on ``device``."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") and device == "cpu" else 1
+def default_workers(device, processes=1):
+    """Processes that train at once on ``device`` for each of ``processes`` on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") and device == "cpu" else 1
+    return max(1, cores // processes)
 
 
-def _chunks(setup, trials):
+def _chunks(setup, trials, shards):
     if setup.trainer == "single":
         return [[trial] for trial in trials]
-    return make_chunks(trials, _MODELS_PER_CHUNK[torch.device(setup.device).type])
+    limit = _MODELS_PER_CHUNK[torch.device(setup.device).type]
+    return make_chunks(trials, min(limit, math.ceil(len(trials) / shards)))
 
 
 def _run(setup, jobs, workers, bar):

@@ -11,7 +11,7 @@ from unrolled_kernels.experiments.synthetic.evaluation import distance
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 from unrolled_kernels.experiments.synthetic.train import make_model, make_optimizer, train_step
 
-BATCH, NUM_STEPS, HIDDEN, MODELS = 50, 30, 16, 256
+BATCH, NUM_STEPS, HIDDEN, MODELS, EPOCHS = 50, 30, 16, 256, 8
 
 
 def measure(task, backend="auto", seconds=1.0):
@@ -52,9 +52,9 @@ def measure(task, backend="auto", seconds=1.0):
         fused_layer = _median_us(layer, seconds)
         fused_step = _median_us(lambda: train_step(model, optimizer, x, R, b, y_star), seconds)
         ensemble = Ensemble(task, [trial] * MODELS, training)
-        order = torch.arange(NUM_TRAIN, device=task.x.device).unsqueeze(0)
+        orders = torch.arange(NUM_TRAIN, device=task.x.device).expand(EPOCHS, 1, -1)
         # an epoch is two steps and one evaluation; all of it is counted here
-        ensemble_step = _median_us(lambda: ensemble.train_epoch(order), seconds) / (2 * MODELS)
+        ensemble_step = _median_us(lambda: ensemble.train(orders), seconds) / (2 * EPOCHS * MODELS)
     return [
         {"what": "layer, forward and backward", "eager_us": eager_layer, "fused_us": fused_layer},
         {"what": "training step, one model", "eager_us": eager_step, "fused_us": fused_step},

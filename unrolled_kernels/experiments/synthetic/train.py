@@ -7,7 +7,7 @@ import time
 import torch
 
 from unrolled_kernels.experiments.synthetic import evaluation
-from unrolled_kernels.experiments.synthetic.data import epochs_in_blocks
+from unrolled_kernels.experiments.synthetic.data import epoch_blocks
 from unrolled_kernels.experiments.synthetic.grid import trial_columns
 from unrolled_kernels.experiments.synthetic.model import SpectrumNetwork, SyntheticModel, make_layer
 
@@ -53,18 +53,16 @@ def train_one(task, trial, training, on_epochs=lambda count: None):
     init = _loss(model, samples).item(), _loss(model, everything).item()
 
     best_loss, best_epoch, best_state = math.inf, 0, copy.deepcopy(model.state_dict())
-    reported = 0
-    for epoch, block, row in epochs_in_blocks(0, training.epochs):
-        if row == 0:
-            orders = task.minibatch_orders(trial.seed, block).to(task.x.device)
-            on_epochs(epoch - reported)
-            reported = epoch
-        for batch in orders[row].split(training.batch_size):
-            train_step(model, optimizer, *(tensor[batch] for tensor in samples))
-        loss = _loss(model, samples).item()
-        if loss < best_loss:
-            best_loss, best_epoch, best_state = loss, epoch + 1, copy.deepcopy(model.state_dict())
-    on_epochs(training.epochs - reported)
+    epoch = 0
+    for block, rows in epoch_blocks(0, training.epochs):
+        for order in task.minibatch_orders(trial.seed, block)[rows].to(task.x.device):
+            for batch in order.split(training.batch_size):
+                train_step(model, optimizer, *(tensor[batch] for tensor in samples))
+            epoch += 1
+            loss = _loss(model, samples).item()
+            if loss < best_loss:
+                best_loss, best_epoch, best_state = loss, epoch, copy.deepcopy(model.state_dict())
+        on_epochs(rows.stop - rows.start)
 
     model.load_state_dict(best_state)
     diverged = training.epochs > 0 and best_epoch == 0

@@ -1,0 +1,67 @@
+"""A grid in chunks: models that are trained together, with a checkpoint of the state between blocks of epochs."""
+
+import itertools
+import math
+import time
+
+from unrolled_kernels.experiments.synthetic.data import epoch_blocks
+from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
+
+
+def make_chunks(trials, models_per_chunk):
+    """Split trials into the chunks that are trained together: one architecture each, and depths as equal as may be.
+
+    Args:
+        trials: sorted list of ``Trial``, all of a grid (a resumed run must get the same chunks).
+        models_per_chunk: the size of the largest chunk.
+    Returns:
+        Lists of trials.
+    """
+    families = {}
+    for trial in trials:
+        families.setdefault((trial.hidden, trial.optimizer), []).append(trial)
+    chunks = []
+    for family in families.values():
+        by_depth = sorted(family, key=lambda trial: (trial.num_steps, trial))
+        count = math.ceil(len(by_depth) / models_per_chunk)
+        bounds = [round(i * len(by_depth) / count) for i in range(count + 1)]
+        chunks += [by_depth[lo:hi] for lo, hi in itertools.pairwise(bounds)]
+    return chunks
+
+
+def train_chunk(task, trials, training, *, checkpoint=None, checkpoint_seconds=120, on_epochs=lambda count: None):
+    """Train the models of one chunk together.
+
+    Args:
+        task: the data, on the device to train on.
+        trials: models of one hidden size and optimizer.
+        training: what all models share.
+        checkpoint: the file that keeps the state of unfinished training; continued from if it is there, removed at
+            the end.
+        checkpoint_seconds: how often it is written.
+        on_epochs: called now and then with the number of epochs done since the last call.
+    Returns:
+        The rows of the results table, one dict for each trial.
+    Raises:
+        ValueError: the checkpoint is damaged or belongs to other models; the message names it.
+    """
+    ensemble = Ensemble(task, trials, training)
+    if checkpoint is not None and checkpoint.exists():
+        ensemble.load(checkpoint)
+        on_epochs(ensemble.epoch)
+    saved = time.monotonic()
+    try:
+        for block, rows in epoch_blocks(ensemble.epoch, training.epochs):
+            ensemble.train(ensemble.minibatch_orders(block)[rows])
+            on_epochs(rows.stop - rows.start)
+            if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
+                ensemble.save(checkpoint)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if checkpoint is not None:
+            ensemble.save(checkpoint)
+        raise
+    rows = ensemble.results()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return rows
