@@ -215,12 +215,12 @@ def row(case, backend, mode, timing, roof, where, *, compile_seconds=None, peak=
     }
 
 
-def write_csv(path, rows):
-    """Write the rows, in ``COLUMNS`` order, replacing the file."""
+def write_csv(path, rows, columns=COLUMNS):
+    """Write the rows, replacing the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return path

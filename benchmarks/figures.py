@@ -1,0 +1,89 @@
+"""Figures of the results of one device: ratios to the peers, the roofline, how time grows."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.suite import FUSED
+from unrolled_kernels.experiments.run_directory import atomic_path
+
+_COLORS = {
+    "cpu": "#0b6e4f", "cuda": "#0b6e4f", "triton": "#5aa469", "eager": "#c44536", "cudagraph": "#e08e45",
+    "compile": "#7768ae", "compile-max": "#4b3f72", "jax": "#3a7ca5",
+}  # fmt: skip
+_MARKERS = {"dense": "o", "diagonal": "s", "spectral": "^"}
+
+
+def ratios(rows, directory):
+    """Bars of each peer's time over the best fused kernel's, forward + backward, one group a case."""
+    rows = rows[rows["mode"] == "forward+backward"]
+    labels, by_peer = [], {}
+    for (op, structure, method, B, d, k), group in rows.groupby(
+        ["op", "structure", "method", "B", "d", "k"], sort=False
+    ):
+        best = group[group.backend.isin(FUSED)].p50_us.min()
+        labels.append(f"{method.upper() if op == 'momentum' else op} {structure}\n{B}, {d}, {k}")
+        for row in group[~group.backend.isin(FUSED)].itertuples():
+            by_peer.setdefault(row.backend, {})[len(labels) - 1] = row.p50_us / best
+    figure, axes = plt.subplots(figsize=(0.62 * len(labels) + 2, 4.2), layout="constrained")
+    width = 0.8 / max(1, len(by_peer))
+    for i, (peer, values) in enumerate(by_peer.items()):
+        axes.bar([x + (i + 0.5) * width - 0.4 for x in values], values.values(), width, label=peer, color=_COLORS[peer])
+    axes.axhline(1, color=_COLORS["cpu"], linewidth=1.5, label="fused")
+    axes.set(yscale="log", ylabel="time over the fused kernel's", xlim=(-0.6, len(labels) - 0.4))
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    axes.legend(ncols=3, fontsize=8)
+    return _save(figure, directory, rows, "ratios")
+
+
+def roofline(rows, directory):
+    """Achieved flops over arithmetic intensity, both of the floor, under the roof measured in the same run."""
+    rows = rows[(rows["mode"] == "forward+backward") & rows.backend.isin((*FUSED, "eager"))]
+    bandwidth, peak = rows.copy_gb_s.median(), rows.fma_gflop_s.median()
+    intensity = rows.flops / rows.bytes
+    x = np.geomspace(intensity.min() / 2, intensity.max() * 2, 100)
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    axes.plot(x, np.minimum(bandwidth * x, peak), color="black", label="roof: copy and matrix product")
+    for (backend, structure), group in rows.groupby(["backend", "structure"], sort=False):
+        axes.scatter(
+            group.flops / group.bytes, group.gflop_s, color=_COLORS[backend], marker=_MARKERS[structure], s=28,
+            label=f"{backend}, {structure}",
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="flops per byte of the floor", ylabel="GFLOP/s of the floor's flops")
+    axes.legend(fontsize=7)
+    return _save(figure, directory, rows, "roofline")
+
+
+def scaling(sweeps, directory):
+    """Time over k, d, B and threads: a panel each, fused kernels solid, the eager loop dashed."""
+    axes_names = list(dict.fromkeys(sweeps.sweep))
+    figure, panels = plt.subplots(1, len(axes_names), figsize=(3.2 * len(axes_names), 3.4), layout="constrained")
+    for axes, name in zip(np.atleast_1d(panels), axes_names, strict=True):
+        part = sweeps[sweeps.sweep == name]
+        shapes = [c for c in ("B", "d", "k") if c != name] if name == "threads" else []
+        for (backend, structure, *_), group in part.groupby(["backend", "structure", *shapes], sort=False):
+            style = "-" if backend in FUSED else "--"
+            axes.plot(
+                group[name], group.p50_us, style, marker=_MARKERS[structure], markersize=4, color=_COLORS[backend],
+                label=f"{backend}, {structure}",
+            )  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="forward + backward, µs")
+        if name == "threads":
+            ticks = sorted(part[name].unique())
+            axes.set_xticks(ticks, [f"{t:.0f}" for t in ticks], minor=False)
+            axes.minorticks_off()
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(
+            *zip(*dict(zip(labels, zip(handles, labels, strict=True), strict=True)).values(), strict=True), fontsize=6
+        )
+    return _save(figure, directory, sweeps, "scaling")
+
+
+def _save(figure, directory, rows, name):
+    file = directory / f"{rows.results.iloc[0]}-{name}.png"
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    return file
