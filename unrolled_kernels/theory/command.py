@@ -2,13 +2,11 @@
 
 import argparse
 import math
-import platform
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-import unrolled_kernels
+from unrolled_kernels.experiments.options import environment, resolve_device
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
 from unrolled_kernels.theory import comparison, empirical, figures, report
 from unrolled_kernels.theory.properties import ALGORITHMS, stable_region
@@ -44,7 +42,7 @@ def add_parser(subparsers):
 
 def run(arguments):
     """Measure, print, draw and report; see ``unrolled-kernels theory --help``."""
-    device = _device(arguments.device)
+    device = resolve_device(arguments.device)
     _check_arguments(arguments)
     trained = None if arguments.results is None else _read_results(arguments.results)
     settings = {
@@ -56,9 +54,7 @@ def run(arguments):
         "seed": arguments.seed,
         "device": device.type,
     }
-    environment = {"unrolled_kernels": unrolled_kernels.__version__, "torch": torch.__version__}
-    environment |= {"python": platform.python_version(), "platform": platform.platform()}
-    directory = RunDirectory(arguments.out, settings, environment)
+    directory = RunDirectory(arguments.out, settings, environment())
     table, orders = _measure(directory, arguments, device)
 
     problem = {
@@ -178,12 +174,3 @@ def _check_arguments(arguments):
     for name in ("num_steps", "samples"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
-
-
-def _device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} cannot be used here: {error}") from None

@@ -2,13 +2,17 @@
 
 import argparse
 import dataclasses
-import platform
 from pathlib import Path
 
-import torch
-
-import unrolled_kernels
 from unrolled_kernels import _backend
+from unrolled_kernels.experiments.options import (
+    device_name,
+    environment,
+    not_negative,
+    positive,
+    positive_float,
+    resolve_device,
+)
 from unrolled_kernels.experiments.run_directory import RunDirectory
 from unrolled_kernels.experiments.synthetic import figures, report, runner, sharding, speed
 from unrolled_kernels.experiments.synthetic.grid import OPTIMIZERS, PRESETS, Training, select_best
@@ -32,18 +36,18 @@ def add_parser(subparsers):
         "--preset", choices=PRESETS, default="quick", help="quick (default): a minute; paper: the whole study"
     )
     grid.add_argument(
-        "--depths", type=_positive, nargs="+", metavar="K", default=argparse.SUPPRESS, help="steps of the layers"
+        "--depths", type=positive, nargs="+", metavar="K", default=argparse.SUPPRESS, help="steps of the layers"
     )
     grid.add_argument("--algorithms", choices=ALGORITHMS, nargs="+", default=argparse.SUPPRESS)
     grid.add_argument(
-        "--hidden", type=_not_negative, nargs="+", metavar="H", default=argparse.SUPPRESS, help="0: linear"
+        "--hidden", type=not_negative, nargs="+", metavar="H", default=argparse.SUPPRESS, help="0: linear"
     )
     grid.add_argument("--optimizers", choices=OPTIMIZERS, nargs="+", default=argparse.SUPPRESS)
-    grid.add_argument("--learning-rates", type=_positive_float, nargs="+", metavar="LR", default=argparse.SUPPRESS)
-    grid.add_argument("--seeds", type=_positive, metavar="N", default=argparse.SUPPRESS, help="seeds 100 … 99+N")
-    grid.add_argument("--epochs", type=_positive, default=argparse.SUPPRESS)
+    grid.add_argument("--learning-rates", type=positive_float, nargs="+", metavar="LR", default=argparse.SUPPRESS)
+    grid.add_argument("--seeds", type=positive, metavar="N", default=argparse.SUPPRESS, help="seeds 100 … 99+N")
+    grid.add_argument("--epochs", type=positive, default=argparse.SUPPRESS)
     grid.add_argument("--learn-step-size", action="store_true", help="train the layers' step size too")
-    parser.add_argument("--seed", type=_not_negative, default=2, help="seed of the generated data, default 2")
+    parser.add_argument("--seed", type=not_negative, default=2, help="seed of the generated data, default 2")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="use the authors' samples and weights in DIR")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/synthetic-PRESET")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; default: cuda where it is")
@@ -51,7 +55,7 @@ def add_parser(subparsers):
     parser.add_argument(
         "--trainer", choices=("ensemble", "single"), default="ensemble", help="many models at once (default), or one"
     )
-    parser.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one a core on the CPU")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one a core on the CPU")
     parser.add_argument("--no-speed", action="store_true", help="do not time the layer against the eager loop")
     parser.set_defaults(run=run)
 
@@ -63,7 +67,7 @@ def run(arguments):
 
 
 def _run(arguments, shard):
-    device = _device(arguments.device, shard)
+    device = resolve_device(arguments.device, shard.local_rank, shard.local_size)
     _backend.resolve(arguments.backend, device)
     fields = {f.name for f in dataclasses.fields(PRESETS["quick"])}
     replaced = {
@@ -89,7 +93,7 @@ def _run(arguments, shard):
         "trainer": arguments.trainer,
     }
     out = arguments.out or Path("runs") / f"synthetic-{arguments.preset}"
-    directory = shard.in_order(lambda: RunDirectory(out, settings, _environment(), shard.part))
+    directory = shard.in_order(lambda: RunDirectory(out, settings, environment(), shard.part))
     first = shard.rank == 0
     if first:
         print(f"{len(trials)} models of {grid.epochs} epochs; results go to {directory.path}")
@@ -123,53 +127,3 @@ def _run(arguments, shard):
     for path in (*drawn, report_file, directory.results_file):
         print(path)
     return 0
-
-
-def device_name(device):
-    """The machine in words, for a report."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), one thread"
-
-
-def _device(name, shard):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and shard.local_size > 1:
-        name = f"cuda:{shard.local_rank % max(1, torch.cuda.device_count())}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _environment():
-    return {
-        "unrolled_kernels": unrolled_kernels.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
-def _number(kind, allowed, expected):
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not allowed(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
-_positive = _number(int, lambda value: value > 0, "an integer > 0")
-_not_negative = _number(int, lambda value: value >= 0, "an integer ≥ 0")
-_positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number > 0")

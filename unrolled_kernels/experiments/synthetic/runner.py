@@ -1,10 +1,7 @@
 """Trains the models of a grid, in worker processes on the CPU, and keeps every result as soon as it is there."""
 
-import concurrent.futures
+import functools
 import math
-import multiprocessing
-import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from unrolled_kernels import use_backend
+from unrolled_kernels.experiments.pool import default_workers, run_jobs
 from unrolled_kernels.experiments.synthetic import data
 from unrolled_kernels.experiments.synthetic.chunks import make_chunks, train_chunk
 from unrolled_kernels.experiments.synthetic.grid import Training, fingerprint
@@ -75,20 +73,15 @@ def train_grid(setup, trials, run_directory, *, workers=None, shard=None, show_p
     total = finished + sum(len(chunk) for chunk, _ in jobs)
     what = "models" if shard.size == 1 else f"rank {shard.rank} of {shard.size}, models"
     bar_options = {"unit": "epoch", "unit_scale": True, "mininterval": 1, "disable": not show_progress}
+    train = functools.partial(_train, setup)
     with tqdm(total=total * epochs, initial=finished * epochs, **bar_options) as bar:
         bar.set_description(f"{what} {finished}/{total}")
-        for rows in _run(setup, jobs, workers, bar):
+        for rows in run_jobs(jobs, workers=workers, prepare=setup.task, work=train, bar=bar):
             run_directory.append(rows)
             finished += len(rows)
             bar.set_description(f"{what} {finished}/{total}")
     shard.collect(run_directory)
     run_directory.remove_checkpoints()
-
-
-def default_workers(device, processes=1):
-    """Processes that train at once on ``device`` for each of ``processes`` on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") and device == "cpu" else 1
-    return max(1, cores // processes)
 
 
 def _chunks(setup, trials, shards):
@@ -98,30 +91,8 @@ def _chunks(setup, trials, shards):
     return make_chunks(trials, min(limit, math.ceil(len(trials) / shards)))
 
 
-def _run(setup, jobs, workers, bar):
-    """Yield the rows of each job as it finishes."""
-    if workers <= 1:
-        task = setup.task() if jobs else None
-        for job in jobs:
-            yield _train(setup, task, *job, bar.update)
-        return
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (setup, counter)) as pool:
-        pending = {pool.submit(_train_in_worker, *job) for job in jobs}
-        start = bar.n
-        try:
-            while pending:
-                finished, pending = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
-                bar.update(start + counter.value - bar.n)
-                for future in finished:
-                    yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _train(setup, task, trials, checkpoint, on_epochs):
+def _train(setup, task, job, on_epochs):
+    trials, checkpoint = job
     with use_backend(setup.backend):
         if setup.trainer == "single":
             return [train_one(task, trials[0], setup.training, on_epochs)]
@@ -132,26 +103,3 @@ def _train(setup, task, trials, checkpoint, on_epochs):
             checkpoint=checkpoint,
             on_epochs=lambda count: on_epochs(count * len(trials)),
         )
-
-
-def _start_worker(setup, counter):
-    global _worker
-    # a killed run must not leave its workers behind
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    _worker = setup, setup.task(), counter
-
-
-def _exit_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _train_in_worker(trials, checkpoint):
-    setup, task, counter = _worker
-
-    def count(epochs):
-        with counter.get_lock():
-            counter.value += epochs
-
-    return _train(setup, task, trials, checkpoint, count)
