@@ -1,6 +1,7 @@
 """The synthetic experiment: its data, its two trainers, its runs and what they refuse, and the authors' numbers."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -18,9 +19,23 @@ from unrolled_kernels import Spectral
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments import cli
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
-from unrolled_kernels.experiments.synthetic import chunks, data, ensemble, figures, golden, grid, report, runner, train
+from unrolled_kernels.experiments.synthetic import (
+    chunks,
+    claims,
+    data,
+    ensemble,
+    figures,
+    golden,
+    grid,
+    report,
+    runner,
+    train,
+)
 from unrolled_kernels.experiments.synthetic.evaluation import distance, spectrum_errors
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
+from unrolled_kernels.theory.bounds import predicted_gap
+from unrolled_kernels.theory.comparison import REGIME_OF_HIDDEN
+from unrolled_kernels.theory.properties import convergence_rate
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference_synthetic"
 needs_reference = pytest.mark.skipif(
@@ -359,6 +374,39 @@ def test_figures_of_one_seed_and_one_algorithm(tmp_path):
         for k in (1, 2, 3)
     ]
     assert len(figures.draw(pd.DataFrame(rows), tmp_path)) == 3
+
+
+def table_after_theory(gap_of):
+    """Rows whose errors fall as Cvg(k)² and whose gap is ``gap_of(hidden, algorithm, k)``."""
+    rows = []
+    for hidden, algorithm, k in itertools.product((0, 16, 32), ("gd", "nag"), range(1, 11)):
+        cvg = convergence_rate(algorithm, k, 1.0, data.MU).item()
+        row = {"hidden": hidden, "algorithm": algorithm, "num_steps": k, "seed": 100, "step_size": 1.0}
+        rows.append(row | {"train": cvg, "test": cvg, "qfro2_test": cvg**2, "gap": gap_of(hidden, algorithm, k)})
+    return pd.DataFrame(rows)
+
+
+def test_claims_hold_where_the_run_follows_the_theory():
+    def gap(hidden, algorithm, k):
+        return predicted_gap(algorithm, k, REGIME_OF_HIDDEN[hidden], 1.0, data.MU).item()
+
+    best = table_after_theory(gap)
+    rates = claims.q_error_rates(best)
+    np.testing.assert_allclose(rates["rate"], rates["theory"], rtol=1e-12)
+    np.testing.assert_allclose(rates["theory"][rates["algorithm"] == "gd"], 0.9**2)
+    sentences = claims.check(best)
+    verdicts = [sentence for sentence in sentences if "hold" in sentence and "Lemma" not in sentence]
+    assert len(verdicts) == 3 + 6 + 6
+    assert all(": holds. " in sentence for sentence in verdicts)
+
+
+def test_claims_say_where_they_do_not_hold():
+    best = table_after_theory(lambda hidden, algorithm, k: -float(k))
+    best["train"] = 1.0
+    best["qfro2_test"] = 0.1
+    sentences = claims.check(best)
+    assert sum(": does not hold. " in sentence for sentence in sentences) == 3 + 6 + 6
+    assert any("at k = none" in sentence for sentence in sentences)
 
 
 # -- refusals

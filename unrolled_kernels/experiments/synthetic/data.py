@@ -12,6 +12,8 @@ from unrolled_kernels import Spectral
 from unrolled_kernels import functional as F
 
 MU, L = 0.1, 1.0
+# b and x are uniform on [-5, 5]
+B_MAX = X_MAX = 5.0
 NUM_SAMPLES, NUM_TRAIN = 10_000, 100
 X_DIM, DIM, TRUE_HIDDEN = 10, 5, 3
 FIRST_SEED = 100
@@ -119,8 +121,8 @@ def generate(seed=2, num_samples=NUM_SAMPLES):
         (_glorot_uniform(random, out, fan_in), random.standard_normal(out))
         for fan_in, out in ((X_DIM, TRUE_HIDDEN), (TRUE_HIDDEN, DIM - 2))
     ]
-    x = random.uniform(-5, 5, (num_samples, X_DIM))
-    b = random.uniform(-5, 5, (num_samples, DIM))
+    x = random.uniform(-X_MAX, X_MAX, (num_samples, X_DIM))
+    b = random.uniform(-B_MAX, B_MAX, (num_samples, DIM))
     R = _haar_rotations(random, num_samples)
     e = _true_eigenvalues(x, layers)
     x, b, R, e = (torch.from_numpy(array) for array in (x, b, R, e))

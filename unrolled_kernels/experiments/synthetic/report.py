@@ -1,8 +1,7 @@
 """``report.md`` and the table on the screen: what was trained, what came out, and the paper's claims beside it."""
 
-import numpy as np
-
 from unrolled_kernels.experiments.run_directory import atomic_path
+from unrolled_kernels.experiments.synthetic import claims
 
 _COLUMNS = {"train": "train error", "test": "test error", "gap": "gap", "qfro2_test": "‖Q_θ − Q*‖²_F"}
 
@@ -32,36 +31,6 @@ def speed_table(speed):
     return "\n".join(lines)
 
 
-def claims(best):
-    """The paper's claims of Sec. 7.1 in words and this run's numbers, a list of sentences; paired by seed."""
-    keys = ["hidden", "num_steps", "seed"]
-    sentences = []
-    for hidden, rows in best[best["num_steps"] > 1].groupby("hidden"):
-        algorithms = {name: part.set_index(keys) for name, part in rows.groupby("algorithm")}
-        if {"gd", "nag"} <= algorithms.keys():
-            gd, nag = algorithms["gd"].align(algorithms["nag"], join="inner")
-            lower = (nag["train"] < gd["train"]).mean()
-            sentences.append(
-                f"Hidden size {hidden}, faster convergence ⇒ lower training error: NAG trains to a lower error than "
-                f"GD at the same k > 1 and seed in {lower:.0%} of {len(gd)} pairs."
-            )
-            wider = nag["gap"] - gd["gap"]
-            sentences.append(
-                f"Hidden size {hidden}, gap: NAG's is larger than GD's in {(wider > 0).mean():.0%} of the pairs "
-                f"(mean difference {wider.mean():+.3f})."
-            )
-        for name, part in algorithms.items():
-            mean = part.groupby("num_steps")["qfro2_test"].mean()
-            if len(mean) > 1:
-                steps = np.sign(np.diff(mean))
-                sentences.append(
-                    f"Hidden size {hidden}, {name.upper()}: the error of Q_θ goes from {mean.iloc[0]:.3g} at "
-                    f"k = {mean.index[0]} to {mean.iloc[-1]:.3g} at k = {mean.index[-1]}; it falls in "
-                    f"{(steps < 0).sum()} of {len(steps)} steps along k."
-                )
-    return sentences
-
-
 def write_report(path, *, settings, best, models, figures, speed, device):
     """Write ``report.md``.
 
@@ -84,7 +53,7 @@ def write_report(path, *, settings, best, models, figures, speed, device):
     text += ["| setting | value |", "|---|---|"]
     text += [f"| {name} | {value} |" for name, value in settings.items()]
     text += ["", "## Figures", ""] + [f"![{figure.stem}]({figure.name})\n" for figure in figures]
-    text += ["## The paper's claims in this run", ""] + [f"- {sentence}" for sentence in claims(best)]
+    text += ["## The paper's claims in this run", ""] + [f"- {sentence}" for sentence in claims.check(best)]
     text += ["", "## Results", "", summary_table(best), ""]
     if speed:
         text += ["## Speed", "", f"Medians on {device}, eager loop and fused layer in the same run.", ""]
