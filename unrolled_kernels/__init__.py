@@ -1,8 +1,9 @@
-"""Optimisation algorithms as fast layers: fused k-step GD, NAG and momentum on quadratic energies 1/2 yᵀQy + bᵀy."""
+"""Optimisation algorithms as fast layers: k fused steps of GD, NAG, momentum or an RNN on energies 1/2 yᵀQy + bᵀy."""
 
 from unrolled_kernels import functional, schedules
 from unrolled_kernels._backend import available_backends, use_backend
 from unrolled_kernels.layers import UnrolledGD, UnrolledMomentum, UnrolledNAG
+from unrolled_kernels.layers_rnn import UnrolledRNN
 from unrolled_kernels.quadratics import Diagonal, Spectral
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "UnrolledGD",
     "UnrolledMomentum",
     "UnrolledNAG",
+    "UnrolledRNN",
     "available_backends",
     "functional",
     "schedules",

@@ -14,10 +14,12 @@ import torch
 
 from unrolled_kernels import _backend, _check
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
+from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
+from unrolled_kernels.ops.rnn.reference import pack
 from unrolled_kernels.quadratics import Diagonal, Spectral, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
-__all__ = ["gradient_descent", "minimize", "momentum", "nesterov"]
+__all__ = ["gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
 
 
 def gradient_descent(Q, b, step_size, num_steps, *, y0=None, return_trajectory=False, backend=None):
@@ -95,6 +97,47 @@ def momentum(Q, b, step_sizes, momentum, extrapolation, num_steps, *, y0=None, r
     return _run(Q, b, *names, num_steps, y0, return_trajectory, backend)
 
 
+def rnn(Q, b, weights, num_steps, *, y0=None, return_trajectory=False, backend=None):
+    """Run ``num_steps`` cells of a learned recurrent algorithm on a batch of quadratic energies.
+
+        g_t = Q y_t + b,   h¹ = relu(W₁ y_t + W₂ g_t),   hˡ = relu(Wˡ hˡ⁻¹),   y_{t+1} = V hᴸ      (paper, Eq. 20)
+
+    Args:
+        Q: as in ``gradient_descent``; a ``Spectral`` runs as the dense matrix that it is.
+        b, num_steps, y0, return_trajectory, backend: as in ``gradient_descent``.
+        weights: ``(W1, W2, [W^2 … W^L], V)``, shared by the batch: W₁, W₂ ``[h_1, d]``, Wˡ ``[h_l, h_(l-1)]``,
+            V ``[d, h_L]``, in the dtype of b, or float32 where b is float16 or bfloat16.
+    Returns:
+        As ``gradient_descent``.
+    Raises:
+        TypeError, ValueError: as ``gradient_descent``, and weights whose shapes do not chain from d to d.
+    """
+    num_steps = _check.check_num_steps(num_steps)
+    _check.check_flag("return_trajectory", return_trajectory)
+    matrices = _check.check_weights(weights)
+    if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
+        with torch.autocast(b.device.type, enabled=False):
+            Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
+            W1, W2, *inner, V = map(_to_float32, matrices.values())
+            weights = (W1, W2, inner, V)
+            return rnn(Q, b, weights, num_steps, y0=y0, return_trajectory=return_trajectory, backend=backend)
+    shape = _full_shape(Q, b, y0)
+    _check.check_weight_tensors(matrices, shape[-1], b)
+    chosen = _backend.resolve(backend, b.device)
+    eigenvalues, matrix = (Q.q, None) if isinstance(Q, Diagonal) else (None, Q)
+    if isinstance(Q, Spectral):
+        matrix = Q.to_dense()
+    flat = (math.prod(shape[:-1]), shape[-1])
+    eigenvalues, b, y0 = (_reshape(x, shape, flat) for x in (eigenvalues, b, y0))
+    matrix = None if matrix is None else _flatten_matrix(matrix, shape[:-1])
+    compute = torch.promote_types(b.dtype, torch.float32)
+    hidden_dims = tuple(W.shape[0] for name, W in matrices.items() if name not in ("W2", "V"))
+    packed = pack([W.to(compute) for W in matrices.values()])
+    y = _rnn_op(chosen, hidden_dims, num_steps, return_trajectory, eigenvalues, matrix, b, y0, packed)
+    final_shape = (num_steps + 1, *shape) if return_trajectory else shape
+    return y if y.shape == final_shape else y.reshape(final_shape)
+
+
 def minimize(Q, b):
     """The exact minimizer -Q⁻¹b of the energy 1/2 yᵀQy + bᵀy, ``Opt`` of the paper (Sec. 2).
 
@@ -118,8 +161,7 @@ def minimize(Q, b):
 
 def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
     """Validate, bring the arguments to canonical form, run, and give the result its shape back."""
-    if not isinstance(return_trajectory, bool):
-        raise TypeError(f"return_trajectory: expected a bool, got {return_trajectory!r}")
+    _check.check_flag("return_trajectory", return_trajectory)
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
         # iterating is a reduction over steps: under autocast it runs in float32, as sums do
         with torch.autocast(b.device.type, enabled=False):

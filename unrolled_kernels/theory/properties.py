@@ -153,7 +153,7 @@ def rnn_contraction(weights, *, Q=None, mu=None, L=None):
         raise ValueError("Q, mu, L: expected either Q or both mu and L")
     if Q is None:
         return _CellNorms.of(weights, mu, L).contraction
-    W1, W2, inner, V = _check_weights(weights)
+    W1, W2, inner, V = _unpack(weights)
     _check.check_Q(Q)
     dense = Q if isinstance(Q, torch.Tensor) else Q.to_dense()
     norms = [_norm(V), *(_norm(W) for W in inner)]
@@ -254,7 +254,7 @@ class _CellNorms(NamedTuple):
     @classmethod
     def of(cls, weights, mu, L, radius=0.0):
         check_spectrum(mu, L)
-        W1, W2, inner, V = _check_weights(weights)
+        W1, W2, inner, V = _unpack(weights)
         first = _norm(W1 + (mu + L) / 2 * W2) + (L - mu) / 2 * _norm(W2) + radius * (1 + L)
         return cls(_norm(V) + radius, [_norm(W) + radius for W in inner], _norm(W2) + radius, first)
 
@@ -267,16 +267,8 @@ class _CellNorms(NamedTuple):
         return math.prod([self.V, *self.inner]) * self.W2
 
 
-def _check_weights(weights):
-    try:
-        W1, W2, inner, V = weights
-        inner = list(inner)
-    except (TypeError, ValueError):
-        raise TypeError(f"weights: expected (W1, W2, [W^2 … W^L], V), got {type(weights).__name__}") from None
-    for name, W in (("W1", W1), ("W2", W2), ("V", V), *((f"W^{i + 2}", W) for i, W in enumerate(inner))):
-        if not isinstance(W, torch.Tensor) or W.dim() != 2:
-            got = f"shape {list(W.shape)}" if isinstance(W, torch.Tensor) else type(W).__name__
-            raise ValueError(f"weights: expected a matrix for {name}, got {got}")
+def _unpack(weights):
+    W1, W2, *inner, V = _check.check_weights(weights).values()
     return W1, W2, inner, V
 
 

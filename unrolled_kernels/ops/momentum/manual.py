@@ -24,8 +24,9 @@ gradients of every backend are computed.
 
 import torch
 
+from unrolled_kernels.ops.common import matvec
 from unrolled_kernels.ops.momentum import reference
-from unrolled_kernels.ops.momentum.reference import columns, iterates, matvec
+from unrolled_kernels.ops.momentum.reference import columns, iterates
 
 forward = reference.forward
 

@@ -1,12 +1,11 @@
 """Launcher of the C++ and CUDA kernels: the ops that the extension registers, as torch.compile sees them."""
 
-import torch
-
 from unrolled_kernels import _backend
+from unrolled_kernels.ops import common
 
 
 class Launcher:
-    """Forward and backward through the registered ops ``momentum_{dense,diagonal,spectral}``, a suffix for a backend."""
+    """Forward and backward by the registered ops ``momentum_{dense,diagonal,spectral}``, a suffix for a backend."""
 
     def __init__(self, suffix=""):
         self.suffix = suffix
@@ -14,7 +13,7 @@ class Launcher:
     def forward(self, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
         """Run the recurrence on canonical arguments (see the package's docstring)."""
         name, operands = _operands(eigenvalues, matrix)
-        return _call(
+        return common.call(
             f"momentum_{name}{self.suffix}",
             (*operands, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory),
         )
@@ -41,7 +40,9 @@ class Launcher:
         needs = {"dense": (needs_matrix,), "diagonal": (needs_eigenvalues,)}.get(
             name, (needs_eigenvalues, needs_matrix)
         )
-        grads = _call(f"momentum_{name}{self.suffix}_backward", (grad_y, *operands, *rest, *needs, needs_schedule))
+        grads = common.call(
+            f"momentum_{name}{self.suffix}_backward", (grad_y, *operands, *rest, *needs, needs_schedule)
+        )
         if name == "dense":
             return (b.new_empty(0), *grads)
         if name == "diagonal":
@@ -57,15 +58,6 @@ def _operands(eigenvalues, matrix):
     return "spectral", (eigenvalues, matrix)
 
 
-def _call(name, arguments):
-    op = getattr(torch.ops.unrolled_kernels, name).default
-    if torch.compiler.is_compiling():
-        return op(*arguments)
-    # inside a Function there is nothing for autograd to do: its kernel, which is Python, costs as much as the launch
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
-
-
 def _fake_forward(b, num_steps, trajectory):
     return b.new_empty((num_steps + 1, *b.shape) if trajectory else b.shape)
 
@@ -76,14 +68,6 @@ def _fake_backward(operands, b, schedule, needs_operands, needs_schedule):
         c.new_empty(c.shape) if needs_schedule and c is not None else schedule[0].new_empty(0) for c in schedule
     ]
     return (*d_operands, b.new_empty(b.shape), b.new_empty(b.shape), *d_schedule)
-
-
-def _not_differentiable(ctx, *grads):
-    # torch.compile(torch.func.grad(f)) ignores the backward of an autograd.Function and reaches the raw ops
-    raise RuntimeError(
-        "unrolled_kernels: this transform bypasses the layer's backward and would silently give zeros; "
-        "use torch.func outside torch.compile, or backend='eager'"
-    )
 
 
 def register(num_operands, name):
@@ -99,9 +83,7 @@ def register(num_operands, name):
         operands, b, schedule = args[1 : n + 1], args[n + 1], args[n + 3 : n + 6]
         return _fake_backward(operands, b, schedule, args[n + 8 : 2 * n + 8], args[2 * n + 8])
 
-    for op, fake in ((name, fake_forward), (f"{name}_backward", fake_backward)):
-        torch.library.register_fake(f"unrolled_kernels::{op}", fake)
-        torch.library.register_autograd(f"unrolled_kernels::{op}", _not_differentiable)
+    common.register(name, fake_forward, fake_backward)
 
 
 if _backend.extension() is not None:

@@ -7,6 +7,8 @@ y_{t+1} = y_t + β_t m_t - φ_t (Q z_t + b)            t = 0 … k-1
 
 import torch
 
+from unrolled_kernels.ops.common import matvec
+
 
 def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
     """Run the recurrence on canonical arguments (see the package's docstring)."""
@@ -49,10 +51,3 @@ def columns(coefficient, num_steps):
     if coefficient.shape[1] == 1:
         return [coefficient] * num_steps
     return coefficient.split(1, dim=1)
-
-
-def matvec(matrix, z):
-    """``matrix`` ``[B or 1, d, d]`` times each row of z ``[B, d]``."""
-    if matrix.shape[0] == 1:
-        return z @ matrix[0].mT
-    return (matrix @ z.unsqueeze(-1)).squeeze(-1)

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from unrolled_kernels.ops.common import matvec
 from unrolled_kernels.ops.momentum import triton_diagonal
-from unrolled_kernels.ops.momentum.reference import matvec
 from unrolled_kernels.ops.momentum.triton_launch import (
     SPECTRAL_BACKWARD,
     SPECTRAL_FORWARD,

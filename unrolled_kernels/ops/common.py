@@ -1,0 +1,143 @@
+"""What the op families share: the Function that launches cheaply, its second order, vmap, and registered ops."""
+
+import torch
+
+
+def matvec(matrix, z):
+    """``matrix`` ``[B or 1, d, d]`` times each row of z ``[B, d]``."""
+    if matrix.shape[0] == 1:
+        return z @ matrix[0].mT
+    return (matrix @ z.unsqueeze(-1)).squeeze(-1)
+
+
+class Function(torch.autograd.Function):
+    """The base of every op's pair of Functions, forward and backward."""
+
+    @classmethod
+    def apply(cls, *args):
+        # Function.apply binds default arguments through inspect, several times the cost of a small launch; ours have
+        # none. Its base is what it ends up calling where no torch.func transform is active.
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+def is_differentiated():
+    """Whether the backward that runs now may itself be differentiated; else it can go straight to the launcher."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def second_order(manual_backward, cotangents, tensors, *constants):
+    """The VJP of a hand-written backward in eager torch: how second-order gradients of every backend are computed.
+
+    Args:
+        manual_backward: maps ``(*tensors, *constants)`` to a tuple of gradients, out of place.
+        cotangents: of what it returns.
+        tensors: some of them may be None.
+    Returns:
+        The gradients of ``tensors``, None for None.
+    """
+    present = [i for i, x in enumerate(tensors) if x is not None]
+
+    def gradients(*args):
+        full = [None] * len(tensors)
+        for i, x in zip(present, args, strict=True):
+            full[i] = x
+        return manual_backward(*full, *constants)
+
+    _, vjp = torch.func.vjp(gradients, *(tensors[i] for i in present))
+    grads = [None] * len(tensors)
+    for i, g in zip(present, vjp(cotangents), strict=True):
+        grads[i] = g
+    return grads
+
+
+def vmap_forward(run, vmap_size, dims, tensors, trajectory):
+    """vmap of a forward ``run(*tensors)``: the vmapped dimension becomes part of the batch.
+
+    Args:
+        run: maps tensors that begin with a batch dimension, b third, to y ``[B, d]`` or ``[k + 1, B, d]``.
+        vmap_size, dims: size of the vmapped dimension, and where each tensor has it (None: it has not).
+    Returns:
+        y and its vmapped dimension.
+    """
+    sizes = [_batch_size(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+    batch = sizes[2]
+    folded = (
+        # what neither the batch nor vmap varies stays shared
+        x if x is None or (dim is None and size == 1 != batch) else _fold(x, dim, vmap_size, batch)
+        for x, dim, size in zip(tensors, dims, sizes, strict=True)
+    )
+    return run(*folded).unflatten(int(trajectory), (vmap_size, batch)), int(trajectory)
+
+
+def vmap_backward(run, vmap_size, dims, tensors, trajectory):
+    """vmap of a backward ``run(grad_y, *tensors)``, which returns a gradient, or an empty one, for each tensor."""
+    (grad_y, *tensors), (grad_dim, *dims) = tensors, dims
+    sizes = [_batch_size(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+    batch = sizes[2]
+    # what is shared is repeated: each vmapped row needs a gradient of its own
+    folded = [None if x is None else _fold(x, dim, vmap_size, batch) for x, dim in zip(tensors, dims, strict=True)]
+    grads = run(_fold(grad_y, grad_dim, vmap_size, batch, batch_dim=int(trajectory)), *folded)
+    unfolded = [
+        g.expand(vmap_size, 0) if g.dim() == 1 else _unfold(g, vmap_size, batch, size)
+        for g, size in zip(grads, sizes, strict=True)
+    ]
+    return tuple(unfolded), (0,) * len(unfolded)
+
+
+def _batch_size(x, vmap_dim):
+    """Size of the batch dimension of x, the first one that is not vmapped; None for None."""
+    return None if x is None else x.shape[1 if vmap_dim == 0 else 0]
+
+
+def _fold(x, vmap_dim, vmap_size, batch, batch_dim=0):
+    """Merge the vmapped dimension of x (None: not vmapped) into its batch dimension, expanded to ``batch``."""
+    if vmap_dim is None:
+        x = x.unsqueeze(batch_dim).expand(*x.shape[:batch_dim], vmap_size, *x.shape[batch_dim:])
+    else:
+        x = x.movedim(vmap_dim, batch_dim)
+    shape = list(x.shape)
+    shape[batch_dim + 1] = batch
+    return x.expand(shape).flatten(batch_dim, batch_dim + 1)
+
+
+def _unfold(x, vmap_size, batch, size):
+    """Undo ``_fold`` on a gradient; ``size`` is the batch size the argument had, 1 where it was shared."""
+    x = x.unflatten(0, (vmap_size, batch))
+    return x.sum(1, keepdim=True) if size == 1 != batch else x
+
+
+def vmap_loop(run, vmap_size, dims, tensors):
+    """vmap as a loop over ``run(*tensors)``, for arguments that the kernels share by the whole batch."""
+    pick = lambda x, dim, i: x if dim is None else x.select(dim, i)
+    results = [run(*(pick(x, dim, i) for x, dim in zip(tensors, dims, strict=True))) for i in range(vmap_size)]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(x) for x in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def call(name, arguments):
+    """The registered op ``unrolled_kernels::name``."""
+    op = getattr(torch.ops.unrolled_kernels, name).default
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    # inside a Function there is nothing for autograd to do: its kernel, which is Python, costs as much as the launch
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def register(name, fake_forward, fake_backward):
+    """Give the op ``name`` and its backward a fake kernel each and a loud autograd."""
+    for op, fake in ((name, fake_forward), (f"{name}_backward", fake_backward)):
+        torch.library.register_fake(f"unrolled_kernels::{op}", fake)
+        torch.library.register_autograd(f"unrolled_kernels::{op}", _not_differentiable)
+
+
+def _not_differentiable(ctx, *grads):
+    # torch.compile(torch.func.grad(f)) ignores the backward of an autograd.Function and reaches the raw ops
+    raise RuntimeError(
+        "unrolled_kernels: this transform bypasses the layer's backward and would silently give zeros; "
+        "use torch.func outside torch.compile, or backend='eager'"
+    )
