@@ -1,7 +1,7 @@
 // Ops of the family `momentum`: schemas, internal checks and allocation. No autograd, and canonical arguments only:
 //
 //     Q, R              [B or 1, d, d], 1 where one matrix serves the batch; its gradient is then summed over the batch
-//     q, lambda, b, y0  [B, d], expanded where they are shared; y0 None is zero
+//     q, lambda, b, y0  [B, d], expanded where they are shared; y0 None is zero; f, g, x likewise
 //     phi, beta, gamma  [B or 1, k or 1] in the compute dtype; beta and gamma both or neither
 //     y, grad_y         [B, d], or [k+1, B, d] with trajectory
 //
@@ -24,15 +24,15 @@ using OptionalTensor = std::optional<Tensor>;
 // The tensors behind one call: as they came, or copied where a kernel needs other strides.
 struct Arguments {
   Structure structure;
-  OptionalTensor eigenvalues, matrix, b, y0, phi, beta, gamma;
+  OptionalTensor eigenvalues, matrix, observed, b, y0, phi, beta, gamma;
   int64_t k;
   bool trajectory;
   ScalarType storage, compute;
   int64_t B, d;
 
-  Arguments(Structure structure, const Tensor* eigenvalues_, const Tensor* matrix_, const Tensor& b_,
-            const OptionalTensor& y0_, const Tensor& phi_, const OptionalTensor& beta_, const OptionalTensor& gamma_,
-            int64_t k, bool trajectory)
+  Arguments(Structure structure, const Tensor* eigenvalues_, const Tensor* matrix_, const Tensor* observed_,
+            const Tensor& b_, const OptionalTensor& y0_, const Tensor& phi_, const OptionalTensor& beta_,
+            const OptionalTensor& gamma_, int64_t k, bool trajectory)
       : structure(structure), k(k), trajectory(trajectory), storage(b_.scalar_type()),
         compute(compute_scalar_type(storage)) {
     STD_TORCH_CHECK(b_.dim() == 2, "b: expected [B, d]");
@@ -41,6 +41,7 @@ struct Arguments {
     d = b_.size(1);
     b = rows("b", b_);
     if (eigenvalues_) eigenvalues = rows("eigenvalues", *eigenvalues_);
+    if (observed_) observed = rows("observed", *observed_);
     if (y0_) y0 = rows("y0", *y0_);
     if (matrix_) {
       STD_TORCH_CHECK(matrix_->dim() == 3 && (matrix_->size(0) == B || matrix_->size(0) == 1) &&
@@ -66,6 +67,8 @@ struct Arguments {
     p.matrix_stride = matrix ? batch_stride(*matrix) : 0;
     p.eigenvalues = eigenvalues ? data<Storage>(*eigenvalues) : nullptr;
     p.eigenvalues_stride = eigenvalues ? batch_stride(*eigenvalues) : 0;
+    p.observed = observed ? data<Storage>(*observed) : nullptr;
+    p.observed_stride = observed ? batch_stride(*observed) : 0;
     p.b = data<Storage>(*b);
     p.b_stride = batch_stride(*b);
     p.y0 = y0 ? data<Storage>(*y0) : nullptr;
@@ -173,20 +176,27 @@ Tensor momentum_dense(const Tensor& Q, const Tensor& b, const OptionalTensor& y0
                       const OptionalTensor& momentum, const OptionalTensor& extrapolation, int64_t num_steps,
                       bool trajectory) {
   return run_forward(
-      {Structure::dense, nullptr, &Q, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory});
+      {Structure::dense, nullptr, &Q, nullptr, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory});
 }
 
 Tensor momentum_diagonal(const Tensor& q, const Tensor& b, const OptionalTensor& y0, const Tensor& step_sizes,
                          const OptionalTensor& momentum, const OptionalTensor& extrapolation, int64_t num_steps,
                          bool trajectory) {
   return run_forward(
-      {Structure::diagonal, &q, nullptr, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory});
+      {Structure::diagonal, &q, nullptr, nullptr, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory});
 }
 
 Tensor momentum_spectral(const Tensor& eigenvalues, const Tensor& eigenvectors, const Tensor& b,
                          const OptionalTensor& y0, const Tensor& step_sizes, const OptionalTensor& momentum,
                          const OptionalTensor& extrapolation, int64_t num_steps, bool trajectory) {
-  return run_forward({Structure::spectral, &eigenvalues, &eigenvectors, b, y0, step_sizes, momentum, extrapolation,
+  return run_forward({Structure::spectral, &eigenvalues, &eigenvectors, nullptr, b, y0, step_sizes, momentum, extrapolation,
+                      num_steps, trajectory});
+}
+
+Tensor momentum_tikhonov(const Tensor& f, const Tensor& observed, const Tensor& b, const OptionalTensor& y0,
+                         const Tensor& step_sizes, const OptionalTensor& momentum, const OptionalTensor& extrapolation,
+                         int64_t num_steps, bool trajectory) {
+  return run_forward({Structure::diagonal, &f, nullptr, &observed, b, y0, step_sizes, momentum, extrapolation,
                       num_steps, trajectory});
 }
 
@@ -198,8 +208,9 @@ SixTensors momentum_dense_backward(const Tensor& grad_y, const Tensor& Q, const 
                                    const OptionalTensor& extrapolation, int64_t num_steps, bool trajectory,
                                    bool needs_Q, bool needs_schedule) {
   const Gradients g = run_backward(
-      grad_y, {Structure::dense, nullptr, &Q, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory}, false,
-      needs_Q, needs_schedule);
+      grad_y,
+      {Structure::dense, nullptr, &Q, nullptr, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory},
+      false, needs_Q, needs_schedule);
   return {g.matrix, g.b, g.y0, g.phi, g.beta, g.gamma};
 }
 
@@ -207,9 +218,10 @@ SixTensors momentum_diagonal_backward(const Tensor& grad_y, const Tensor& q, con
                                       const Tensor& step_sizes, const OptionalTensor& momentum,
                                       const OptionalTensor& extrapolation, int64_t num_steps, bool trajectory,
                                       bool needs_q, bool needs_schedule) {
-  const Gradients g = run_backward(
-      grad_y, {Structure::diagonal, &q, nullptr, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory},
-      needs_q, false, needs_schedule);
+  const Gradients g = run_backward(grad_y,
+                                   {Structure::diagonal, &q, nullptr, nullptr, b, y0, step_sizes, momentum,
+                                    extrapolation, num_steps, trajectory},
+                                   needs_q, false, needs_schedule);
   return {g.eigenvalues, g.b, g.y0, g.phi, g.beta, g.gamma};
 }
 
@@ -219,10 +231,21 @@ SevenTensors momentum_spectral_backward(const Tensor& grad_y, const Tensor& eige
                                         int64_t num_steps, bool trajectory, bool needs_eigenvalues,
                                         bool needs_eigenvectors, bool needs_schedule) {
   const Gradients g = run_backward(grad_y,
-                                   {Structure::spectral, &eigenvalues, &eigenvectors, b, y0, step_sizes, momentum,
+                                   {Structure::spectral, &eigenvalues, &eigenvectors, nullptr, b, y0, step_sizes, momentum,
                                     extrapolation, num_steps, trajectory},
                                    needs_eigenvalues, needs_eigenvectors, needs_schedule);
   return {g.eigenvalues, g.matrix, g.b, g.y0, g.phi, g.beta, g.gamma};
+}
+
+SixTensors momentum_tikhonov_backward(const Tensor& grad_y, const Tensor& f, const Tensor& observed, const Tensor& b,
+                                      const OptionalTensor& y0, const Tensor& step_sizes,
+                                      const OptionalTensor& momentum, const OptionalTensor& extrapolation,
+                                      int64_t num_steps, bool trajectory, bool needs_f, bool needs_schedule) {
+  const Gradients g = run_backward(grad_y,
+                                   {Structure::diagonal, &f, nullptr, &observed, b, y0, step_sizes, momentum,
+                                    extrapolation, num_steps, trajectory},
+                                   needs_f, false, needs_schedule);
+  return {g.eigenvalues, g.b, g.y0, g.phi, g.beta, g.gamma};
 }
 
 #define UNROLLED_KERNELS_REST                                                                           \
@@ -234,9 +257,11 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("momentum_dense", TORCH_BOX(&momentum_dense));
   m.impl("momentum_diagonal", TORCH_BOX(&momentum_diagonal));
   m.impl("momentum_spectral", TORCH_BOX(&momentum_spectral));
+  m.impl("momentum_tikhonov", TORCH_BOX(&momentum_tikhonov));
   m.impl("momentum_dense_backward", TORCH_BOX(&momentum_dense_backward));
   m.impl("momentum_diagonal_backward", TORCH_BOX(&momentum_diagonal_backward));
   m.impl("momentum_spectral_backward", TORCH_BOX(&momentum_spectral_backward));
+  m.impl("momentum_tikhonov_backward", TORCH_BOX(&momentum_tikhonov_backward));
 }
 
 }  // namespace
@@ -246,10 +271,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
   m.def("momentum_dense(Tensor Q, " UNROLLED_KERNELS_REST ") -> Tensor");
   m.def("momentum_diagonal(Tensor q, " UNROLLED_KERNELS_REST ") -> Tensor");
   m.def("momentum_spectral(Tensor eigenvalues, Tensor eigenvectors, " UNROLLED_KERNELS_REST ") -> Tensor");
+  m.def("momentum_tikhonov(Tensor f, Tensor observed, " UNROLLED_KERNELS_REST ") -> Tensor");
   m.def("momentum_dense_backward(Tensor grad_y, Tensor Q, " UNROLLED_KERNELS_REST
         ", bool needs_Q, bool needs_schedule) -> (" UNROLLED_KERNELS_SIX ")");
   m.def("momentum_diagonal_backward(Tensor grad_y, Tensor q, " UNROLLED_KERNELS_REST
         ", bool needs_q, bool needs_schedule) -> (" UNROLLED_KERNELS_SIX ")");
+  m.def("momentum_tikhonov_backward(Tensor grad_y, Tensor f, Tensor observed, " UNROLLED_KERNELS_REST
+        ", bool needs_f, bool needs_schedule) -> (" UNROLLED_KERNELS_SIX ")");
   m.def("momentum_spectral_backward(Tensor grad_y, Tensor eigenvalues, Tensor eigenvectors, " UNROLLED_KERNELS_REST
         ", bool needs_eigenvalues, bool needs_eigenvectors, bool needs_schedule) -> (" UNROLLED_KERNELS_SIX
         ", Tensor)");

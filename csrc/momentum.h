@@ -6,6 +6,7 @@
 //     y_{t+1} = y_t + beta_t m_t - phi_t (Q z_t + b)             t = 0 ... k-1
 //
 //     dense     Q                         diagonal  Q = diag(q)  spectral  Q = R diag(lambda) R'
+//     tikhonov  Q = diag(1 + f^2), and g - x for b: the energy 1/2 |y - x|^2 + 1/2 |f y|^2 + g'y
 //
 // spectral runs diagonally in the eigenbasis: bh = R'b, yh_0 = R'y_0, y_t = R yh_t for t >= 1 (y_0 itself is returned as
 // it came, so k = 0 does not touch R). R need not be orthogonal for the gradients to be those of these formulas:
@@ -44,10 +45,12 @@ struct MomentumInputs {
   // dense: Q, each sample [d, d] contiguous. spectral: R, likewise. diagonal: nullptr.
   const Storage* matrix;
   int64_t matrix_stride;        // elements from sample to sample; 0: one matrix shared by the batch
-  // diagonal: q. spectral: lambda. each row [d] contiguous. dense: nullptr.
+  // diagonal: q. spectral: lambda. tikhonov: f. each row [d] contiguous. dense: nullptr.
   const Storage* eigenvalues;
   int64_t eigenvalues_stride;   // 0: shared
-  const Storage* b;             // rows [d], contiguous
+  const Storage* observed;      // tikhonov, which otherwise is diagonal: x, rows [d], contiguous. else nullptr
+  int64_t observed_stride;      // 0: shared
+  const Storage* b;             // rows [d], contiguous. tikhonov: g
   int64_t b_stride;             // 0: shared
   const Storage* y0;            // rows [d], contiguous; nullptr: y_0 = 0, and its product with Q is skipped
   int64_t y0_stride;
@@ -66,8 +69,8 @@ struct MomentumBackward : MomentumInputs<Storage> {
   using Compute = compute_type<Storage>;
   const Storage* grad_y;        // shape of y, contiguous
   Storage* d_matrix;            // [B, d, d]; [1, d, d], summed over the batch, where matrix_stride is 0
-  Storage* d_eigenvalues;       // [B, d], also where eigenvalues_stride is 0
-  Storage* db;                  // [B, d], also where b_stride is 0
+  Storage* d_eigenvalues;       // [B, d], also where eigenvalues_stride is 0. tikhonov: df
+  Storage* db;                  // [B, d], also where b_stride is 0. tikhonov: dg = -dx
   Storage* dy0;                 // [B, d], also where y0 is nullptr
   // [B or 1, k or 1], summed over what is shared. dbeta, dgamma: nullptr where beta, gamma are 0.
   Compute *dphi, *dbeta, *dgamma;

@@ -30,7 +30,7 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
         (
             lambda: F.gradient_descent([1.0], b, 1.0, 2),
             TypeError,
-            "Q: expected a tensor, Diagonal or Spectral, got list",
+            "Q: expected a tensor, Diagonal, Spectral or Tikhonov, got list",
         ),
         (
             lambda: F.gradient_descent(Q, b[:, :3], 1.0, 2),

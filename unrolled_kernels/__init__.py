@@ -4,13 +4,14 @@ from unrolled_kernels import functional, schedules
 from unrolled_kernels._backend import available_backends, use_backend
 from unrolled_kernels.layers import UnrolledGD, UnrolledMomentum, UnrolledNAG
 from unrolled_kernels.layers_rnn import UnrolledRNN
-from unrolled_kernels.quadratics import Diagonal, Spectral
+from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Diagonal",
     "Spectral",
+    "Tikhonov",
     "UnrolledGD",
     "UnrolledMomentum",
     "UnrolledNAG",

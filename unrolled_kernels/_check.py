@@ -4,7 +4,7 @@ import operator
 
 import torch
 
-from unrolled_kernels.quadratics import Diagonal, Spectral
+from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -22,11 +22,13 @@ def check_num_steps(num_steps):
 
 
 def check_Q(Q):
-    """A dense ``[*batch, d, d]`` tensor, a Diagonal or a Spectral; returns its tensors by name."""
+    """A dense ``[*batch, d, d]`` tensor, a Diagonal, a Spectral or a Tikhonov; returns its tensors by name."""
     if isinstance(Q, Diagonal):
         tensors = {"Q": Q.q}
     elif isinstance(Q, Spectral):
         tensors = {"Q (eigenvalues)": Q.eigenvalues, "Q (eigenvectors)": Q.eigenvectors}
+    elif isinstance(Q, Tikhonov):
+        tensors = {"Q (f)": Q.f, "Q (x)": Q.x}
     elif isinstance(Q, torch.Tensor):
         tensors = {"Q": Q}
         if Q.dim() < 2 or Q.shape[-1] != Q.shape[-2]:
@@ -35,7 +37,7 @@ def check_Q(Q):
                 "wrap a diagonal in unrolled_kernels.Diagonal"
             )
     else:
-        raise TypeError(f"Q: expected a tensor, Diagonal or Spectral, got {type(Q).__name__}")
+        raise TypeError(f"Q: expected a tensor, Diagonal, Spectral or Tikhonov, got {type(Q).__name__}")
     return tensors
 
 

@@ -16,7 +16,7 @@ from unrolled_kernels import _backend, _check
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
 from unrolled_kernels.ops.rnn.reference import pack
-from unrolled_kernels.quadratics import Diagonal, Spectral, smallest_eigenvalue
+from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
 __all__ = ["gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
@@ -28,7 +28,8 @@ def gradient_descent(Q, b, step_size, num_steps, *, y0=None, return_trajectory=F
         y_{t+1} = y_t - step_size (Q y_t + b)                  (paper, Eq. 9)
 
     Args:
-        Q: ``[*batch, d, d]`` tensor, or a ``Diagonal`` / ``Spectral``; float16, bfloat16, float32 or float64.
+        Q: ``[*batch, d, d]`` tensor, or a ``Diagonal``, ``Spectral`` or ``Tikhonov``; float16, bfloat16, float32 or
+            float64.
         b: ``[*batch, d]``, dtype and device of Q.
         step_size: φ, a float or a tensor that broadcasts to ``(*batch, num_steps)``; stable for φ ≤ 2/(μ + L).
         num_steps: k ≥ 0.
@@ -103,7 +104,8 @@ def rnn(Q, b, weights, num_steps, *, y0=None, return_trajectory=False, backend=N
         g_t = Q y_t + b,   h¹ = relu(W₁ y_t + W₂ g_t),   hˡ = relu(Wˡ hˡ⁻¹),   y_{t+1} = V hᴸ      (paper, Eq. 20)
 
     Args:
-        Q: as in ``gradient_descent``; a ``Spectral`` runs as the dense matrix that it is.
+        Q: as in ``gradient_descent``; a ``Spectral`` runs as the dense matrix that it is, a
+            ``Tikhonov`` as a ``Diagonal``.
         b, num_steps, y0, return_trajectory, backend: as in ``gradient_descent``.
         weights: ``(W1, W2, [W^2 … W^L], V)``, shared by the batch: W₁, W₂ ``[h_1, d]``, Wˡ ``[h_l, h_(l-1)]``,
             V ``[d, h_L]``, in the dtype of b, or float32 where b is float16 or bfloat16.
@@ -124,6 +126,8 @@ def rnn(Q, b, weights, num_steps, *, y0=None, return_trajectory=False, backend=N
     shape = _full_shape(Q, b, y0)
     _check.check_weight_tensors(matrices, shape[-1], b)
     chosen = _backend.resolve(backend, b.device)
+    if isinstance(Q, Tikhonov):
+        Q, b = Q.as_diagonal(b)
     eigenvalues, matrix = (Q.q, None) if isinstance(Q, Diagonal) else (None, Q)
     if isinstance(Q, Spectral):
         matrix = Q.to_dense()
@@ -142,7 +146,7 @@ def minimize(Q, b):
     """The exact minimizer -Q⁻¹b of the energy 1/2 yᵀQy + bᵀy, ``Opt`` of the paper (Sec. 2).
 
     Args:
-        Q: ``[*batch, d, d]`` tensor, or a ``Diagonal`` / ``Spectral``.
+        Q: ``[*batch, d, d]`` tensor, or a ``Diagonal`` / ``Spectral`` / ``Tikhonov``.
         b: ``[*batch, d]``, dtype and device of Q.
     Returns:
         ``[*batch, d]``, differentiable in Q and b. float16 and bfloat16 are solved in float32.
@@ -150,6 +154,8 @@ def minimize(Q, b):
         TypeError, ValueError: as ``gradient_descent``. A singular dense Q raises ``torch.linalg.LinAlgError``.
     """
     shape = _full_shape(Q, b)
+    if isinstance(Q, Tikhonov):
+        Q, b = Q.as_diagonal(b)
     work = torch.promote_types(b.dtype, torch.float32)
     if isinstance(Q, torch.Tensor):
         rhs = b.to(work).expand(shape).unsqueeze(-1)
@@ -172,9 +178,9 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
     schedule = tuple(
         None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma)
     )
-    eigenvalues, matrix, b, y0, batch = _canonical(Q, b, y0, shape, schedule)
+    eigenvalues, matrix, b, y0, observed, batch = _canonical(Q, b, y0, shape, schedule)
     schedule = tuple(None if c is None else _rows(c, batch) for c in schedule)
-    y = _momentum_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, *schedule)
+    y = _momentum_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, *schedule, observed)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if y.shape == final_shape else y.reshape(final_shape)
 
@@ -194,6 +200,10 @@ def _full_shape(Q, b, y0=None):
         q_shape = Q.eigenvalues.shape
         if q_shape != Q.eigenvectors.shape[:-1]:
             q_shape = torch.broadcast_shapes(q_shape, Q.eigenvectors.shape[:-1])
+    elif isinstance(Q, Tikhonov):
+        q_shape = Q.f.shape
+        if q_shape != Q.x.shape:
+            _check.check_broadcast("x", Q.x.shape, q_shape, "the shape of f")
     else:
         q_shape = Q.shape[:-1]
     if q_shape[-1] != b.shape[-1]:
@@ -219,6 +229,8 @@ def _shape_of(Q):
         return f"Diagonal of shape {list(Q.q.shape)}"
     if isinstance(Q, Spectral):
         return f"Spectral of shapes {list(Q.eigenvalues.shape)} and {list(Q.eigenvectors.shape)}"
+    if isinstance(Q, Tikhonov):
+        return f"Tikhonov of shape {list(Q.f.shape)}"
     return f"of shape {list(Q.shape)}"
 
 
@@ -247,21 +259,22 @@ class _Batch(NamedTuple):
 
 def _canonical(Q, b, y0, shape, schedule):
     """Q, b, y0 as the ops take them, and the batch that the coefficients are to be flattened to."""
-    if isinstance(Q, Diagonal):
+    if isinstance(Q, (Diagonal, Tikhonov)):
         # elementwise: as few rows as the schedule can tell apart, as long as nothing is broadcast
         leading = len(shape) - 1
-        whole = Q.q.shape == b.shape and (y0 is None or y0.shape == b.shape)
+        q, observed = (Q.q, None) if isinstance(Q, Diagonal) else (Q.f, Q.x)
+        whole = all(x is None or x.shape == shape for x in (q, b, y0, observed))
         rows = max(_varying_dims(c, leading) for c in schedule if c is not None) if whole else leading
         flat = (math.prod(shape[:rows]), math.prod(shape[rows:]))
-        eigenvalues, b, y0 = (_reshape(x, shape, flat) for x in (Q.q, b, y0))
-        return eigenvalues, None, b, y0, _Batch(shape[:rows], leading)
+        q, b, y0, observed = (_reshape(x, shape, flat) for x in (q, b, y0, observed))
+        return q, None, b, y0, observed, _Batch(shape[:rows], leading)
     batch, d = shape[:-1], shape[-1]
     flat = (math.prod(batch), d)
     b, y0 = _reshape(b, shape, flat), _reshape(y0, shape, flat)
     if isinstance(Q, Spectral):
         eigenvalues = _reshape(Q.eigenvalues, shape, flat)
-        return eigenvalues, _flatten_matrix(Q.eigenvectors, batch), b, y0, _Batch(batch, len(batch))
-    return None, _flatten_matrix(Q, batch), b, y0, _Batch(batch, len(batch))
+        return eigenvalues, _flatten_matrix(Q.eigenvectors, batch), b, y0, None, _Batch(batch, len(batch))
+    return None, _flatten_matrix(Q, batch), b, y0, None, _Batch(batch, len(batch))
 
 
 def _reshape(x, shape, flat):
@@ -311,6 +324,8 @@ def _to_float32(x):
         return Diagonal(_to_float32(x.q))
     if isinstance(x, Spectral):
         return Spectral(_to_float32(x.eigenvalues), _to_float32(x.eigenvectors))
+    if isinstance(x, Tikhonov):
+        return Tikhonov(_to_float32(x.f), _to_float32(x.x))
     if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16):
         return x.float()
     return x

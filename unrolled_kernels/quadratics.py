@@ -1,4 +1,4 @@
-"""The structures of Q in the energy 1/2 yᵀQy + bᵀy: a plain tensor is dense; ``Diagonal`` and ``Spectral`` are not."""
+"""The structures of Q in the energy 1/2 yᵀQy + bᵀy: a plain tensor is dense; the classes here are not."""
 
 from dataclasses import dataclass
 
@@ -86,6 +86,52 @@ class Spectral:
         return self.eigenvalues.amin(-1), self.eigenvalues.amax(-1)
 
 
+@dataclass(frozen=True, eq=False)
+class Tikhonov:
+    """The energy 1/2 ‖y - x‖² + 1/2 ‖f y‖² of a denoiser (paper, Sec. 7.2): Q = diag(1 + f²), and b - x for b.
+
+    With b = g it is 1/2 ‖y + g - x‖² + 1/2 ‖f y‖² up to a constant. The kernels take f, x and b as they are: neither
+    1 + f² nor b - x is ever written to memory.
+
+    Args:
+        f: weights of the regulariser, ``[*batch, d]``, any number of dimensions (an image too), floating point.
+        x: what was observed, broadcastable with f.
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: f is a scalar.
+    """
+
+    f: torch.Tensor
+    x: torch.Tensor
+
+    def __post_init__(self):
+        _check_floating("f", self.f)
+        _check_floating("x", self.x)
+        if self.f.dim() < 1:
+            raise ValueError("f: expected at least one dimension [*batch, d], got a scalar tensor")
+
+    def as_diagonal(self, b):
+        """The same energy as a ``Diagonal`` and its linear term."""
+        return Diagonal(1 + self.f * self.f), b - self.x
+
+    def matvec(self, y):
+        """Q y for y broadcastable with ``[*batch, d]``."""
+        return (1 + self.f * self.f) * y
+
+    def solve(self, y):
+        """Q⁻¹ y for y broadcastable with ``[*batch, d]``."""
+        return y / (1 + self.f * self.f)
+
+    def to_dense(self):
+        """Q as a ``[*batch, d, d]`` tensor."""
+        return torch.diag_embed(1 + self.f * self.f)
+
+    def spectrum_bounds(self):
+        """The smallest and the largest eigenvalue of each sample's Q, two tensors ``[*batch]``."""
+        q = 1 + self.f * self.f
+        return q.amin(-1), q.amax(-1)
+
+
 def smallest_eigenvalue(Q):
     """μ of each sample's Q, ``[*batch]``, detached."""
     if isinstance(Q, torch.Tensor):
@@ -112,7 +158,7 @@ def _unflatten(cls, children):
     return instance
 
 
-for _cls in (Diagonal, Spectral):
+for _cls in (Diagonal, Spectral, Tikhonov):
     pytree.register_pytree_node(
         _cls,
         lambda x: ([getattr(x, field) for field in x.__dataclass_fields__], None),

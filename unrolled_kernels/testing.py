@@ -4,9 +4,9 @@ import contextlib
 
 import torch
 
-from unrolled_kernels.quadratics import Diagonal, Spectral
+from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov
 
-STRUCTURES = ("dense", "diagonal", "spectral")
+STRUCTURES = ("dense", "diagonal", "spectral", "tikhonov")
 
 
 def random_quadratic(
@@ -15,7 +15,7 @@ def random_quadratic(
     """A batch of quadratic energies with spectrum in [mu, L], the extremes included where d ≥ 2.
 
     Args:
-        structure: ``"dense"``, ``"diagonal"`` or ``"spectral"``.
+        structure: one of ``STRUCTURES``; tikhonov's spectrum is 1 + f² instead, in [1, 1 + L].
         batch: tuple of batch dimensions.
         d: size of the state.
         symmetric: False adds a skew part to a dense Q.
@@ -34,9 +34,13 @@ def random_quadratic(
         eigenvalues[..., 0], eigenvalues[..., -1] = L, mu
     matrix_batch = () if shared else batch
     b = normal(*batch, d)
-    eigenvectors = None if structure == "diagonal" else torch.linalg.qr(normal(*matrix_batch, d, d))[0].contiguous()
+    eigenvectors = (
+        None if structure in ("diagonal", "tikhonov") else torch.linalg.qr(normal(*matrix_batch, d, d))[0].contiguous()
+    )
     if structure == "diagonal":
         tensors, make_Q = (eigenvalues,), Diagonal
+    elif structure == "tikhonov":
+        tensors, make_Q = (eigenvalues.sqrt(), normal(*batch, d)), Tikhonov
     elif structure == "spectral":
         tensors, make_Q = (eigenvalues, eigenvectors), Spectral
     elif structure == "dense":
@@ -54,7 +58,7 @@ def random_quadratic(
     return tuple(to(x) for x in tensors), make_Q, to(b)
 
 
-def assert_as_close_as_eager(actual, exact, eager, what="", condition=1):
+def assert_as_close_as_eager(actual, exact, eager, what="", scale=0.0):
     """The one tolerance of the project: error ≤ 2 × (error of eager in the same dtype) + n eps · max|exact|.
 
     n = 1 for float16 and bfloat16, which are only stored, and 32 for float32 and float64, which are also accumulated
@@ -66,7 +70,7 @@ def assert_as_close_as_eager(actual, exact, eager, what="", condition=1):
         eager: the plain loop's result in the dtype of ``actual``. For float64, whose own error no wider dtype of torch
             can measure, the float32 result instead: its error is scaled by the ratio of the two epsilons.
         what: named in the message.
-        condition: how much the formula under test amplifies rounding, multiplying n; say why where it is not 1.
+        scale: size of the terms that are summed where the sum may cancel; takes the place of max|exact| if larger.
     Raises:
         AssertionError: shapes or dtypes differ, or the error is larger; the message has both errors.
     """
@@ -78,8 +82,8 @@ def assert_as_close_as_eager(actual, exact, eager, what="", condition=1):
         return
     error = (actual.double() - exact).abs().max().item()
     eager_error = (eager.double() - exact).abs().max().item() * (eps / eager_eps)
-    slack = condition * 32 if actual.dtype in (torch.float32, torch.float64) else condition
-    bound = 2 * eager_error + slack * eps * exact.abs().max().item()
+    slack = 32 if actual.dtype in (torch.float32, torch.float64) else 1
+    bound = 2 * eager_error + slack * eps * max(exact.abs().max().item(), scale)
     assert error <= bound, f"{what}: error {error:.3e}, allowed {bound:.3e} (eager's own error {eager_error:.3e})"
 
 

@@ -1,4 +1,4 @@
-// Diagonal Q = diag(q): elementwise, so a sample is cut into strips that need no common lanes. Short rows with a
+// Diagonal Q = diag(q), or diag(1 + f^2): elementwise, so a sample is cut into strips that need no common lanes. Short rows with a
 // schedule of their own run with samples in lanes (lanes.h).
 #include <cstddef>
 #include <cstdint>
@@ -62,6 +62,8 @@ class DiagonalTiles {
                   plan.tiles_per_sample > 1),
         row_(samples_in_lanes(p) ? p.d * W : min(strip_elements, ceil_div(p.d, W) * W)) {
     const int64_t rows = p.trajectory ? p.k + 1 : 1;
+    f_ = p.observed ? arena_.take<C>(row_) : nullptr;
+    x_ = p.observed ? arena_.take<C>(row_) : nullptr;
     q_ = arena_.take<C>(row_);
     b_ = arena_.take<C>(row_);
     y0_ = arena_.take<C>(row_);
@@ -145,11 +147,37 @@ class DiagonalTiles {
     return !p_.trajectory ? 0 : in_place(part) ? p_.B * p_.d : row_;
   }
 
+  // Sets lambda and b of a problem in registers; tikhonov makes them from f, g and x.
+  template <typename Part, typename Elementwise>
+  void set_energy(const Part& part, Elementwise& e) const {
+    e.lambda = input(part, p_.eigenvalues, p_.eigenvalues_stride, p_.observed ? f_ : q_);
+    e.b = input(part, p_.b, p_.b_stride, b_);
+    if (!p_.observed) return;
+    const C* f = e.lambda;
+    const C* g = e.b;
+    const C* x = input(part, p_.observed, p_.observed_stride, x_);
+    for (int64_t i = 0; i < part.size() * W; i += W) {
+      store(q_ + i, broadcast(C(1)) + load(f + i) * load(f + i));
+      store(b_ + i, load(g + i) - load(x + i));
+    }
+    e.lambda = q_;
+    e.b = b_;
+  }
+
+  // tikhonov: df = 2 f dq
+  template <typename Part>
+  void finish_tikhonov(const Part& part, C* dlambda) const {
+    if (!p_.observed || !dlambda) return;
+    const C* f = in_place(part) ? input(part, p_.eigenvalues, p_.eigenvalues_stride, f_) : f_;
+    for (int64_t i = 0; i < part.size() * W; i += W) {
+      store(dlambda + i, C(2) * load(f + i) * load(dlambda + i));
+    }
+  }
+
   template <typename Part>
   void forward_part(const MomentumForward<Storage>& p, const Part& part) {
     ElementwiseForward<C> e;
-    e.lambda = input(part, p.eigenvalues, p.eigenvalues_stride, q_);
-    e.b = input(part, p.b, p.b_stride, b_);
+    set_energy(part, e);
     e.y0 = input(part, p.y0, p.y0_stride, y0_);
     e.schedule = schedule_.view();
     e.k = p.k;
@@ -166,8 +194,7 @@ class DiagonalTiles {
   template <typename Part>
   void backward_part(const MomentumBackward<Storage>& p, const Part& part) {
     ElementwiseBackward<C> e;
-    e.lambda = input(part, p.eigenvalues, p.eigenvalues_stride, q_);
-    e.b = input(part, p.b, p.b_stride, b_);
+    set_energy(part, e);
     e.y0 = input(part, p.y0, p.y0_stride, y0_);
     e.schedule = schedule_.view();
     e.k = p.k;
@@ -184,6 +211,7 @@ class DiagonalTiles {
     e.sums = gradient_.sums();
     e.trace = trace_;
     run_elementwise(e, part.size());
+    finish_tikhonov(part, e.dlambda);
     finish(part, dq_, p.d_eigenvalues);
     finish(part, db_, p.db);
     finish(part, dy0_, p.dy0);
@@ -195,7 +223,7 @@ class DiagonalTiles {
   Schedule<C> schedule_;
   ScheduleGradient<C> gradient_;
   int64_t row_;  // elements of a staged row
-  C *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
+  C *f_, *x_, *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
 };
 
 template <typename Storage>

@@ -1,4 +1,4 @@
-// Q = diag(q): every element of the state is a recurrence of its own, run in registers.
+// Q = diag(q), or diag(1 + f^2): every element of the state is a recurrence of its own, run in registers.
 //
 // Floor of one element, s bytes: forward 3s bytes (q, b, y) and 4k flops, backward 5s bytes (q, b, grad_y, dq, db) and 10k
 // flops, one s more for y_0 and its gradient each; float32 on an H200 is bound by memory up to k = 40 and k = 28, less the
@@ -74,6 +74,36 @@ __device__ __forceinline__ void store_elements(const compute_type<Storage> (&x)[
   }
 }
 
+// q and b of a chunk; tikhonov makes them from f, g and x
+template <int n, typename Storage>
+__device__ __forceinline__ void load_energy(const MomentumInputs<Storage>& p, int64_t sample, int64_t e, bool exists,
+                                            compute_type<Storage> (&q)[n], compute_type<Storage> (&b)[n]) {
+  load_elements(p.eigenvalues + sample * p.eigenvalues_stride, e, p.d, exists, q);
+  load_elements(p.b + sample * p.b_stride, e, p.d, exists, b);
+  if (!p.observed) return;
+  compute_type<Storage> x[n];
+  load_elements(p.observed + sample * p.observed_stride, e, p.d, exists, x);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    q[i] = 1 + q[i] * q[i];
+    b[i] -= x[i];
+  }
+}
+
+// the gradient of q, or of f through q = 1 + f^2: f is read again, which is cheaper than to keep it
+template <int n, typename Storage>
+__device__ __forceinline__ void store_d_eigenvalues(const MomentumBackward<Storage>& p, int64_t sample, int64_t e,
+                                                    bool exists, compute_type<Storage> (&dq)[n]) {
+  if (!p.d_eigenvalues) return;
+  if (p.observed) {
+    compute_type<Storage> f[n];
+    load_elements(p.eigenvalues + sample * p.eigenvalues_stride, e, p.d, exists, f);
+#pragma unroll
+    for (int i = 0; i < n; ++i) dq[i] *= 2 * f[i];
+  }
+  store_elements(dq, e, p.d, exists, p.d_eigenvalues + sample * p.d);
+}
+
 template <typename C, int n>
 __device__ __forceinline__ void diagonal_step(const C (&q)[n], const C (&b)[n], const StepCoefficients<C>& s,
                                               bool momentum, const C (&y)[n], const C (&previous)[n], C (&next)[n]) {
@@ -103,8 +133,7 @@ __global__ void __launch_bounds__(block) momentum_diagonal_kernel(const __grid_c
     for (; item.chunk < item.end; ++item.chunk) {
       const int64_t e = item.element();
       C q[n], b[n], y[n], previous[n], next[n];
-      load_elements(p.eigenvalues + item.sample * p.eigenvalues_stride, e, p.d, item.exists, q);
-      load_elements(p.b + item.sample * p.b_stride, e, p.d, item.exists, b);
+      load_energy(p, item.sample, e, item.exists, q, b);
       load_elements(p.y0 + (p.y0 ? item.sample * p.y0_stride : 0), e, p.d, item.exists && p.y0, y);
       assign(previous, y);
       Storage* out = p.y + item.sample * p.d;
@@ -145,8 +174,7 @@ __global__ void __launch_bounds__(block, 2)
       const Storage* cotangent = p.grad_y + item.sample * p.d;
       C q[n], b[n], a[n], carry[n] = {}, db[n] = {}, dq[n] = {};
       C ys[segment + 1][n];  // ys[i + 1] = y_{t+i}, t the first step of the segment
-      load_elements(p.eigenvalues + item.sample * p.eigenvalues_stride, e, p.d, item.exists, q);
-      load_elements(p.b + item.sample * p.b_stride, e, p.d, item.exists, b);
+      load_energy(p, item.sample, e, item.exists, q, b);
       load_elements(p.y0 + (p.y0 ? item.sample * p.y0_stride : 0), e, p.d, item.exists && p.y0, ys[1]);
       load_elements(cotangent + (p.trajectory ? p.k * p.B * p.d : 0), e, p.d, item.exists, a);
       assign(ys[0], ys[1]);
@@ -198,7 +226,7 @@ __global__ void __launch_bounds__(block, 2)
       }
 #pragma unroll
       for (int j = 0; j < n; ++j) a[j] += carry[j];
-      if (p.d_eigenvalues) store_elements(dq, e, p.d, item.exists, p.d_eigenvalues + item.sample * p.d);
+      store_d_eigenvalues(p, item.sample, e, item.exists, dq);
       if (p.db) store_elements(db, e, p.d, item.exists, p.db + item.sample * p.d);
       if (p.dy0) store_elements(a, e, p.d, item.exists, p.dy0 + item.sample * p.d);
     }
@@ -214,11 +242,11 @@ Problem flattened(Problem p) {
   const auto dense = [&](const void* data, int64_t stride) { return !data || stride == p.d; };
   const bool one_schedule =
       p.phi.batch_stride == 0 && (!p.beta.data || (p.beta.batch_stride == 0 && p.gamma.batch_stride == 0));
-  if (p.B > 1 && one_schedule && dense(p.eigenvalues, p.eigenvalues_stride) && dense(p.b, p.b_stride) &&
-      dense(p.y0, p.y0_stride)) {
+  if (p.B > 1 && one_schedule && dense(p.eigenvalues, p.eigenvalues_stride) &&
+      dense(p.observed, p.observed_stride) && dense(p.b, p.b_stride) && dense(p.y0, p.y0_stride)) {
     p.d *= p.B;
     p.B = 1;
-    p.eigenvalues_stride = p.b_stride = p.y0_stride = 0;
+    p.eigenvalues_stride = p.observed_stride = p.b_stride = p.y0_stride = 0;
   }
   return p;
 }
@@ -233,7 +261,7 @@ bool takes_packs(const MomentumInputs<Storage>& p, std::initializer_list<const S
     if (!aligned(x, 0)) return false;
   }
   return p.d > 32 && (p.d % n == 0 || (p.B == 1 && !p.trajectory)) && aligned(p.eigenvalues, p.eigenvalues_stride) &&
-         aligned(p.b, p.b_stride) && aligned(p.y0, p.y0_stride);
+         aligned(p.observed, p.observed_stride) && aligned(p.b, p.b_stride) && aligned(p.y0, p.y0_stride);
 }
 
 template <typename... Parameters>

@@ -72,7 +72,7 @@ def vmap_forward(run, vmap_size, dims, tensors, trajectory):
 
 
 def vmap_backward(run, vmap_size, dims, tensors, trajectory):
-    """vmap of a backward ``run(grad_y, *tensors)``, which returns a gradient, or an empty one, for each tensor."""
+    """vmap of a backward ``run(grad_y, *tensors)``: it returns a gradient, or an empty one, for the first tensors."""
     (grad_y, *tensors), (grad_dim, *dims) = tensors, dims
     sizes = [_batch_size(x, dim) for x, dim in zip(tensors, dims, strict=True)]
     batch = sizes[2]
@@ -81,7 +81,7 @@ def vmap_backward(run, vmap_size, dims, tensors, trajectory):
     grads = run(_fold(grad_y, grad_dim, vmap_size, batch, batch_dim=int(trajectory)), *folded)
     unfolded = [
         g.expand(vmap_size, 0) if g.dim() == 1 else _unfold(g, vmap_size, batch, size)
-        for g, size in zip(grads, sizes, strict=True)
+        for g, size in zip(grads, sizes, strict=False)
     ]
     return tuple(unfolded), (0,) * len(unfolded)
 

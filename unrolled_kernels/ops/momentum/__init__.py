@@ -1,9 +1,10 @@
-"""The op family ``momentum``: k steps of a first-order recurrence with a schedule, for three structures of Q.
+"""The op family ``momentum``: k steps of a first-order recurrence with a schedule, for each structure of Q.
 
 Every module here takes the *canonical* arguments that ``functional`` prepares:
 
     eigenvalues    ``[B, d]``, or None when Q is dense
     matrix         dense: Q, spectral: R, ``[B or 1, d, d]`` (1: shared by the batch); diagonal: None
+    observed       None, or x ``[B, d]``: then Q = diag(1 + eigenvalues²), and b - x takes the place of b (tikhonov)
     b, y0          ``[B, d]``; ``y0=None`` means zero
     step_sizes, momentum, extrapolation
                    φ, β, γ, ``[B or 1, num_steps or 1]`` in the compute dtype (float32 for float16, bfloat16 and

@@ -14,12 +14,12 @@ _NATIVE = native.Launcher()
 _LAUNCHERS = {"manual": manual, "cpu": _NATIVE, "cuda": _NATIVE, "triton": triton_kernels.LAUNCHER}
 
 
-def momentum(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation):
+def momentum(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, observed):
     """Run the recurrence on ``backend``, differentiably in every tensor."""
     tensors = (eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation)
     if backend == "eager":
-        return reference.forward(*tensors, num_steps, trajectory)
-    return MomentumFunction.apply(backend, num_steps, trajectory, *tensors)
+        return reference.forward(*tensors, num_steps, trajectory, observed)
+    return MomentumFunction.apply(backend, num_steps, trajectory, *tensors, observed)
 
 
 class MomentumFunction(Function):
@@ -27,9 +27,11 @@ class MomentumFunction(Function):
 
     # torch.compile counts the arguments of forward: no *args here
     @staticmethod
-    def forward(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation):
+    def forward(
+        backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, observed
+    ):
         tensors = (eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation)
-        return _LAUNCHERS[backend].forward(*tensors, num_steps, trajectory)
+        return _LAUNCHERS[backend].forward(*tensors, num_steps, trajectory, observed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -39,16 +41,19 @@ class MomentumFunction(Function):
     @staticmethod
     def backward(ctx, grad_y):
         needs = ctx.needs_input_grad[3:]
-        needs_flags = (needs[0], needs[1], any(needs[4:]))
+        needs_flags = (needs[0], needs[1], any(needs[4:7]))
         if common.is_differentiated():
             grads = MomentumBackwardFunction.apply(
                 ctx.backend, ctx.num_steps, ctx.trajectory, needs_flags, grad_y, *ctx.saved_tensors
             )
         else:
             # nothing will differentiate this backward: straight to the launcher
+            *tensors, observed = ctx.saved_tensors
             grads = _LAUNCHERS[ctx.backend].backward(
-                grad_y, *ctx.saved_tensors, ctx.num_steps, ctx.trajectory, *needs_flags
+                grad_y, *tensors, ctx.num_steps, ctx.trajectory, *needs_flags, observed
             )
+        # what was observed counts against b
+        grads = (*grads, -grads[2] if needs[7] else None)
         return (None, None, None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
     @staticmethod
@@ -62,10 +67,22 @@ class MomentumBackwardFunction(Function):
 
     @staticmethod
     def forward(
-        backend, num_steps, trajectory, needs, grad_y, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation
+        backend,
+        num_steps,
+        trajectory,
+        needs,
+        grad_y,
+        eigenvalues,
+        matrix,
+        b,
+        y0,
+        step_sizes,
+        momentum,
+        extrapolation,
+        observed,
     ):
         tensors = (eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation)
-        return _LAUNCHERS[backend].backward(grad_y, *tensors, num_steps, trajectory, *needs)
+        return _LAUNCHERS[backend].backward(grad_y, *tensors, num_steps, trajectory, *needs, observed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -74,9 +91,11 @@ class MomentumBackwardFunction(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        constants = (ctx.num_steps, ctx.trajectory, *ctx.needs)
-        grads = common.second_order(manual.backward, cotangents, ctx.saved_tensors, *constants)
-        return (None, None, None, None, *grads)
+        def gradients(*tensors):
+            *tensors, observed = tensors
+            return manual.backward(*tensors, ctx.num_steps, ctx.trajectory, *ctx.needs, observed)
+
+        return (None, None, None, None, *common.second_order(gradients, cotangents, ctx.saved_tensors))
 
     @staticmethod
     def vmap(info, in_dims, backend, num_steps, trajectory, needs, *tensors):

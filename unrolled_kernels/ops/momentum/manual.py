@@ -15,6 +15,8 @@ returned. The iterates are recomputed from the inputs, so nothing that grows wit
 
 Q = diag(q): w = q a, and q̄ -= φ_t a z_t elementwise.
 
+Q = diag(1 + f²) and g - x for b (tikhonov): the same, then f̄ = 2 f q̄, ḡ = b̄ and x̄ = -b̄.
+
 Q = R diag(λ) Rᵀ: the diagonal case in the eigenbasis, b̂ = Rᵀb, ŷ_0 = Rᵀy_0, y_t = R ŷ_t for t ≥ 1. Through the
 rotations, b̄ = R b̂̄, ȳ_0 += R ŷ̄_0, and R̄ = b b̂̄ᵀ + y_0 ŷ̄_0ᵀ + Σ_{t≥1} ȳ_t^out ŷ_tᵀ.
 
@@ -45,19 +47,23 @@ def backward(
     needs_eigenvalues,
     needs_matrix,
     needs_schedule,
+    observed=None,
 ):
     """Gradients of the canonical arguments for the cotangent ``grad_y`` (shape of the forward's output).
 
     Returns:
         ``(d_eigenvalues [B, d], d_matrix like matrix, db [B, d], dy0 [B, d], d_step_sizes, d_momentum,
         d_extrapolation)``, the last three shaped like their inputs; what is not needed, or absent, is a tensor of
-        shape ``[0]``.
+        shape ``[0]``. With ``observed`` the first is f̄, and the gradient of ``observed`` is -db.
     """
     storage, compute = b.dtype, step_sizes.dtype
     schedule = (step_sizes, momentum, extrapolation)
-    grad_y, eigenvalues, matrix, b, y0 = (
-        x if x is None else x.to(compute) for x in (grad_y, eigenvalues, matrix, b, y0)
+    grad_y, eigenvalues, matrix, b, y0, observed = (
+        x if x is None else x.to(compute) for x in (grad_y, eigenvalues, matrix, b, y0, observed)
     )
+    f = eigenvalues
+    if observed is not None:
+        eigenvalues, b = 1 + f * f, b - observed
     y0 = torch.zeros_like(b) if y0 is None else y0
     zero = torch.zeros_like(b)
     cotangents = list(grad_y.unbind(0)) if trajectory else [zero] * num_steps + [grad_y]
@@ -75,6 +81,8 @@ def backward(
         d_y0, a, z, d_schedule = _adjoint_sweep(apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents)
         db = a.sum(0)
         d_eigenvalues = (a * z).sum(0)
+        if observed is not None:
+            d_eigenvalues = 2 * f * d_eigenvalues
         d_matrix = None
     else:
         apply_Q = lambda x: eigenvalues * x

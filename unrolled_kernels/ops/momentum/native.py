@@ -5,14 +5,26 @@ from unrolled_kernels.ops import common
 
 
 class Launcher:
-    """Forward and backward by the registered ops ``momentum_{dense,diagonal,spectral}``, a suffix for a backend."""
+    """Forward and backward by the registered ops ``momentum_<structure>``, with a suffix for a backend."""
 
     def __init__(self, suffix=""):
         self.suffix = suffix
 
-    def forward(self, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
+    def forward(
+        self,
+        eigenvalues,
+        matrix,
+        b,
+        y0,
+        step_sizes,
+        momentum,
+        extrapolation,
+        num_steps,
+        trajectory,
+        observed=None,
+    ):
         """Run the recurrence on canonical arguments (see the package's docstring)."""
-        name, operands = _operands(eigenvalues, matrix)
+        name, operands = _operands(eigenvalues, matrix, observed)
         return common.call(
             f"momentum_{name}{self.suffix}",
             (*operands, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory),
@@ -33,26 +45,29 @@ class Launcher:
         needs_eigenvalues,
         needs_matrix,
         needs_schedule,
+        observed=None,
     ):
         """Gradients of the canonical arguments; the contract of ``manual.backward``."""
-        name, operands = _operands(eigenvalues, matrix)
+        name, operands = _operands(eigenvalues, matrix, observed)
         rest = (b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory)
-        needs = {"dense": (needs_matrix,), "diagonal": (needs_eigenvalues,)}.get(
-            name, (needs_eigenvalues, needs_matrix)
+        needs = {"dense": (needs_matrix,), "spectral": (needs_eigenvalues, needs_matrix)}.get(
+            name, (needs_eigenvalues,)
         )
         grads = common.call(
             f"momentum_{name}{self.suffix}_backward", (grad_y, *operands, *rest, *needs, needs_schedule)
         )
         if name == "dense":
             return (b.new_empty(0), *grads)
-        if name == "diagonal":
-            return (grads[0], b.new_empty(0), *grads[1:])
-        return grads
+        if name == "spectral":
+            return grads
+        return (grads[0], b.new_empty(0), *grads[1:])
 
 
-def _operands(eigenvalues, matrix):
+def _operands(eigenvalues, matrix, observed):
     if eigenvalues is None:
         return "dense", (matrix,)
+    if observed is not None:
+        return "tikhonov", (eigenvalues, observed)
     if matrix is None:
         return "diagonal", (eigenvalues,)
     return "spectral", (eigenvalues, matrix)
@@ -70,9 +85,14 @@ def _fake_backward(operands, b, schedule, needs_operands, needs_schedule):
     return (*d_operands, b.new_empty(b.shape), b.new_empty(b.shape), *d_schedule)
 
 
-def register(num_operands, name):
-    """Give op ``name`` and its backward, of ``num_operands`` tensors for Q, a fake kernel and a loud autograd."""
-    n = num_operands
+def register(num_operands, name, num_gradients=None):
+    """Give op ``name`` and its backward a fake kernel and a loud autograd.
+
+    Args:
+        num_operands: how many tensors stand before b.
+        num_gradients: how many of them, the first ones, have a gradient; default all.
+    """
+    n, m = num_operands, num_operands if num_gradients is None else num_gradients
 
     def fake_forward(*args):
         b, num_steps, trajectory = args[n], args[n + 5], args[n + 6]
@@ -80,8 +100,8 @@ def register(num_operands, name):
 
     def fake_backward(*args):
         # grad_y, operands…, b, y0, φ, β, γ, num_steps, trajectory, needs_operands…, needs_schedule
-        operands, b, schedule = args[1 : n + 1], args[n + 1], args[n + 3 : n + 6]
-        return _fake_backward(operands, b, schedule, args[n + 8 : 2 * n + 8], args[2 * n + 8])
+        operands, b, schedule = args[1 : m + 1], args[n + 1], args[n + 3 : n + 6]
+        return _fake_backward(operands, b, schedule, args[n + 8 : n + m + 8], args[n + m + 8])
 
     common.register(name, fake_forward, fake_backward)
 
@@ -90,3 +110,4 @@ if _backend.extension() is not None:
     register(1, "momentum_dense")
     register(1, "momentum_diagonal")
     register(2, "momentum_spectral")
+    register(2, "momentum_tikhonov", num_gradients=1)

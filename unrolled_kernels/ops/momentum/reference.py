@@ -10,10 +10,14 @@ import torch
 from unrolled_kernels.ops.common import matvec
 
 
-def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
+def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, observed=None):
     """Run the recurrence on canonical arguments (see the package's docstring)."""
     storage, compute = b.dtype, step_sizes.dtype
-    eigenvalues, matrix, b, y0 = (x if x is None else x.to(compute) for x in (eigenvalues, matrix, b, y0))
+    eigenvalues, matrix, b, y0, observed = (
+        x if x is None else x.to(compute) for x in (eigenvalues, matrix, b, y0, observed)
+    )
+    if observed is not None:
+        eigenvalues, b = 1 + eigenvalues * eigenvalues, b - observed
     y0 = torch.zeros_like(b) if y0 is None else y0
     if eigenvalues is None:
         ys = iterates(lambda z: matvec(matrix, z), b, y0, step_sizes, momentum, extrapolation, num_steps)

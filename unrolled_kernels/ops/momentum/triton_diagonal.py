@@ -1,4 +1,4 @@
-"""Diagonal Q in Triton: one scalar recurrence an element, all steps in registers.
+"""Diagonal Q, or diag(1 + f²), in Triton: one scalar recurrence an element, all steps in registers.
 
 Backward keeps the iterates of a segment of at most 12 steps (8 with momentum) in registers. Longer schedules run
 forward once and leave y_t and y_{t-1} at the start of each segment in global memory; the segments are then replayed and
@@ -34,9 +34,9 @@ _SEGMENT = {False: 12, True: 8}
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_diagonal_kernel(
-    q, b, y0, phi, beta, gamma,
+    q, observed, b, y0, phi, beta, gamma,  # observed x: q is f, b is g
     y,              # [B, d], or [num_steps + 1, B, d]
-    q_stride, b_stride, y0_stride,
+    q_stride, observed_stride, b_stride, y0_stride,
     phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
     B, num_steps, d,
     RB: tl.constexpr, CB: tl.constexpr, TRAJECTORY: tl.constexpr,
@@ -50,6 +50,9 @@ def momentum_diagonal_kernel(
     s, inside = sample[:, None], (entry < d) & real[:, None]
     q_ = load_vector(q, s, q_stride, entry, 1, inside, C)
     b_ = load_vector(b, s, b_stride, entry, 1, inside, C)
+    if observed is not None:
+        q_ = 1 + q_ * q_
+        b_ -= load_vector(observed, s, observed_stride, entry, 1, inside, C)
     x = load_vector(y0, s, y0_stride, entry, 1, inside, C)
     previous = x
     target = y + s.to(tl.int64) * d + entry
@@ -72,12 +75,12 @@ def momentum_diagonal_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_diagonal_backward_kernel(
-    grad_y, q, b, y0, phi, beta, gamma,
+    grad_y, q, observed, b, y0, phi, beta, gamma,
     dq, db, dy0,             # [B, d]; dq None where not needed
     d_phi, d_beta, d_gamma,  # ROWS: [pieces, B, num_steps or 1], else [programs, num_steps or 1]; None where not needed
     checkpoints,             # [programs, segments - 1, 2, RB, CB]
     grad_step, grad_sample, grad_entry,
-    q_stride, b_stride, y0_stride,
+    q_stride, observed_stride, b_stride, y0_stride,
     phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
     B, num_steps, d,
     RB: tl.constexpr, CB: tl.constexpr, SEGMENT: tl.constexpr, TAIL: tl.constexpr,
@@ -103,6 +106,9 @@ def momentum_diagonal_backward_kernel(
         part_row = tl.cast(piece, tl.int64) * B + sample
         q_ = load_vector(q, s, q_stride, entry, 1, inside, C)
         b_ = load_vector(b, s, b_stride, entry, 1, inside, C)
+        if observed is not None:
+            q_ = 1 + q_ * q_
+            b_ -= load_vector(observed, s, observed_stride, entry, 1, inside, C)
         start = load_vector(y0, s, y0_stride, entry, 1, inside, C)
 
         x = start
@@ -194,6 +200,9 @@ def momentum_diagonal_backward_kernel(
 
         target = s.to(tl.int64) * d + entry
         if dq is not None:
+            if observed is not None:
+                # f is read again, which is cheaper than to keep it
+                q_bar *= 2 * load_vector(q, s, q_stride, entry, 1, inside, C)
             tl.store(dq + target, q_bar, mask=inside)
         tl.store(db + target, b_bar, mask=inside)
         tl.store(dy0 + target, a + carry, mask=inside)
@@ -228,22 +237,23 @@ def _flat(schedule, *tensors):
     return one_schedule and all(x is None or x.is_contiguous() for x in tensors)
 
 
-def forward(eigenvalues, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
-    """Contract of the op ``momentum_diagonal``."""
+def forward(eigenvalues, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, observed=None):
+    """Contract of the op ``momentum_diagonal``; with ``observed``, of ``momentum_tikhonov``."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
         return y
-    (q, q_stride), (b, b_stride), (y0, y0_stride) = as_rows(eigenvalues), as_rows(b), as_rows(y0)
-    if _flat(schedule, q, b, y0):
+    rows = [as_rows(x) for x in (eigenvalues, observed, b, y0)]
+    (q, observed, b, y0), row_strides = zip(*rows, strict=True)
+    if _flat(schedule, q, observed, b, y0):
         B, d = 1, B * d
     # one 16-byte vector of the storage dtype a lane
     RB, CB, blocks = _blocks(B, d, 32 * _WARPS * (16 // b.dtype.itemsize))
     phi, beta, gamma, *strides = schedule_arguments(*schedule)
     launch(
         momentum_diagonal_kernel, blocks,
-        q, b, y0, phi, beta, gamma, y, q_stride, b_stride, y0_stride, *strides, B, num_steps, d,
+        q, observed, b, y0, phi, beta, gamma, y, *row_strides, *strides, B, num_steps, d,
         RB=RB, CB=CB, TRAJECTORY=trajectory, num_warps=_WARPS,
     )  # fmt: skip
     return y
@@ -251,18 +261,19 @@ def forward(eigenvalues, b, y0, step_sizes, momentum, extrapolation, num_steps, 
 
 def backward(
     grad_y, eigenvalues, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
-    needs_eigenvalues, needs_schedule,
+    needs_eigenvalues, needs_schedule, observed=None,
 ):  # fmt: skip
-    """Contract of the op ``momentum_diagonal_backward``."""
+    """Contract of the op ``momentum_diagonal_backward``; with ``observed``, of ``momentum_tikhonov_backward``."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     if b.numel() == 0:
         return zero_gradients((eigenvalues,), b, schedule, (needs_eigenvalues,), needs_schedule)
     d_eigenvalues = eigenvalues.new_empty((B, d)) if needs_eigenvalues else None
     db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
-    (q, q_stride), (b, b_stride), (y0, y0_stride) = as_rows(eigenvalues), as_rows(b), as_rows(y0)
+    rows = [as_rows(x) for x in (eigenvalues, observed, b, y0)]
+    (q, observed, b, y0), row_strides = zip(*rows, strict=True)
     grad_strides = cotangent_strides(grad_y, trajectory)
-    if _flat(schedule, q, b, y0) and grad_strides[1] == d * grad_strides[2]:
+    if _flat(schedule, q, observed, b, y0) and grad_strides[1] == d * grad_strides[2]:
         B, d = 1, B * d
     # two registers a lane for each iterate of a segment
     RB, CB, blocks = _blocks(B, d, 32 * _WARPS * (8 // step_sizes.dtype.itemsize))
@@ -274,8 +285,8 @@ def backward(
     phi, beta, gamma, *strides = schedule_arguments(*schedule)
     launch(
         momentum_diagonal_backward_kernel, programs,
-        grad_y, q, b, y0, phi, beta, gamma, d_eigenvalues, db, dy0, *d_schedule.parts, checkpoints,
-        *grad_strides, q_stride, b_stride, y0_stride, *strides, B, num_steps, d,
+        grad_y, q, observed, b, y0, phi, beta, gamma, d_eigenvalues, db, dy0, *d_schedule.parts, checkpoints,
+        *grad_strides, *row_strides, *strides, B, num_steps, d,
         RB=RB, CB=CB, SEGMENT=segment, TAIL=num_steps % segment != 0,
         TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps, num_warps=_WARPS,
         # three programs a multiprocessor; left alone, ptxas spills to fit a fourth or fifth
