@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
 export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 
-.PHONY: demo test test-slow bench gpu lint build clean
+.PHONY: demo test test-slow bench gpu gpu-sanitize gpu-profile lint build clean
 
 demo: build
 	$(BIN)/unrolled-kernels synthetic --preset quick --out runs/demo
@@ -25,14 +25,36 @@ test-slow: build
 	$(BIN)/python -m pytest python_tests -m slow
 
 bench: build
-	$(BIN)/python -m benchmarks.momentum --out runs/bench/momentum.csv
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-autosave
+	$(BIN)/python -m benchmarks.momentum --record
+	$(BIN)/python -m benchmarks.scaling --record
+	$(BIN)/python -m benchmarks.report
 
-# on a machine with a GPU, with its own python3 and torch: builds in place and installs nothing
+# on a machine with a GPU, with its own python3 and torch: builds in place, for that GPU alone, and installs nothing
+GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
+gpu gpu-sanitize gpu-profile: export UNROLLED_KERNELS_CUDA = 1
+gpu gpu-sanitize gpu-profile: export TORCH_CUDA_ARCH_LIST ?= $(GPU_ARCH)
+GPU_BUILD = UNROLLED_KERNELS_EXTENSION=1 $(PYTHON) setup.py --quiet build_ext --inplace
+
 gpu:
-	UNROLLED_KERNELS_EXTENSION=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest python_tests/test_momentum.py -k "cuda or triton"
-	$(PYTHON) -m benchmarks.momentum --device cuda --out benchmarks/results/gpu/momentum.csv
+	$(GPU_BUILD)
+	$(PYTHON) -m pytest python_tests
+	$(PYTHON) -m benchmarks.momentum --device cuda --modes forward,backward,forward+backward --record
+	$(PYTHON) -m benchmarks.scaling --device cuda --record
+
+# memory errors, races, missing barriers and reads of what was never written, by the tool that comes with CUDA
+gpu-sanitize:
+	$(GPU_BUILD)
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q \
+	    python_tests/test_momentum.py -k "cuda and (forward_and_gradients or edges or schedule_forms)" || exit 1; \
+	done
+
+# counters of the main shapes: share of the memory and of the arithmetic roof, registers, local memory, stalls
+gpu-profile:
+	$(GPU_BUILD)
+	mkdir -p runs/profile
+	ncu --set full --kernel-name regex:momentum --launch-skip 4 --launch-count 4 --export runs/profile/momentum \
+	  --force-overwrite $(PYTHON) -m benchmarks.momentum --device cuda --only d32-k10 --peers "" --rounds 1
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
