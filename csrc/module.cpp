@@ -1,12 +1,15 @@
 // Python module unrolled_kernels._C: how it was built and how a problem would run. The ops are registered with torch by
 // the other files as this library is loaded.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/momentum_launch.h"
+#include "cpu/rnn_launch.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -80,8 +83,48 @@ py::dict plan_of(Structure structure, int64_t B, int64_t d, int64_t k, bool back
                   "flops"_a = f.flops);
 }
 
+template <typename Storage>
+py::dict rnn_plan_of(bool diagonal, int64_t B, int64_t d, int64_t k, const std::vector<int64_t>& hidden_dims,
+                     bool backward, bool shared) {
+  static Storage storage{};
+  static compute_type<Storage> compute{};
+  const int64_t widest = *std::max_element(hidden_dims.begin(), hidden_dims.end());
+  if (d > max_rnn_dim || widest > max_rnn_width || hidden_dims.size() > max_rnn_layers) {
+    return py::dict("variant"_a = "eager torch, backward by hand");
+  }
+  RnnBackward<Storage> p{};
+  p.B = B;
+  p.d = d;
+  p.k = k;
+  p.num_layers = static_cast<int>(hidden_dims.size());
+  std::copy(hidden_dims.begin(), hidden_dims.end(), p.hidden_dims);
+  (diagonal ? p.eigenvalues : p.matrix) = &storage;
+  (diagonal ? p.d_eigenvalues : p.d_matrix) = &storage;
+  p.matrix_stride = shared ? 0 : d * d;
+  p.d_weights = &compute;
+  const RnnPlan plan = rnn_kernels<Storage>().plan(p, backward ? &p : nullptr);
+  const int64_t samples = shared && !diagonal ? 1 : B, matrix = diagonal ? d : d * d;
+  const int64_t weights = rnn_weights_size(p);
+  const double bytes = (backward ? 2.0 * samples * matrix + 3.0 * B * d : samples * matrix + 2.0 * B * d) * sizeof(Storage) +
+                       (backward ? 2.0 : 1.0) * weights * sizeof(compute);
+  return py::dict("variant"_a = plan.variant, "isa"_a = isa_name(active_isa()), "lanes"_a = plan.lanes,
+                  "groups"_a = plan.groups, "chunks"_a = plan.chunks, "segment"_a = plan.segment,
+                  "scratch_bytes"_a = plan.scratch_bytes, "bytes"_a = bytes,
+                  "flops"_a = (backward ? 6.0 : 2.0) * B * k * (weights + matrix));
+}
+
+// Calls f(Storage()) for the storage type named `dtype`.
+template <typename F>
+py::dict with_storage(const std::string& dtype, F f) {
+  if (dtype == "float32") return f(float());
+  if (dtype == "float64") return f(double());
+  if (dtype == "float16") return f(half());
+  if (dtype == "bfloat16") return f(bfloat16());
+  throw py::value_error("dtype: expected 'float32', 'float64', 'float16' or 'bfloat16', got '" + dtype + "'");
+}
+
 py::dict kernel_plan(const std::string& structure, int64_t B, int64_t d, int64_t num_steps, const std::string& dtype,
-                     bool backward, bool shared, const std::string& backend) {
+                     bool backward, bool shared, const std::string& backend, const std::vector<int64_t>& hidden_dims) {
   if (backend != "cpu") throw py::value_error("backend: expected 'cpu', got '" + backend + "'");
   if (std::min({B, d, num_steps}) < 0) throw py::value_error("B, d, num_steps: expected non-negative numbers");
   Structure which = Structure::dense;
@@ -92,11 +135,18 @@ py::dict kernel_plan(const std::string& structure, int64_t B, int64_t d, int64_t
   } else if (structure != "dense") {
     throw py::value_error("structure: expected 'dense', 'diagonal' or 'spectral', got '" + structure + "'");
   }
-  if (dtype == "float32") return plan_of<float>(which, B, d, num_steps, backward, shared);
-  if (dtype == "float64") return plan_of<double>(which, B, d, num_steps, backward, shared);
-  if (dtype == "float16") return plan_of<half>(which, B, d, num_steps, backward, shared);
-  if (dtype == "bfloat16") return plan_of<bfloat16>(which, B, d, num_steps, backward, shared);
-  throw py::value_error("dtype: expected 'float32', 'float64', 'float16' or 'bfloat16', got '" + dtype + "'");
+  if (!hidden_dims.empty()) {
+    if (which == Structure::spectral) throw py::value_error("structure: an RNN expects 'dense' or 'diagonal'");
+    if (*std::min_element(hidden_dims.begin(), hidden_dims.end()) < 1) {
+      throw py::value_error("hidden_dims: expected positive numbers");
+    }
+    return with_storage(dtype, [&](auto type) {
+      return rnn_plan_of<decltype(type)>(which == Structure::diagonal, B, d, num_steps, hidden_dims, backward, shared);
+    });
+  }
+  return with_storage(dtype, [&](auto type) {
+    return plan_of<decltype(type)>(which, B, d, num_steps, backward, shared);
+  });
 }
 
 }  // namespace
@@ -108,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
         "Compiler, instruction sets built and in use, CUDA (None if not built), torch target, hash of the sources.");
   m.def("kernel_plan", &unrolled_kernels::kernel_plan, py::arg("structure"), py::arg("B"), py::arg("d"),
         py::arg("num_steps"), py::arg("dtype"), py::arg("backward") = false, py::arg("shared") = false,
-        py::arg("backend") = "cpu",
-        "How gradient descent with one step size would run, and the fewest bytes and flops it could take.");
+        py::arg("backend") = "cpu", py::arg("hidden_dims") = std::vector<int64_t>(),
+        "How gradient descent with one step size, or an RNN of widths hidden_dims, would run, and the fewest bytes and "
+        "flops it could take.");
 }

@@ -21,7 +21,9 @@
 
 namespace unrolled_kernels {
 
+// What the fused kernels take; more runs in eager torch (unrolled_kernels/ops/rnn/native.py).
 constexpr int max_rnn_layers = 6;
+constexpr int64_t max_rnn_dim = 64, max_rnn_width = 128;
 
 // What forward and backward read. Nothing is written through these pointers and none may alias an output.
 template <typename Storage>

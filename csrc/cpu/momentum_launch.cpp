@@ -1,33 +1,11 @@
 #include "cpu/momentum_launch.h"
 
-#include <memory>
-#include <new>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include "cpu/chunks.h"
 
 namespace unrolled_kernels {
 namespace {
-
-struct FreeAligned {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
-// Calls f(chunk, scratch) for every chunk; a thread takes consecutive ones with one scratch.
-template <typename F>
-void for_chunks(const MomentumPlan& plan, const F& f) {
-  torch::stable::parallel_for(0, plan.chunks, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, FreeAligned> scratch(::operator new(plan.scratch_bytes, std::align_val_t(64)));
-    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, scratch.get());
-  });
-}
-
-void convert(double x, double* out) { *out = x; }
-void convert(double x, float* out) { *out = static_cast<float>(x); }
-void convert(double x, half* out) { out->bits = c10::Half(static_cast<float>(x)).x; }
-void convert(double x, bfloat16* out) { out->bits = c10::BFloat16(static_cast<float>(x)).x; }
 
 template <typename C>
 void sum_schedule(const MomentumPlan& plan, const Coefficient<C>& coefficient, int64_t B, int64_t k,
@@ -86,11 +64,7 @@ void momentum_cpu(Structure structure, const MomentumBackward<Storage>& p) {
   sum_schedule(plan, p.phi, p.B, p.k, partial, p.dphi);
   sum_schedule(plan, p.beta, p.B, p.k, partial + plan.schedule_steps, p.dbeta);
   sum_schedule(plan, p.gamma, p.B, p.k, partial + 2 * plan.schedule_steps, p.dgamma);
-  for (int64_t i = 0; i < matrix_size; ++i) {
-    double sum = 0;
-    for (int64_t c = 0; c < plan.chunks; ++c) sum += matrix[c * matrix_size + i];
-    convert(sum, p.d_matrix + i);
-  }
+  sum_chunks(matrix.data(), plan.chunks, matrix_size, p.d_matrix);
 }
 
 #define UNROLLED_KERNELS_INSTANTIATE(Storage)                             \

@@ -8,10 +8,11 @@ import functools
 
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
-from unrolled_kernels.ops.rnn import manual, reference
+from unrolled_kernels.ops.rnn import manual, native, reference
 
+_LAUNCHERS = {"manual": manual, "cpu": native.Launcher()}
 # no kernels: eager torch, the hand-written backward included
-_LAUNCHERS = dict.fromkeys(("manual", "cpu", "cuda", "triton"), manual)
+_LAUNCHERS |= {"cuda": manual, "triton": manual}
 
 
 def rnn(backend, hidden_dims, num_steps, trajectory, eigenvalues, matrix, b, y0, weights):

@@ -1,0 +1,45 @@
+// Running the chunks of a plan in parallel, and adding up what they return.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "common/types.h"
+
+namespace unrolled_kernels {
+
+struct FreeAligned {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+
+// Calls f(chunk, scratch) for every chunk; a thread takes consecutive ones with one scratch.
+template <typename Plan, typename F>
+void for_chunks(const Plan& plan, const F& f) {
+  torch::stable::parallel_for(0, plan.chunks, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<void, FreeAligned> scratch(::operator new(plan.scratch_bytes, std::align_val_t(64)));
+    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, scratch.get());
+  });
+}
+
+inline void convert(double x, double* out) { *out = x; }
+inline void convert(double x, float* out) { *out = static_cast<float>(x); }
+inline void convert(double x, half* out) { out->bits = c10::Half(static_cast<float>(x)).x; }
+inline void convert(double x, bfloat16* out) { out->bits = c10::BFloat16(static_cast<float>(x)).x; }
+
+// out [size] = the sum of partial [chunks, size] over the chunks, in their order and in double
+template <typename C, typename Storage>
+void sum_chunks(const C* partial, int64_t chunks, int64_t size, Storage* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    double sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) sum += partial[c * size + i];
+    convert(sum, out + i);
+  }
+}
+
+}  // namespace unrolled_kernels

@@ -1,0 +1,194 @@
+// Products of small matrices with panels: many samples at once, so that a weight is loaded once for several of them.
+//
+// A panel holds n elements of S groups of W samples: element i of group s is the vector at data + s plane + i W.
+//
+//     panel_product     out[r] = sum_j M[r, j] x[j]             M scalars shared by all samples, or a matrix of each
+//     outer_sums        sum[i, j] += sum_{t, s} a_t[i] z_t[j]   lane by lane
+//
+// A block of R rows and S groups takes R + S loads for R S multiply-adds, one of outer_sums I + J for I J.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace unrolled_kernels {
+namespace UNROLLED_KERNELS_NAMESPACE {
+
+// as many accumulators as the registers hold beside the operands: 32 registers, or 16
+constexpr int block_rows = vector_bytes == 64 ? 10 : 6;
+constexpr int outer_rows = vector_bytes == 64 ? 5 : 4, outer_columns = vector_bytes == 64 ? 5 : 3;
+
+template <typename T>
+struct Panel {
+  T* data;
+  int64_t plane;
+
+  Panel rows(int64_t first) const { return {data + first * lanes<std::remove_const_t<T>>, plane}; }
+  operator Panel<const T>() const { return {data, plane}; }
+};
+
+// Calls f(begin, size) for blocks of at most `limit` that differ by one at most, `size` a constant.
+template <int n, typename F>
+UNROLLED_KERNELS_INLINE void with_constant(int64_t size, const F& f) {
+  if constexpr (n > 1) {
+    if (size < n) return with_constant<n - 1>(size, f);
+  }
+  f(std::integral_constant<int, n>());
+}
+template <int limit, typename F>
+UNROLLED_KERNELS_INLINE void for_constant_blocks(int64_t n, const F& f) {
+  const int64_t blocks = ceil_div(n, limit);
+  for (int64_t b = 0, begin = 0; b < blocks; ++b) {
+    const int64_t size = (n - begin) / (blocks - b);
+    with_constant<limit>(size, [&](auto constant) { f(begin, constant); });
+    begin += size;
+  }
+}
+
+// Element (r, j) at data + r + j step: the rows of a block are neighbours.
+template <typename C>
+struct SharedMatrix {
+  const C* data;
+  int64_t step;
+
+  SharedMatrix from(int64_t row) const { return {data + row, step}; }
+  UNROLLED_KERNELS_INLINE Vector<C> at(int r, int64_t j, int) const { return broadcast(data[r + j * step]); }
+};
+
+// A matrix of each sample: vector (r, j) at data + r row + j column, `plane` from group to group.
+template <typename C>
+struct OwnMatrix {
+  const C* data;
+  int64_t row, column, plane;
+
+  OwnMatrix from(int64_t r) const { return {data + r * row, row, column, plane}; }
+  UNROLLED_KERNELS_INLINE Vector<C> at(int r, int64_t j, int s) const {
+    return load(data + r * row + j * column + s * plane);
+  }
+};
+
+// What becomes of a row of the product: Vector operator()(i, s, sum), stored to `out`.
+template <typename C>
+struct Plain {
+  UNROLLED_KERNELS_INLINE Vector<C> operator()(int64_t, int, Vector<C> sum) const { return sum; }
+};
+// NaN is not below 0 and stays
+template <typename C>
+struct Relu {
+  UNROLLED_KERNELS_INLINE Vector<C> operator()(int64_t, int, Vector<C> sum) const {
+    return sum < Vector<C>{} ? Vector<C>{} : sum;
+  }
+};
+template <typename C>
+struct WherePositive {
+  Panel<const C> h;
+  UNROLLED_KERNELS_INLINE Vector<C> operator()(int64_t i, int s, Vector<C> sum) const {
+    return load(h.data + s * h.plane + i * lanes<C>) > Vector<C>{} ? sum : Vector<C>{};
+  }
+};
+template <typename C>
+struct Plus {
+  Panel<const C> x;
+  UNROLLED_KERNELS_INLINE Vector<C> operator()(int64_t i, int s, Vector<C> sum) const {
+    return sum + load(x.data + s * x.plane + i * lanes<C>);
+  }
+};
+
+template <int S, int R, typename M, typename C, typename End>
+inline void product_block(M m, int64_t begin, Panel<const C> x, int64_t count, const End& end, Panel<C> out) {
+  constexpr int W = lanes<C>;
+  Vector<C> sum[R][S] = {};
+  m = m.from(begin);
+  for (int64_t j = 0; j < count; ++j) {
+    Vector<C> xj[S];
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) xj[s] = load(x.data + s * x.plane + j * W);
+#pragma GCC unroll 10
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) sum[r][s] += m.at(r, j, s) * xj[s];
+    }
+  }
+#pragma GCC unroll 10
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) store(out.data + s * out.plane + (begin + r) * W, end(begin + r, s, sum[r][s]));
+  }
+}
+
+// out [rows] = end(M x), x [count]; out may be what x or `end` reads only where it is another part of it
+template <int S, typename M, typename C, typename End>
+UNROLLED_KERNELS_NOINLINE void panel_product(M m, int64_t rows, Panel<const C> x, int64_t count, End end, Panel<C> out) {
+  for_constant_blocks<block_rows>(rows, [&](int64_t begin, auto R) {
+    product_block<S, decltype(R)::value, M, C>(m, begin, x, count, end, out);
+  });
+}
+
+// Operands of outer_sums: element i of step t and group s at a + t step + s plane + i W, likewise z.
+template <typename C>
+struct OuterOperands {
+  const C *a, *z;
+  int64_t a_step, z_step, a_plane, z_plane, steps;
+  int groups;
+};
+
+template <int I, int J, typename C>
+inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, int64_t columns, C* out) {
+  constexpr int W = lanes<C>;
+  Vector<C> sum[I][J];
+#pragma GCC unroll 5
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 5
+    for (int j = 0; j < J; ++j) sum[i][j] = load(out + (i * columns + j) * W);
+  }
+  for (int s = 0; s < o.groups; ++s) {
+    const C *a = o.a + s * o.a_plane + i0 * W, *z = o.z + s * o.z_plane + j0 * W;
+    for (int64_t t = 0; t < o.steps; ++t, a += o.a_step, z += o.z_step) {
+      Vector<C> zj[J];
+#pragma GCC unroll 5
+      for (int j = 0; j < J; ++j) zj[j] = load(z + j * W);
+#pragma GCC unroll 5
+      for (int i = 0; i < I; ++i) {
+        const Vector<C> ai = load(a + i * W);
+#pragma GCC unroll 5
+        for (int j = 0; j < J; ++j) sum[i][j] += ai * zj[j];
+      }
+    }
+  }
+#pragma GCC unroll 5
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 5
+    for (int j = 0; j < J; ++j) store(out + (i * columns + j) * W, sum[i][j]);
+  }
+}
+
+// out [rows, columns] vectors += the sums
+template <typename C>
+UNROLLED_KERNELS_NOINLINE void outer_sums(const OuterOperands<C>& o, int64_t rows, int64_t columns, C* out) {
+  for_constant_blocks<outer_rows>(rows, [&](int64_t i0, auto I) {
+    for_constant_blocks<outer_columns>(columns, [&](int64_t j0, auto J) {
+      outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, columns,
+                                                          out + (i0 * columns + j0) * lanes<C>);
+    });
+  });
+}
+
+// out[i] = the sum of the lanes of vector i, both padded to whole groups of W: transposed, then added as a tree
+template <typename C>
+UNROLLED_KERNELS_NOINLINE void sum_lanes_of(const C* vectors, int64_t n, C* out) {
+  constexpr int W = lanes<C>;
+  for (int64_t i = 0; i < n; i += W) {
+    Vector<C> r[W];
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) r[l] = load(vectors + (i + l) * W);
+    transpose<C>(r);
+#pragma GCC unroll 4
+    for (int half_width = W / 2; half_width > 0; half_width /= 2) {
+#pragma GCC unroll 8
+      for (int l = 0; l < half_width; ++l) r[l] += r[l + half_width];
+    }
+    store(out + i, r[0]);
+  }
+}
+
+}  // namespace UNROLLED_KERNELS_NAMESPACE
+}  // namespace unrolled_kernels

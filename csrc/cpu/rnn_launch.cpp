@@ -1,0 +1,50 @@
+#include "cpu/rnn_launch.h"
+
+#include <vector>
+
+#include "cpu/chunks.h"
+
+namespace unrolled_kernels {
+
+template <typename Storage>
+RnnKernels<Storage> rnn_kernels() {
+  return UNROLLED_KERNELS_AT_ACTIVE_ISA(rnn_kernels<Storage>());
+}
+
+template <typename Storage>
+void rnn_cpu(const RnnForward<Storage>& p) {
+  const auto kernels = rnn_kernels<Storage>();
+  const RnnPlan plan = kernels.plan(p, nullptr);
+  for_chunks(plan, [&](int64_t chunk, void* scratch) {
+    kernels.forward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
+                              nullptr, nullptr});
+  });
+}
+
+template <typename Storage>
+void rnn_cpu(const RnnBackward<Storage>& p) {
+  using C = compute_type<Storage>;
+  const auto kernels = rnn_kernels<Storage>();
+  const RnnPlan plan = kernels.plan(p, &p);
+  const int64_t weights_size = p.d_weights ? rnn_weights_size(p) : 0;
+  const int64_t matrix_size = p.d_matrix && p.matrix_stride == 0 && p.B != 1 ? p.d * p.d : 0;
+  std::vector<C> weights(plan.chunks * weights_size), matrix(plan.chunks * matrix_size);
+  for_chunks(plan, [&](int64_t chunk, void* scratch) {
+    kernels.backward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
+                               weights_size ? weights.data() + chunk * weights_size : nullptr,
+                               matrix_size ? matrix.data() + chunk * matrix_size : nullptr});
+  });
+  sum_chunks(weights.data(), plan.chunks, weights_size, p.d_weights);
+  sum_chunks(matrix.data(), plan.chunks, matrix_size, p.d_matrix);
+}
+
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)          \
+  template RnnKernels<Storage> rnn_kernels();          \
+  template void rnn_cpu(const RnnForward<Storage>&);   \
+  template void rnn_cpu(const RnnBackward<Storage>&);
+UNROLLED_KERNELS_INSTANTIATE(float)
+UNROLLED_KERNELS_INSTANTIATE(double)
+UNROLLED_KERNELS_INSTANTIATE(half)
+UNROLLED_KERNELS_INSTANTIATE(bfloat16)
+
+}  // namespace unrolled_kernels

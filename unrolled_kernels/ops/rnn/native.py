@@ -1,0 +1,81 @@
+"""Launcher of the C++ and CUDA kernels: the ops that the extension registers, as torch.compile sees them."""
+
+from unrolled_kernels import _backend
+from unrolled_kernels.ops import common
+from unrolled_kernels.ops.rnn import manual
+
+# csrc/rnn.h: max_rnn_dim, max_rnn_width, max_rnn_layers
+MAX_DIM, MAX_WIDTH, MAX_LAYERS = 64, 128, 6
+
+
+def is_fused(d, hidden_dims):
+    """Whether the kernels take this size. Beyond, the products are large enough for eager torch, backward by hand."""
+    return d <= MAX_DIM and len(hidden_dims) <= MAX_LAYERS and max(hidden_dims) <= MAX_WIDTH
+
+
+class Launcher:
+    """Forward and backward by the registered ops ``rnn_{dense,diagonal}``, a suffix for a backend."""
+
+    def __init__(self, suffix=""):
+        self.suffix = suffix
+
+    def forward(self, eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory):
+        """Run the cells on canonical arguments (see the package's docstring)."""
+        if not is_fused(b.shape[-1], hidden_dims):
+            return manual.forward(eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory)
+        name, Q = _operand(eigenvalues, matrix)
+        return common.call(f"rnn_{name}{self.suffix}", (Q, b, y0, weights, hidden_dims, num_steps, trajectory))
+
+    def backward(
+        self,
+        grad_y,
+        eigenvalues,
+        matrix,
+        b,
+        y0,
+        weights,
+        hidden_dims,
+        num_steps,
+        trajectory,
+        needs_eigenvalues,
+        needs_matrix,
+        needs_weights,
+    ):
+        """Gradients of the canonical arguments; the contract of ``manual.backward``."""
+        if not is_fused(b.shape[-1], hidden_dims):
+            arguments = (grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory)
+            return manual.backward(*arguments, needs_eigenvalues, needs_matrix, needs_weights)
+        name, Q = _operand(eigenvalues, matrix)
+        arguments = (grad_y, Q, b, y0, weights, hidden_dims, num_steps, trajectory)
+        needs = (needs_matrix if eigenvalues is None else needs_eigenvalues, needs_weights)
+        d_Q, *grads = common.call(f"rnn_{name}{self.suffix}_backward", (*arguments, *needs))
+        nothing = b.new_empty(0)
+        return (nothing, d_Q, *grads) if eigenvalues is None else (d_Q, nothing, *grads)
+
+
+def _operand(eigenvalues, matrix):
+    return ("dense", matrix) if eigenvalues is None else ("diagonal", eigenvalues)
+
+
+def _fake_forward(Q, b, y0, weights, hidden_dims, num_steps, trajectory):
+    return b.new_empty((num_steps + 1, *b.shape) if trajectory else b.shape)
+
+
+def _fake_backward(grad_y, Q, b, y0, weights, hidden_dims, num_steps, trajectory, needs_Q, needs_weights):
+
+    return (
+        Q.new_empty(Q.shape if needs_Q else (0,)),
+        b.new_empty(b.shape),
+        b.new_empty(b.shape),
+        weights.new_empty(weights.shape if needs_weights else (0,)),
+    )
+
+
+def register(name):
+    """Give the op ``name`` and its backward a fake kernel and a loud autograd."""
+    common.register(name, _fake_forward, _fake_backward)
+
+
+if _backend.extension() is not None:
+    register("rnn_dense")
+    register("rnn_diagonal")
