@@ -105,8 +105,8 @@ py::dict rnn_plan_of(bool diagonal, int64_t B, int64_t d, int64_t k, const std::
   const RnnPlan plan = rnn_kernels<Storage>().plan(p, backward ? &p : nullptr);
   const int64_t samples = shared && !diagonal ? 1 : B, matrix = diagonal ? d : d * d;
   const int64_t weights = rnn_weights_size(p);
-  const double bytes = (backward ? 2.0 * samples * matrix + 3.0 * B * d : samples * matrix + 2.0 * B * d) * sizeof(Storage) +
-                       (backward ? 2.0 : 1.0) * weights * sizeof(compute);
+  const double elements = (backward ? 2.0 : 1.0) * samples * matrix + (backward ? 3.0 : 2.0) * B * d;
+  const double bytes = elements * sizeof(Storage) + (backward ? 2.0 : 1.0) * weights * sizeof(compute);
   return py::dict("variant"_a = plan.variant, "isa"_a = isa_name(active_isa()), "lanes"_a = plan.lanes,
                   "groups"_a = plan.groups, "chunks"_a = plan.chunks, "segment"_a = plan.segment,
                   "scratch_bytes"_a = plan.scratch_bytes, "bytes"_a = bytes,

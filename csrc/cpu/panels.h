@@ -26,7 +26,7 @@ struct Panel {
   operator Panel<const T>() const { return {data, plane}; }
 };
 
-// Calls f(begin, size) for blocks of at most `limit` that differ by one at most, `size` a constant.
+// Calls f(begin, size) for blocks of at most `limit` whose sizes differ by one at most, `size` a constant.
 template <int n, typename F>
 UNROLLED_KERNELS_INLINE void with_constant(int64_t size, const F& f) {
   if constexpr (n > 1) {
@@ -117,7 +117,8 @@ inline void product_block(M m, int64_t begin, Panel<const C> x, int64_t count, c
 
 // out [rows] = end(M x), x [count]; out may be what x or `end` reads only where it is another part of it
 template <int S, typename M, typename C, typename End>
-UNROLLED_KERNELS_NOINLINE void panel_product(M m, int64_t rows, Panel<const C> x, int64_t count, End end, Panel<C> out) {
+UNROLLED_KERNELS_NOINLINE void panel_product(M m, int64_t rows, Panel<const C> x, int64_t count, End end,
+                                             Panel<C> out) {
   for_constant_blocks<block_rows>(rows, [&](int64_t begin, auto R) {
     product_block<S, decltype(R)::value, M, C>(m, begin, x, count, end, out);
   });
