@@ -1,0 +1,470 @@
+"""The test law for the op family ``rnn``: every backend against the float64 reference, every row of the law."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import BACKENDS, device_of, interpreted
+
+import unrolled_kernels as uk
+import unrolled_kernels.functional as F
+from unrolled_kernels.ops.rnn import native
+from unrolled_kernels.ops.rnn.reference import pack, weight_shapes
+from unrolled_kernels.testing import assert_as_close_as_eager, poisoned_memory, random_quadratic
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+native_backends = pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
+structures = pytest.mark.parametrize("structure", ["dense", "diagonal"])
+trajectories = pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
+
+
+def random_weights(hidden_dims, d, generator):
+    """W₁, W₂, W² … Wᴸ, V that keep the size of the states about what it is."""
+    for i, (rows, columns) in enumerate(weight_shapes(hidden_dims, d)):
+        inputs = 2 * columns if i < 2 else columns
+        yield torch.randn(rows, columns, generator=generator, dtype=torch.float64) * (1.5 / inputs) ** 0.5
+
+
+def nested(matrices):
+    """``(W1, W2, [W^2 … W^L], V)``."""
+    W1, W2, *inner, V = matrices
+    return W1, W2, inner, V
+
+
+class Problem:
+    """Leaf tensors of one call, and the call as a function of them on any backend and in any dtype."""
+
+    def __init__(
+        self,
+        structure,
+        batch,
+        d,
+        k,
+        hidden_dims=(10, 7, 12),
+        *,
+        warm=True,
+        shared=False,
+        trajectory=False,
+        device="cpu",
+        seed=0,
+    ):
+        self.k, self.trajectory, self.cotangent = k, trajectory, None
+        generator = torch.Generator().manual_seed(seed + 1)
+        leaves, self.make_Q, b = random_quadratic(
+            structure, batch, d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed
+        )
+        self.leaves = {"Q": leaves[0], "b": b}
+        if warm:
+            self.leaves["y0"] = torch.randn(*batch, d, generator=generator, dtype=torch.float64)
+        self.leaves |= {f"W{i}": W for i, W in enumerate(random_weights(hidden_dims, d, generator))}
+        # one rounding for all dtypes: the reference sees what the low-precision run sees
+        self.leaves = {name: x.bfloat16().to(torch.float64).to(device) for name, x in self.leaves.items()}
+
+    def cast(self, dtype):
+        compute = torch.promote_types(dtype, torch.float32)
+        return {n: x.to(compute if n.startswith("W") else dtype) for n, x in self.leaves.items()}
+
+    def call(self, backend, leaves):
+        weights = nested([x for n, x in leaves.items() if n.startswith("W")])
+        options = {"y0": leaves.get("y0"), "return_trajectory": self.trajectory, "backend": backend}
+        return F.rnn(self.make_Q(leaves["Q"]), leaves["b"], weights, self.k, **options)
+
+    def run(self, backend, dtype, cotangent=None, without=()):
+        """The output and the gradient of every leaf not in ``without``, as ``{name: tensor}``."""
+        leaves = {n: x.detach().clone().requires_grad_(n not in without) for n, x in self.cast(dtype).items()}
+        y = self.call(backend, leaves)
+        if self.cotangent is None:
+            generator = torch.Generator().manual_seed(7)
+            self.cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().double()
+        g = self.cotangent.to(y) if cotangent is None else cotangent(y)
+        wanted = [n for n in leaves if n not in without]
+        if not y.requires_grad:
+            return {"y": y.detach()} | {n: None for n in wanted}
+        grads = torch.autograd.grad(y, [leaves[n] for n in wanted], g, allow_unused=True)
+        return {"y": y.detach()} | {n: g for n, g in zip(wanted, grads, strict=True)}
+
+
+def compare(problem, backend, dtype, **options):
+    exact = problem.run("eager", torch.float64, **options)
+    eager = problem.run("eager", torch.float32 if dtype == torch.float64 else dtype, **options)
+    actual = problem.run(backend, dtype, **options)
+    for name in exact:
+        if exact[name] is None:
+            # autograd leaves out what does not reach the output; a kernel may return zeros for it
+            assert actual[name] is None or not actual[name].any(), name
+            continue
+        got = torch.zeros_like(eager[name]) if actual[name] is None else actual[name]
+        assert_as_close_as_eager(got, exact[name], eager[name], what=f"{backend} {name}")
+
+
+@backends
+@structures
+@trajectories
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "d", "k", "hidden_dims"),
+    [(3, 5, 7, (10, 20, 20)), (19, 33, 3, (40, 9))],
+    ids=["B3-d5-k7-h10-20-20", "B19-d33-k3-h40-9"],
+)
+def test_forward_and_gradients(backend, structure, trajectory, dtype, B, d, k, hidden_dims):
+    problem = Problem(structure, (B,), d, k, hidden_dims, trajectory=trajectory, device=device_of(backend))
+    compare(problem, backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_edges(backend, structure, dtype, warm):
+    steps, sizes = ((0, 3), (1, 5)) if interpreted(backend) else ((0, 1, 7), (1, 5, 33))
+    for k, B, d, trajectory in itertools.product(steps, (0, 1, 3), sizes, (False, True)):
+        options = {"warm": warm, "trajectory": trajectory, "device": device_of(backend), "seed": 3}
+        compare(Problem(structure, (B,), d, k, **options), backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize("d", [2, 3, 4, 7, 8, 15, 17, 32, 64, 65])
+def test_sizes(backend, structure, dtype, d):
+    if d > 32 and interpreted(backend):
+        pytest.skip("interpreted, products of this size take seconds")
+    for B in (5,) if interpreted(backend) else (1, 5, 37):
+        compare(Problem(structure, (B,), d, 2, device=device_of(backend), seed=d), backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize(
+    "hidden_dims",
+    [(1,), (6,), (33, 2), (2, 11, 5, 17), (3, 4, 5, 6, 7, 8), (128, 16), (129,), (4, 4, 4, 4, 4, 4, 4)],
+    ids=lambda h: "-".join(map(str, h)),
+)
+def test_widths_and_depths(backend, structure, dtype, hidden_dims):
+    """Unequal widths, one layer to the most that is fused, and what is beyond."""
+    problem = Problem(structure, (37,), 4, 3, hidden_dims, trajectory=True, device=device_of(backend))
+    compare(problem, backend, DTYPES[dtype])
+
+
+@backends
+@pytest.mark.parametrize("k", [40, 150])
+def test_many_steps(backend, k):
+    """More steps than backward treats in one go."""
+    if interpreted(backend):
+        pytest.skip("interpreted, this many steps take minutes")
+    problem = Problem("dense", (50,), 6, k, (20, 20, 20), trajectory=True, device=device_of(backend))
+    compare(problem, backend, torch.float32)
+
+
+@backends
+@pytest.mark.parametrize("d", [6, 40])
+def test_shared_Q(backend, d):
+    for batch, trajectory, dtype in (((2, 5), True, torch.float64), ((70,), False, torch.float32)):
+        options = {"shared": True, "trajectory": trajectory, "device": device_of(backend)}
+        compare(Problem("dense", batch, d, 4, **options), backend, dtype)
+
+
+@backends
+@structures
+def test_broadcast_batches(backend, structure):
+    problem = Problem(structure, (4, 1), 5, 4, device=device_of(backend))
+    problem.leaves |= {"b": problem.leaves["b"][0].expand(3, 5).clone(), "y0": problem.leaves["y0"][0, 0]}
+    assert problem.call(backend, problem.leaves).shape == (4, 3, 5)
+    compare(problem, backend, torch.float64)
+
+
+@backends
+def test_spectral_runs_as_dense(backend):
+    (values, vectors), make_Q, b = random_quadratic("spectral", (4,), 5, dtype=torch.float64, device=device_of(backend))
+    weights = nested([W.to(b) for W in random_weights((8, 6), 5, torch.Generator().manual_seed(0))])
+    results = []
+    for apply in (make_Q, lambda *x: make_Q(*x).to_dense()):
+        leaves = [x.clone().requires_grad_() for x in (values, vectors)]
+        y = F.rnn(apply(*leaves), b, weights, 4, backend=backend)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@backends
+@structures
+@trajectories
+def test_gradcheck(backend, structure, trajectory):
+    problem = Problem(structure, (2,), 3, 2, (4, 3), trajectory=trajectory, device=device_of(backend))
+    names = list(problem.leaves)
+    leaves = [problem.leaves[n].requires_grad_() for n in names]
+    function = lambda *xs: problem.call(backend, dict(zip(names, xs, strict=True)))
+    # interpreted: along random directions through all entries at once, not entry by entry
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted(backend))
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=interpreted(backend))
+
+
+@backends
+@structures
+def test_second_order_needs_no_first_order_copy(backend, structure):
+    """A Hessian-vector product through ``create_graph`` equals eager's: nothing is silently dropped."""
+    problem = Problem(structure, (3,), 4, 5, device=device_of(backend))
+    results = []
+    for name in ("eager", backend):
+        leaves = {n: x.clone().requires_grad_() for n, x in problem.leaves.items()}
+        y = problem.call(name, leaves)
+        first = torch.autograd.grad(y.pow(3).sum(), list(leaves.values()), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
+    for actual, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def _canonical(structure, k, B, device, *, permuted=False, trajectory=False):
+    """Arguments of the raw ops, optionally with every layout a user's tensors may have."""
+    problem = Problem(structure, (B,), 5, k, (6, 4), device=device)
+    Q, b, y0, *matrices = problem.leaves.values()
+    grad = torch.randn((k + 1, B, 5) if trajectory else (B, 5), dtype=torch.float64, device=device)
+    weights = pack(matrices)
+    if permuted:
+        turn = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        Q, b, y0, grad = map(turn, (Q, b, y0, grad))
+        weights = weights.repeat_interleave(2)[::2]
+    return grad, (Q, b, y0, weights, (6, 4), k, trajectory)
+
+
+@native_backends
+@structures
+@trajectories
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_opcheck(backend, structure, trajectory, permuted):
+    grad, arguments = _canonical(structure, 4, 3, device_of(backend), permuted=permuted, trajectory=trajectory)
+    forward = getattr(torch.ops.unrolled_kernels, f"rnn_{structure}").default
+    backward = getattr(torch.ops.unrolled_kernels, f"rnn_{structure}_backward").default
+    # the raw ops refuse autograd by design, which opcheck's autograd tests would report
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward, arguments, test_utils=tests)
+    for wanted in itertools.product((True, False), repeat=2):
+        torch.library.opcheck(backward, (grad, *arguments, *wanted), test_utils=tests)
+
+
+@native_backends
+def test_raw_ops_refuse_autograd(backend):
+    _, (Q, *rest) = _canonical("dense", 4, 3, device_of(backend))
+    y = torch.ops.unrolled_kernels.rnn_dense(Q.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
+        y.sum().backward()
+
+
+@backends
+@structures
+def test_compile(backend, structure):
+    device = device_of(backend)
+    layer = uk.UnrolledRNN(2, 5, (6, 4), backend=backend).to(device)
+    (leaf,), make_Q, b = random_quadratic(structure, (3,), 5, dtype=torch.float32, device=device)
+    inputs = [x.requires_grad_() for x in (leaf, b)]
+
+    def loss(leaf, b):
+        return layer(make_Q(leaf), b).square().sum()
+
+    wanted = [*inputs, *layer.parameters()]
+    expected = torch.autograd.grad(loss(*inputs), wanted)
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), wanted)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@backends
+def test_compile_dynamic(backend):
+    device = device_of(backend)
+    weights = nested([W.float().to(device) for W in random_weights((6, 4), 5, torch.Generator().manual_seed(0))])
+    compiled = torch.compile(lambda Q, b: F.rnn(Q, b, weights, 2, backend=backend), fullgraph=True, dynamic=True)
+    for B in (3, 5, 9):
+        (Q,), _, b = random_quadratic("dense", (B,), 5, dtype=torch.float32, device=device)
+        torch.testing.assert_close(compiled(Q, b), F.rnn(Q, b, weights, 2, backend="eager"))
+
+
+@backends
+@structures
+def test_layouts(backend, structure):
+    """Sliced, transposed and expanded inputs, weights too, give what contiguous ones give."""
+    problem = Problem(structure, (6,), 5, 4, device=device_of(backend))
+    sliced = lambda x: torch.cat([x, x + 1, x], -1)[..., x.shape[-1] * 2 :]
+    turned = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    strided = lambda x: x.repeat_interleave(2, 0)[::2]
+    expected = problem.call("eager", problem.leaves)
+    for layout in (sliced, turned, strided):
+        y = problem.call(backend, {n: layout(x) for n, x in problem.leaves.items()})
+        torch.testing.assert_close(y, expected)
+    expanded = problem.leaves | {n: problem.leaves[n][:1].expand(6, 5) for n in ("b", "y0")}
+    torch.testing.assert_close(problem.call(backend, expanded), problem.call("eager", expanded))
+
+
+@backends
+@structures
+@trajectories
+def test_cotangent_layouts(backend, structure, trajectory):
+    problem = Problem(structure, (5,), 6, 4, trajectory=trajectory, device=device_of(backend))
+    normal = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    for cotangent in (
+        lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),
+        lambda y: normal(*y.shape[:-1], 1).to(y).expand(y.shape),
+        lambda y: normal(*y.shape[::-1]).to(y).permute(*range(y.dim())[::-1]),
+    ):
+        compare(problem, backend, torch.float64, cotangent=cotangent)
+
+
+@backends
+@structures
+def test_some_inputs_without_gradient(backend, structure):
+    problem = Problem(structure, (4,), 5, 3, (6, 4), device=device_of(backend))
+    names = list(problem.leaves)
+    frozen = tuple(n for n in names if n.startswith("W"))
+    for without in [(n,) for n in names] + [tuple(m for m in names if m != n) for n in names] + [frozen]:
+        compare(problem, backend, torch.float64, without=without)
+
+
+@backends
+@structures
+def test_steps_compose(backend, structure):
+    """k₁ cells, then k₂ from there, are k₁ + k₂ cells."""
+    problem = Problem(structure, (4,), 6, 7, device=device_of(backend))
+    whole = problem.call(backend, problem.leaves)
+    problem.k = 3
+    first = problem.call(backend, problem.leaves)
+    problem.k = 4
+    torch.testing.assert_close(problem.call(backend, problem.leaves | {"y0": first}), whole)
+
+
+@backends
+@structures
+@pytest.mark.parametrize("d", [5, 40])
+def test_rows_are_independent(backend, structure, d):
+    problem = Problem(structure, (21,), d, 3, device=device_of(backend))
+    whole = problem.call(backend, problem.leaves)
+    for i in (0, 7, 20):
+        row = {n: x if n.startswith("W") else x[i : i + 1] for n, x in problem.leaves.items()}
+        torch.testing.assert_close(problem.call(backend, row), whole[i : i + 1])
+
+
+@backends
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_reruns_are_bit_equal(backend, shared):
+    batch = (40 if interpreted(backend) else 333,)
+    problem = Problem("dense", batch, 7, 6, shared=shared, device=device_of(backend))
+    results = []
+    for threads in (2, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(problem.run(backend, torch.float32))
+    torch.set_num_threads(2)
+    for name in results[0]:
+        # eager's own reductions may depend on the number of threads; the kernels' do not
+        for other in results[1 : 2 if backend == "manual" else 3]:
+            assert torch.equal(results[0][name], other[name]), name
+
+
+@backends
+@structures
+@trajectories
+def test_nothing_unwritten_is_read(backend, structure, trajectory):
+    for B, d in ((3, 5), (17, 9), (2, 40)):
+        for warm in (False, True):
+            problem = Problem(structure, (B,), d, 3, warm=warm, trajectory=trajectory, device=device_of(backend))
+            clean = problem.run(backend, torch.float32)
+            with poisoned_memory():
+                poisoned = problem.run(backend, torch.float32)
+            for name in clean:
+                assert torch.equal(clean[name], poisoned[name]), name
+
+
+@backends
+@structures
+def test_nan_and_inf_stay_in_their_row_and_do_not_vanish(backend, structure):
+    for bad in (math.nan, math.inf):
+        problem = Problem(structure, (20,), 6, 5, device=device_of(backend))
+        clean = problem.run(backend, torch.float32)
+        problem.leaves["b"][4, 2] = bad
+        spoiled = problem.run(backend, torch.float32)
+        assert not spoiled["y"][4].isfinite().all()
+        others = [i for i in range(20) if i != 4]
+        for name in ("y", "b", "Q"):
+            assert torch.equal(spoiled[name][others], clean[name][others]), name
+
+
+@backends
+def test_relu_passes_nothing_at_zero(backend):
+    """Units that get exactly 0 have gradient 0, as in torch."""
+    problem = Problem("dense", (3,), 4, 3, (6, 5), device=device_of(backend))
+    problem.leaves["W0"][2] = problem.leaves["W1"][2] = 0
+    problem.leaves["W2"][1] = 0
+    compare(problem, backend, torch.float64)
+
+
+@backends
+@structures
+@pytest.mark.parametrize("k", [3, 100])
+def test_backward_keeps_only_the_inputs(backend, structure, k):
+    """Bytes that autograd holds between the passes: those of the inputs and the packed weights, whatever k is."""
+    if interpreted(backend) and k > 3:
+        pytest.skip("interpreted, this many steps take minutes")
+    problem = Problem(structure, (8,), 6, k, warm=False, device=device_of(backend))
+    leaves = {n: x.requires_grad_() for n, x in problem.cast(torch.float32).items()}
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        problem.call(backend, leaves)
+    assert sum(kept.values()) <= sum(x.untyped_storage().nbytes() for x in leaves.values())
+
+
+@backends
+@structures
+def test_func_transforms(backend, structure):
+    device = device_of(backend)
+    problem = Problem(structure, (3, 2), 4, 2, (5, 3), device=device)
+    args = tuple(problem.leaves.values())
+
+    def loss(name, *args):
+        return problem.call(name, dict(zip(problem.leaves, args, strict=True))).square().sum()
+
+    n, num_weights = len(args), len(args) - 3
+    shared_weights = (*(0,) * 3, *(None,) * num_weights)
+    per_sample = (0, None, 0, *(None,) * num_weights)
+    stacked = (None, None, 0, *(0,) * num_weights)
+    for in_dims, argnums in ((shared_weights, tuple(range(n))), (per_sample, (0, 1, 2)), (stacked, tuple(range(n)))):
+        picked = [
+            (x if i < 3 else torch.stack([x, 0.5 * x, -x])) if dim == 0 else x[0] if i < 3 else x
+            for i, (x, dim) in enumerate(zip(args, in_dims, strict=True))
+        ]
+        actual, expected = (
+            torch.func.vmap(torch.func.grad(lambda *a, name=name: loss(name, *a), argnums), in_dims)(*picked)
+            for name in (backend, "eager")
+        )
+        torch.testing.assert_close(actual, expected)
+    point = [x[0] if i < 3 else x for i, x in enumerate(args)]
+    function = lambda name: lambda b: loss(name, point[0], b, *point[2:])
+    actual, expected = (torch.func.jacrev(torch.func.jacrev(function(name)))(point[1]) for name in (backend, "eager"))
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+        torch.func.jvp(function(backend), (point[1],), (point[1],))
+
+
+@native_backends
+def test_compiled_func_grad_is_loud(backend):
+    problem = Problem("dense", (3,), 4, 2, (5,), device=device_of(backend))
+    gradient = torch.func.grad(lambda b: problem.call(backend, problem.leaves | {"b": b}).square().sum())
+    # torch's own refusal comes first where the transform is traced, ours where it is not
+    refusal = pytest.raises(RuntimeError, match=r"bypasses the layer's backward|functorch transforms")
+    with refusal:
+        torch.compile(gradient, fullgraph=True)(problem.leaves["b"])
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] == "cpu"])
+def test_plan_knows_what_is_fused(backend):
+    from unrolled_kernels._C import kernel_plan
+
+    for d, hidden_dims in ((64, (128,) * 6), (65, (4,)), (4, (129,)), (4, (4,) * 7)):
+        plan = kernel_plan("dense", 10, d, 3, "float32", hidden_dims=hidden_dims)
+        assert (plan["variant"] == "samples in lanes") == native.is_fused(d, hidden_dims)
+        assert ("scratch_bytes" in plan) == native.is_fused(d, hidden_dims)
