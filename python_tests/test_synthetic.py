@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from unrolled_kernels import Spectral
+from unrolled_kernels import Spectral, use_backend
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments import cli
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
@@ -173,15 +173,17 @@ def test_loss_and_q_error_are_invariant_under_the_rotation(exact_task):
     torch.testing.assert_close(spectrum_errors(eigenvalues, task.eigenvalues, -1)[0], spectral[0])
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("hidden", [0, 8], ids="h{}".format)
-def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, learned):
+def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, learned, backend):
     training = Training(epochs=20, learn_step_size=learned)
     # algorithms, depths, seeds and learning rates all differ within the chunk
     settings = [("gd", 1, 100, 1e-2), ("nag", 3, 101, 1e-3), ("nag", 6, 100, 5e-3), ("gd", 6, 101, 1e-2)]
     trials = [Trial(hidden, optimizer, *point) for point in settings]
-    together = chunks.train_chunk(exact_task, trials, training)
+    with use_backend(backend):
+        together = chunks.train_chunk(exact_task, trials, training)
     for trial, row in zip(trials, together, strict=True):
         alone = train.train_one(exact_task, trial, training)
         assert row.keys() == alone.keys()

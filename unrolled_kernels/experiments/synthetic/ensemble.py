@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from unrolled_kernels import Diagonal
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments.run_directory import atomic_path
-from unrolled_kernels.experiments.synthetic import evaluation
+from unrolled_kernels.experiments.synthetic import evaluation, fused
 from unrolled_kernels.experiments.synthetic.data import DIM, MU, X_DIM, L
 from unrolled_kernels.experiments.synthetic.grid import fingerprint, trial_columns
 from unrolled_kernels.experiments.synthetic.model import inner_eigenvalues, make_layer
@@ -172,10 +172,13 @@ class Ensemble:
             orders: ``[epochs, S, n]`` int64, from ``minibatch_orders``.
         """
         start = time.perf_counter()
-        self._epochs_done.fill_(self.epoch)
-        for order in orders:
-            self._order.copy_(order)
-            self._run_epoch()
+        if fused.can_train(self):
+            fused.train(self, orders)
+        else:
+            self._epochs_done.fill_(self.epoch)
+            for order in orders:
+                self._order.copy_(order)
+                self._run_epoch()
         self.epoch += len(orders)
         self.seconds += time.perf_counter() - start
 

@@ -1,0 +1,393 @@
+// One model at a time on one core: its parameters, optimizer state and samples stay in the first-level cache.
+//
+// The network runs with hidden units in lanes (without hidden units, with outputs in lanes), one sample after the other:
+// gradients of weights are then sums of vectors, with no reduction across lanes. Everything behind the logits runs with
+// samples in lanes; a transpose of W samples stands between.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/synthetic_training_kernel.h"
+// the headers above are compiled for the baseline, those below for the level of this file
+#include "cpu/simd.h"
+
+#include "cpu/arena.h"
+#include "cpu/vector_math.h"
+
+namespace unrolled_kernels {
+namespace UNROLLED_KERNELS_NAMESPACE {
+namespace {
+
+constexpr int64_t X = synthetic_inputs, O = synthetic_outputs;
+constexpr int64_t columns = 2 * O + 1;  // bh, ystar, fixed: what a sample needs behind the network
+constexpr double beta1 = 0.9, beta2 = 0.999, adam_eps = 1e-8;
+
+template <typename C>
+class Trainer {
+  static constexpr int64_t W = lanes<C>;
+  using V = Vector<C>;
+
+ public:
+  Trainer(const SyntheticTraining<C>& p, void* scratch)
+      : p_(p), arena_(scratch), units_(ceil_div(p.h ? p.h : O, W) * W), outs_((X + 1) * units_), bias2_((X + 1 + O) * units_),
+        size_(p.h ? bias2_ + ceil_div(O, W) * W : outs_), parameters_(synthetic_parameters(p.h)) {
+    place_ = arena_.take<int64_t>(parameters_);
+    natural_ = arena_.take<int64_t>(p.n);
+    x_ = arena_.take<C>(p.n * X);
+    rest_ = arena_.take<C>(p.n * columns);
+    for (C** state : {&theta_, &m_, &v_, &best_, &grad_}) *state = arena_.take<C>(size_);
+    rows_ = arena_.take<C>(W * units_);
+    lanes_ = arena_.take<C>(columns * W);
+    out_grad_ = arena_.take<C>(O * W);
+  }
+
+  size_t scratch_bytes() const { return arena_.used(); }
+
+  void train(int64_t begin, int64_t end) {
+    place_parameters();
+    for (int64_t i = 0; i < p_.n; ++i) natural_[i] = i;
+    for (C* memory : {theta_, m_, v_, best_, grad_}) fill_zero(memory, size_);
+    fill_zero(rows_, W * units_);
+    fill_zero(lanes_, columns * W);
+    for (int64_t model = begin; model < end; ++model) {
+      load_model(model);
+      if (p_.accelerated[model]) {
+        p_.h ? epochs<true, true>(model) : epochs<true, false>(model);
+      } else {
+        p_.h ? epochs<false, true>(model) : epochs<false, false>(model);
+      }
+      store_model(model);
+    }
+  }
+
+ private:
+  // -- memory: units in lanes, W1' [10, units], b1 [units], W2 [3, units], b2 [3], padded with zeros that stay zero
+
+  void place_parameters() {
+    int64_t next = 0;
+    const int64_t first = p_.h ? p_.h : O;
+    for (int64_t u = 0; u < first; ++u) {
+      for (int64_t i = 0; i < X; ++i) place_[next++] = i * units_ + u;
+    }
+    for (int64_t u = 0; u < first; ++u) place_[next++] = X * units_ + u;
+    if (!p_.h) return;
+    for (int64_t c = 0; c < O; ++c) {
+      for (int64_t u = 0; u < p_.h; ++u) place_[next++] = outs_ + c * units_ + u;
+    }
+    for (int64_t c = 0; c < O; ++c) place_[next++] = bias2_ + c;
+  }
+
+  void load_model(int64_t model) {
+    const int64_t row = model * parameters_;
+    for (int64_t i = 0; i < parameters_; ++i) {
+      theta_[place_[i]] = p_.theta[row + i];
+      m_[place_[i]] = p_.first_moment[row + i];
+      v_[place_[i]] = p_.second_moment[row + i];
+      best_[place_[i]] = p_.best_theta[row + i];
+    }
+    const C* samples = p_.samples + p_.set_of_model[model] * (X + 2 * O) * p_.n;
+    for (int64_t s = 0; s < p_.n; ++s) {
+      for (int64_t i = 0; i < X; ++i) x_[s * X + i] = samples[i * p_.n + s];
+      for (int64_t c = 0; c < 2 * O; ++c) rest_[s * columns + c] = samples[(X + c) * p_.n + s];
+      rest_[s * columns + 2 * O] = p_.fixed[model * p_.n + s];
+    }
+    k_ = p_.num_steps[model];
+    learning_rate_ = p_.learning_rates[model];
+  }
+
+  void store_model(int64_t model) {
+    const int64_t row = model * parameters_;
+    for (int64_t i = 0; i < parameters_; ++i) {
+      p_.theta[row + i] = theta_[place_[i]];
+      p_.first_moment[row + i] = m_[place_[i]];
+      p_.second_moment[row + i] = v_[place_[i]];
+      p_.best_theta[row + i] = best_[place_[i]];
+    }
+  }
+
+  // -- training
+
+  template <bool accelerated, bool hidden>
+  void epochs(int64_t model) {
+    const int64_t steps = ceil_div(p_.n, p_.batch_size);
+    for (int64_t e = 0; e < p_.E; ++e) {
+      const int64_t* order = p_.orders + (e * p_.S + p_.set_of_model[model]) * p_.n;
+      const int64_t epoch = p_.first_epoch + e;
+      for (int64_t i = 0; i < steps; ++i) {
+        const int64_t first = i * p_.batch_size, count = min(p_.batch_size, p_.n - first);
+        gradient<accelerated, hidden>(order + first, count);
+        p_.adam ? adam(epoch * steps + i + 1) : sgd();
+      }
+      const C loss = mean_loss<accelerated, hidden>();
+      // false for NaN: a model that diverged keeps its last good parameters
+      if (loss < p_.best_loss[model]) {
+        p_.best_loss[model] = loss;
+        p_.best_epoch[model] = epoch + 1;
+        for (int64_t i = 0; i < size_; i += W) store(best_ + i, load(theta_ + i));
+      }
+    }
+  }
+
+  template <bool accelerated, bool hidden>
+  void gradient(const int64_t* order, int64_t count) {
+    fill_zero(grad_, size_);
+    V bias[O] = {};
+    for (int64_t first = 0; first < count; first += W) {
+      const int64_t* index = order + first;
+      const int64_t here = min(W, count - first);
+      network<hidden>(index, here);
+      const Spectrum s = spectrum<hidden>();
+      V p[O], dp[O], residual[O];
+      const V loss = losses<accelerated, true>(index, here, s, p, dp, residual);
+      const V scale = static_cast<C>((p_.L - p_.mu) / static_cast<double>(count)) / loss;
+      V u[O], mean{};
+#pragma GCC unroll 3
+      for (int c = 0; c < O; ++c) {
+        u[c] = -scale * residual[c] * load(lanes_ + c * W) * dp[c];
+        mean += s.share[c] * u[c];
+      }
+#pragma GCC unroll 3
+      for (int c = 0; c < O; ++c) {
+        const V o = keep_lanes<C>(s.share[c] * (u[c] - mean), here);
+        bias[c] += o;
+        store(out_grad_ + c * W, o);
+      }
+      backward<hidden>(index, here);
+    }
+    if (hidden) {
+      for (int64_t c = 0; c < O; ++c) grad_[bias2_ + c] = sum_lanes<C>(bias[c]);
+    }
+  }
+
+  template <bool accelerated, bool hidden>
+  C mean_loss() {
+    V sum{};
+    for (int64_t first = 0; first < p_.n; first += W) {
+      const int64_t here = min(W, p_.n - first);
+      network<hidden>(natural_ + first, here);
+      V p[O], dp[O], residual[O];
+      sum += keep_lanes<C>(
+          losses<accelerated, false>(natural_ + first, here, spectrum<hidden>(), p, dp, residual), here);
+    }
+    return sum_lanes<C>(sum) / static_cast<C>(p_.n);
+  }
+
+  // -- the network, units in lanes
+
+  // rows_ [count, units] = relu(W1 x + b1), or W x + b
+  template <bool hidden>
+  void network(const int64_t* index, int64_t count) {
+    for (int64_t u = 0; u < units_; u += W) {
+      V w[X + 1];
+#pragma GCC unroll 16
+      for (int i = 0; i <= X; ++i) w[i] = load(theta_ + i * units_ + u);
+      for (int64_t s = 0; s < count; ++s) {
+        const C* x = x_ + index[s] * X;
+        V sum = w[X];
+#pragma GCC unroll 16
+        for (int i = 0; i < X; ++i) sum += w[i] * broadcast(x[i]);
+        // a NaN stays
+        if (hidden) sum = sum < 0 ? V{} : sum;
+        store(rows_ + s * units_ + u, sum);
+      }
+    }
+  }
+
+  template <bool hidden>
+  void backward(const int64_t* index, int64_t count) {
+    for (int64_t u = 0; u < units_; u += W) {
+      if (!hidden) {
+        V r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) r[i] = u + i < O ? load(out_grad_ + (u + i) * W) : V{};
+        transpose<C>(r);
+#pragma GCC unroll 16
+        for (int s = 0; s < W; ++s) store(rows_ + s * units_ + u, r[s]);
+      }
+      V w2[O], d1[X + 1], d2[O];
+#pragma GCC unroll 16
+      for (int i = 0; i <= X; ++i) d1[i] = load(grad_ + i * units_ + u);
+      if (hidden) {
+#pragma GCC unroll 3
+        for (int c = 0; c < O; ++c) {
+          w2[c] = load(theta_ + outs_ + c * units_ + u);
+          d2[c] = load(grad_ + outs_ + c * units_ + u);
+        }
+      }
+      for (int64_t s = 0; s < count; ++s) {
+        const C* x = x_ + index[s] * X;
+        V e = load(rows_ + s * units_ + u);
+        if (hidden) {
+          const V h = e;
+          e = V{};
+#pragma GCC unroll 3
+          for (int c = 0; c < O; ++c) {
+            const V o = broadcast(out_grad_[c * W + s]);
+            e += w2[c] * o;
+            d2[c] += h * o;
+          }
+          e = h <= 0 ? V{} : e;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < X; ++i) d1[i] += e * broadcast(x[i]);
+        d1[X] += e;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i <= X; ++i) store(grad_ + i * units_ + u, d1[i]);
+      if (hidden) {
+#pragma GCC unroll 3
+        for (int c = 0; c < O; ++c) store(grad_ + outs_ + c * units_ + u, d2[c]);
+      }
+    }
+  }
+
+  // -- behind the network, samples in lanes
+
+  struct Spectrum {
+    V share[O];  // softmax
+  };
+
+  template <bool hidden>
+  Spectrum spectrum() const {
+    V logit[O] = {};
+    if (hidden) {
+      for (int c = 0; c < O; ++c) logit[c] = broadcast(theta_[bias2_ + c]);
+    }
+    for (int64_t u = 0; u < units_; u += W) {
+      V r[W];
+#pragma GCC unroll 16
+      for (int s = 0; s < W; ++s) r[s] = load(rows_ + s * units_ + u);
+      transpose<C>(r);
+      if (hidden) {
+#pragma GCC unroll 3
+        for (int c = 0; c < O; ++c) {
+          const C* w = theta_ + outs_ + c * units_ + u;
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) logit[c] += r[i] * broadcast(w[i]);
+        }
+      } else {
+        for (int i = 0; i < W && u + i < O; ++i) logit[u + i] = r[i];
+      }
+    }
+    V largest = logit[0];
+    for (int c = 1; c < O; ++c) largest = largest < logit[c] ? logit[c] : largest;
+    Spectrum s;
+    V sum{};
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) {
+      s.share[c] = exp_negative<C>(logit[c] - largest);
+      sum += s.share[c];
+    }
+    const V inverse = static_cast<C>(1) / sum;
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) s.share[c] *= inverse;
+    return s;
+  }
+
+  // The loss of each sample, with lanes_ [7, W] gathered on the way.
+  template <bool accelerated, bool tangent>
+  V losses(const int64_t* index, int64_t count, const Spectrum& s, V (&p)[O], V (&dp)[O], V (&residual)[O]) {
+    for (int64_t l = 0; l < count; ++l) {
+      const C* rest = rest_ + index[l] * columns;
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) lanes_[c * W + l] = rest[c];
+    }
+    recurrence<accelerated, tangent>(s, p, dp);
+    V squared = load(lanes_ + 2 * O * W);
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) {
+      residual[c] = -load(lanes_ + c * W) * p[c] - load(lanes_ + (O + c) * W);
+      squared += residual[c] * residual[c];
+    }
+    return sqrt(squared);
+  }
+
+  template <bool accelerated, bool tangent>
+  void recurrence(const Spectrum& s, V (&p)[O], V (&dp)[O]) const {
+    const C phi = static_cast<C>(p_.step_size), beta = static_cast<C>(p_.momentum);
+    V shrink[O], before[O] = {}, d_before[O] = {};
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) {
+      shrink[c] = static_cast<C>(1 - p_.step_size * p_.mu) - static_cast<C>(p_.step_size * (p_.L - p_.mu)) * s.share[c];
+      // the first step, from zero
+      p[c] = k_ > 0 ? broadcast(phi) : V{};
+      dp[c] = V{};
+    }
+    for (int64_t t = 1; t < k_; ++t) {
+#pragma GCC unroll 3
+      for (int c = 0; c < O; ++c) {
+        const V z = accelerated ? (1 + beta) * p[c] - beta * before[c] : p[c];
+        if (tangent) {
+          const V dz = accelerated ? (1 + beta) * dp[c] - beta * d_before[c] : dp[c];
+          d_before[c] = dp[c];
+          dp[c] = shrink[c] * dz - phi * z;
+        }
+        before[c] = p[c];
+        p[c] = shrink[c] * z + phi;
+      }
+    }
+  }
+
+  // -- optimizers, as in torch.optim
+
+  void adam(int64_t step) {
+    const C b1 = static_cast<C>(1 - beta1), b2 = static_cast<C>(beta2), b3 = static_cast<C>(1 - beta2);
+    const C decay = static_cast<C>(p_.weight_decay), eps = static_cast<C>(adam_eps);
+    const C rate = static_cast<C>(learning_rate_ / (1 - std::pow(beta1, static_cast<double>(step))));
+    const C correction = static_cast<C>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))));
+    for (int64_t i = 0; i < size_; i += W) {
+      const V theta = load(theta_ + i), g = load(grad_ + i) + decay * theta;
+      V m = load(m_ + i);
+      m += b1 * (g - m);
+      const V v = b2 * load(v_ + i) + b3 * (g * g);
+      store(m_ + i, m);
+      store(v_ + i, v);
+      store(theta_ + i, theta - rate * m / (sqrt(v) * correction + eps));
+    }
+  }
+
+  void sgd() {
+    const C rate = learning_rate_, decay = static_cast<C>(p_.weight_decay);
+    for (int64_t i = 0; i < size_; i += W) {
+      const V theta = load(theta_ + i);
+      store(theta_ + i, theta - rate * (load(grad_ + i) + decay * theta));
+    }
+  }
+
+  const SyntheticTraining<C>& p_;
+  Arena arena_;
+  int64_t units_, outs_, bias2_, size_, parameters_;
+  int64_t *place_, *natural_;  // of each parameter; 0 ... n-1
+  C *x_, *rest_;               // [n, 10], [n, 7]
+  C *theta_, *m_, *v_, *best_, *grad_;
+  C *rows_, *lanes_, *out_grad_;  // [W, units], [7, W], [3, W]
+  int64_t k_ = 0;
+  C learning_rate_ = 0;
+};
+
+template <typename C>
+size_t scratch_bytes(const SyntheticTraining<C>& p) {
+  return Trainer<C>(p, nullptr).scratch_bytes();
+}
+
+template <typename C>
+void train(const SyntheticTraining<C>& p, int64_t begin, int64_t end, void* scratch) {
+  Trainer<C>(p, scratch).train(begin, end);
+}
+
+}  // namespace
+
+template <typename C>
+SyntheticTrainingKernel<C> synthetic_training_kernel() {
+  return {scratch_bytes<C>, train<C>};
+}
+template SyntheticTrainingKernel<float> synthetic_training_kernel();
+template SyntheticTrainingKernel<double> synthetic_training_kernel();
+
+}  // namespace UNROLLED_KERNELS_NAMESPACE
+}  // namespace unrolled_kernels

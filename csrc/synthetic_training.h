@@ -1,0 +1,55 @@
+// The contract of the op `synthetic_training`: the models of the synthetic task (paper, Sec. 7.1) trained for some
+// epochs, each from its own state, on its own samples and for itself. The kernel behind it knows no framework.
+//
+//     s         = softmax(W2 relu(W1 x + b1) + b2)    or softmax(W x + b) without hidden units
+//     lambda    = mu + (L - mu) s                     the eigenvalues that are learned, in the eigenbasis of Q
+//     y_{t+1}   = y_t + beta m_t - phi (lambda (y_t + beta m_t) + bh),   m_t = y_t - y_{t-1},   y_0 = y_{-1} = 0
+//     loss      = sqrt(fixed + |y_k - ystar|^2)       fixed: the part of the eigenvalues that are known
+//
+// y_k is linear in bh: y_k = -bh p(lambda), and the kernel runs the recurrence of p and of dp/dlambda side by side:
+//
+//     z = p_t + beta (p_t - p_{t-1}),   p_{t+1} = (1 - phi lambda) z + phi,   p'_{t+1} = (1 - phi lambda) z' - phi z
+//
+// With dl/dy = (y_k - ystar) / loss, u = -(L - mu) dl/dy bh p' and the gradient o = s (u - s'u) of the logits:
+//
+//     dW2 += o h'    db2 += o    e = W2'o where h > 0, else 0    dW1 += e x'    db1 += e
+//
+// An epoch visits the samples in its order, a minibatch at a time, each followed by a step of Adam or SGD on the mean
+// gradient plus weight_decay times the parameter. Then comes the mean loss over all samples in their own order, and
+// where it is lower than best_loss the parameters are kept.
+//
+// Dimensions: M models, S sets of n samples, h hidden units, E epochs, P parameters of a model, laid out as
+// W1 [h, 10], b1 [h], W2 [3, h], b2 [3], or W [3, 10], b [3].
+#pragma once
+#include <cstdint>
+
+namespace unrolled_kernels {
+
+constexpr int64_t synthetic_inputs = 10, synthetic_outputs = 3;
+
+constexpr int64_t synthetic_parameters(int64_t hidden) {
+  return hidden ? hidden * (synthetic_inputs + 1 + synthetic_outputs) + synthetic_outputs
+                : (synthetic_inputs + 1) * synthetic_outputs;
+}
+
+template <typename C>
+struct SyntheticTraining {
+  int64_t M, n, h, E;
+  // the state, read and written in place; nothing else is written
+  C *theta, *first_moment, *second_moment, *best_theta;  // [M, P]; SGD leaves the moments alone
+  C* best_loss;                                          // [M]
+  int64_t* best_epoch;                                   // [M], counted from 1
+  const C* samples;               // [S, 16, n]: x, bh, ystar
+  const C* fixed;                 // [M, n]
+  const int64_t* set_of_model;    // [M], < S
+  const int64_t* orders;          // [E, S, n], each row a permutation
+  int64_t S;
+  const int64_t* num_steps;       // [M], k
+  const bool* accelerated;        // [M]: beta is `momentum`, else 0
+  const C* learning_rates;        // [M]
+  double step_size, momentum, mu, L, weight_decay;
+  bool adam;
+  int64_t batch_size, first_epoch;  // epochs done before, from which Adam counts its steps
+};
+
+}  // namespace unrolled_kernels
