@@ -3,106 +3,43 @@
 Neither is a run on a GPU; there, `make gpu` runs test_momentum.py with the backend "cuda".
 """
 
-import hashlib
 import itertools
-import os
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from cuda_sources import (
+    ARCHITECTURES,
+    CSRC,
+    DTYPES,
+    EMULATION,
+    MODES,
+    ORDERS,
+    emulated,
+    environment,
+    execute,
+    kernel_resources,
+    needs_emulation,
+    needs_nvcc,
+    poisoned,
+    spread,
+    stride,
+)
 
 from unrolled_kernels.ops.momentum import manual
 from unrolled_kernels.testing import assert_as_close_as_eager, random_quadratic
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
-EMULATION = ROOT / "python_tests" / "native" / "cuda_on_cpu"
-CACHE = ROOT / "build" / "test_cuda"
-
-ARCHITECTURES = ("80", "90", "100", "120")
 STEMS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
-# where only float32 is looked at, the others need not be compiled
-FLOAT_ONLY = "-DUNROLLED_KERNELS_CUDA_TYPES(_)=_(float)"
-DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
 STRUCTURES = ("dense", "diagonal", "spectral")
-# of the threads of a block; asynchronous copies arrive at once or when they are waited for
-ORDERS = (("up", "early"), ("down", "late"), ("7", "late"))
-
-
-def _toolkit_include():
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
-    home = os.environ.get("CUDA_HOME")
-    if nvcc is not None and home is None:
-        dryrun = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-        top = re.search(r"_?TOP_?=(\S+)", dryrun)
-        home = top[1] if top else Path(nvcc).resolve().parent.parent
-    return nvcc, Path(home) / "include" if home else None
-
-
-NVCC, INCLUDE = _toolkit_include()
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
-needs_emulation = pytest.mark.skipif(
-    INCLUDE is None or not (INCLUDE / "cuda_fp16.h").exists() or shutil.which("g++") is None,
-    reason="executing CUDA sources on the CPU takes g++ and the headers of a CUDA toolkit",
-)
-
-
-def _cached(name, command, sources):
-    """The file that ``command(output)`` writes from ``sources``, and what it printed; kept by the hash of both."""
-    digest = hashlib.sha256(repr(command(Path("output"))).encode())
-    for path in sorted(sources):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    CACHE.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}-{digest.hexdigest()[:16]}"
-    output, log = CACHE / f"{stem}.out", CACHE / f"{stem}.log"
-    if not (output.exists() and log.exists()):
-        for old in CACHE.glob(f"{name}-????????????????.*"):
-            old.unlink()
-        partial = CACHE / f"{stem}.partial"
-        run = subprocess.run(command(partial), capture_output=True, text=True)
-        assert run.returncode == 0, f"{' '.join(map(str, command(partial)))}\n{run.stdout}{run.stderr}"
-        log.write_text(run.stdout + run.stderr)
-        partial.rename(output)
-    return output, log.read_text()
-
-
-def _kernel_sources():
-    folders = (CSRC, CSRC / "common", CSRC / "cuda")
-    return [p for folder in folders for p in folder.glob("*") if p.suffix in (".h", ".cuh", ".cu")]
-
 
 # what the compiler makes of the kernels
 
 
-def _resources(stem, architecture):
-    """``{kernel: (registers, stack bytes, spilled bytes)}`` of the float32 kernels, from the report of ptxas."""
-
-    def command(output):
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", FLOAT_ONLY, "-Xptxas=-v", "-Werror=all-warnings"]
-        return [NVCC, "-cubin", f"-arch=sm_{architecture}", *flags, str(source), "-o", str(output)]
-
-    source = CSRC / "cuda" / f"{stem}.cu"
-    headers = [p for p in _kernel_sources() if p.suffix != ".cu"]
-    _, report = _cached(f"{stem}-sm{architecture}", command, [*headers, source])
-    kernels = {}
-    for entry in re.split(r"Compiling entry function", report)[1:]:
-        name = re.search(r"'(\S+)'", entry)[1]
-        stack, stores, loads = map(
-            int,
-            re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups(),
-        )
-        kernels[name] = int(re.search(r"Used (\d+) registers", entry)[1]), stack, stores + loads
-    return kernels
-
-
 def _describe(symbol):
     """(name, D) of a float32 kernel's mangled name, D None where it has none."""
-    match = re.search(r"\d+((?:momentum|sum)[a-z_]+?_kernel)If(?:Li(\d+)E)?(Li\d+E)?", symbol)
+    match = re.search(r"\d+((?:momentum|rnn|sum)[a-z_]*?_kernel)I(?:f(?:Li(\d+)E)?(Li\d+E)?)?", symbol)
     assert match, symbol
     return match[1], int(match[2]) if match[2] and not match[3] else None
 
@@ -112,7 +49,7 @@ def resources():
     """The reports of every source and architecture."""
     with ThreadPoolExecutor(2) as pool:
         wanted = list(itertools.product(STEMS, ARCHITECTURES))
-        return dict(zip(wanted, pool.map(lambda key: _resources(*key), wanted), strict=True))
+        return dict(zip(wanted, pool.map(lambda key: kernel_resources(*key), wanted), strict=True))
 
 
 # registers of a thread: with 102 five blocks of 128 threads are on a multiprocessor, with 128 four, with 255 two
@@ -123,7 +60,10 @@ REGISTERS = {
     "momentum_diagonal_backward_kernel": 208,
     "momentum_spectral_kernel": 128,
     "momentum_spectral_backward_kernel": 255,
+    "rnn_kernel": 128,
+    "rnn_backward_kernel": 192,
     "sum_partials_kernel": 40,
+    "sum_rnn_partials_kernel": 40,
 }
 
 
@@ -139,73 +79,25 @@ def test_resources(resources, stem, architecture):
             continue
         assert (stack, spilled) == (0, 0), f"{name} D={D}: {stack} bytes of stack, {spilled} spilled"
         hot[name] = max(hot.get(name, 0), registers)
-    assert set(hot) == {f"{stem}_kernel", f"{stem}_backward_kernel", "sum_partials_kernel"}
+    sums = "sum_rnn_partials_kernel" if stem == "rnn" else "sum_partials_kernel"
+    assert set(hot) == {f"{stem}_kernel", f"{stem}_backward_kernel", sums}
     for name, registers in hot.items():
         assert registers <= REGISTERS[name], f"{name}: {registers} registers"
 
 
 # what they compute
 
-MODES = {
-    "plain": ["-O1"],
-    # compiling is what takes long
-    "address": ["-O0", FLOAT_ONLY, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O0", FLOAT_ONLY, "-fsanitize=thread"],
-}
-
-
-def _emulated(name, mode, sources, defines=()):
-    """The executable made of CUDA sources and a main function, which runs them on the CPU."""
-    flags = [
-        "-std=c++17",
-        "-g1",
-        "-DUNROLLED_KERNELS_CUDA_ON_CPU",
-        "-Wall",
-        "-Wextra",
-        "-Wno-unknown-pragmas",
-        "-Wno-unused-parameter",
-        "-Werror",
-        f"-I{CSRC}",
-        f"-I{EMULATION}",
-        f"-isystem{INCLUDE}",
-        *MODES[mode],
-        *defines,
-    ]
-    headers = [p for p in [*_kernel_sources(), *EMULATION.glob("*.h")] if p.suffix != ".cu"]
-
-    def compile_source(source):
-        command = lambda output: ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
-        return _cached(f"{name}-{mode}-{source.stem}", command, [*headers, source])[0]
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_source, sources))
-    command = lambda output: ["g++", *MODES[mode], *map(str, objects), "-o", str(output)]
-    return _cached(f"{name}-{mode}", command, objects)[0]
-
-
-def _environment(order, copies, **more):
-    return (
-        os.environ
-        | {
-            "CUDA_ON_CPU_ORDER": order,
-            "CUDA_ON_CPU_COPIES": copies,
-            "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
-            "TSAN_OPTIONS": "halt_on_error=1",
-        }
-        | more
-    )
-
 
 class Emulation:
     """The contract of ``manual.forward`` and ``manual.backward``, fulfilled by the executed kernels."""
 
-    def __init__(self, mode="plain", order="up", copies="early", shift=0, **environment):
-        sources = [*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "driver.cpp"]
-        self.executable = _emulated("momentum", mode, sources)
-        self.environment, self.shift = _environment(order, copies, **environment), shift
+    def __init__(self, mode="plain", order="up", copies="early", shift=0, **more):
+        sources = [*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "momentum_driver.cpp"]
+        self.executable = emulated("momentum", mode, sources)
+        self.environment, self.shift = environment(order, copies, **more), shift
 
     def forward(self, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory):
-        y = _poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
+        y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
         return self._run(False, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, [y])[0]
 
     def backward(
@@ -225,11 +117,11 @@ class Emulation:
         needs_schedule,
     ):
         outputs = [
-            _poisoned(matrix.shape, b.dtype) if needs_matrix else None,
-            _poisoned(b.shape, b.dtype) if needs_eigenvalues else None,
-            _poisoned(b.shape, b.dtype),
-            _poisoned(b.shape, b.dtype),
-            *(_poisoned(c.shape, c.dtype) if needs_schedule and c is not None else None for c in (phi, beta, gamma)),
+            poisoned(matrix.shape, b.dtype) if needs_matrix else None,
+            poisoned(b.shape, b.dtype) if needs_eigenvalues else None,
+            poisoned(b.shape, b.dtype),
+            poisoned(b.shape, b.dtype),
+            *(poisoned(c.shape, c.dtype) if needs_schedule and c is not None else None for c in (phi, beta, gamma)),
         ]
         outputs = self._run(True, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, [grad_y, *outputs])
         nothing = {True: b.new_empty(0), False: phi.new_empty(0)}
@@ -237,7 +129,6 @@ class Emulation:
         return (d_eigenvalues, d_matrix, *rest)
 
     def _run(self, backward, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, rest):
-        stride = lambda x, dim: 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
         numbers = [
             STRUCTURES.index("dense" if eigenvalues is None else "diagonal" if matrix is None else "spectral"),
             int(backward),
@@ -249,37 +140,9 @@ class Emulation:
             *(stride(x, 0) for x in (matrix, eigenvalues, b, y0)),
             *(stride(c, dim) for c in (phi, beta, gamma) for dim in (0, 1)),
         ]
-        arrays = [None if x is None else _memory(x) for x in (matrix, eigenvalues, b, y0, phi, beta, gamma, *rest)]
+        arrays = [matrix, eigenvalues, b, y0, phi, beta, gamma, *rest]
         arrays += [None] * (15 - len(arrays))
-        numbers += [-1 if x is None else len(x) for x in arrays]
-        run = subprocess.run(
-            [self.executable],
-            input=b"".join([np.array(numbers, np.int64).tobytes(), *filter(None, arrays)]),
-            capture_output=True,
-            env=self.environment,
-            timeout=300,
-        )
-        assert run.returncode == 0, run.stderr.decode()
-        outputs, position = [], 0
-        for x in rest[int(backward) :]:
-            size = 0 if x is None else x.numel() * x.element_size()
-            part = bytearray(run.stdout[position : position + size])
-            outputs.append(x if size == 0 else torch.frombuffer(part, dtype=x.dtype).reshape(x.shape))
-            position += size
-        assert position == len(run.stdout)
-        return outputs
-
-
-def _memory(x):
-    """The bytes from the first to the last element of x, whatever lies between."""
-    if x.numel() == 0:
-        return b""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.as_strided((span,), (1,)).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _poisoned(shape, dtype):
-    return torch.full(shape, torch.nan, dtype=dtype)
+        return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
 
 
 def _problem(structure, B, d, k, *, method="momentum", form="both", warm=True, shared=False, trajectory=False, seed=0):
@@ -402,13 +265,6 @@ def test_what_does_not_fit_in_shared_memory(structure):
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_strides_and_alignment(structure, dtype):
-    def spread(x):
-        """x with other values between its samples"""
-        if x is None or x.shape[0] == 1:
-            return x
-        rows = torch.nn.functional.pad(x.flatten(1), (0, 3), value=torch.nan)
-        return rows.as_strided(x.shape, (rows.stride(0), *x.stride()[1:]))
-
     for d, shift in ((8, 1), (7, 0), (32, 3), (40, 1), (136, 1)):
         grad, eigenvalues, matrix, b, y0, *schedule = _problem(structure, 5, d, 3, seed=6)
         tensors = [grad, *(x if x is None else spread(x.to(DTYPES[dtype])) for x in (eigenvalues, matrix, b, y0))]
@@ -471,9 +327,9 @@ ALL_BUGS = [
 
 
 def _exit_codes(bug, mode):
-    executable = _emulated(f"bug{bug}", mode, [EMULATION / "planted_bugs.cu"], [f"-DBUG={bug}"])
+    executable = emulated(f"bug{bug}", mode, [EMULATION / "planted_bugs.cu"], [f"-DBUG={bug}"])
     return [
-        subprocess.run([executable], env=_environment(*order), capture_output=True, timeout=60).returncode
+        subprocess.run([executable], env=environment(*order), capture_output=True, timeout=60).returncode
         for order in ORDERS
     ]
 

@@ -81,12 +81,9 @@ PartialSums<Storage> partial_sums(const MomentumBackward<Storage>& p) {
 template <typename Storage>
 const char* sum_partials(const PartialSums<Storage>& sums, void* stream) {
   if (!sums.any() || sums.row_size() == 0) return nullptr;
-  int columns = 1, strands = 1;
-  while (columns < 32 && columns < sums.row_size()) columns *= 2;
-  while (strands * columns < 1024 && strands * 4 < sums.rows) strands *= 2;
-  const int threads = strands * columns;
-  return launch(sum_partials_kernel<Storage>, sums.groups * ceil_div(sums.row_size(), columns), threads,
-                threads * static_cast<int64_t>(sizeof(double)), stream, sums, columns);
+  const ColumnSums columns(sums.rows, sums.row_size());
+  return launch(sum_partials_kernel<Storage>, sums.groups * columns.blocks(sums.row_size()), columns.threads(),
+                columns.shared_bytes(), stream, sums, columns);
 }
 
 // A warp or a block at work on one item after another, tile.cuh.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "cuda/columns.cuh"
 #include "momentum.h"
 
 namespace unrolled_kernels {
@@ -182,27 +183,15 @@ struct PartialSums {
   __device__ C* row(int64_t i) const { return rows ? partials + i * row_size() : nullptr; }
 };
 
-// Thread (strand, n) adds up the rows strand, strand + strands, ... of column n, then the strands are added pairwise: the
-// order depends on the number of rows alone.
+// A block for each of the groups' pieces of columns.
 template <typename Storage>
-__global__ void __launch_bounds__(1024) sum_partials_kernel(const __grid_constant__ PartialSums<Storage> p, int columns) {
+__global__ void __launch_bounds__(1024) sum_partials_kernel(const __grid_constant__ PartialSums<Storage> p,
+                                                            ColumnSums columns) {
   using C = compute_type<Storage>;
-  double* sums = reinterpret_cast<double*>(dynamic_shared_memory());
-  const int strands = blockDim.x / columns, strand = threadIdx.x / columns;
-  const int64_t blocks = ceil_div(p.row_size(), columns), group = blockIdx.x / blocks;
-  const int64_t n = blockIdx.x % blocks * columns + threadIdx.x % columns;
-  double sum = 0;
-  if (n < p.row_size()) {
-    const C* partials = p.partials + group * p.rows * p.row_size() + n;
-    for (int64_t row = strand; row < p.rows; row += strands) sum += partials[row * p.row_size()];
-  }
-  sums[threadIdx.x] = sum;
-  for (int half_strands = strands / 2; half_strands > 0; half_strands /= 2) {
-    __syncthreads();
-    if (strand < half_strands) sums[threadIdx.x] += sums[threadIdx.x + half_strands * columns];
-  }
-  if (strand > 0 || n >= p.row_size()) return;
-  sum = sums[threadIdx.x];
+  const int64_t blocks = columns.blocks(p.row_size()), group = blockIdx.x / blocks;
+  int64_t n;
+  double sum;
+  if (!columns.sum(p.partials + group * p.rows * p.row_size(), p.rows, p.row_size(), blockIdx.x % blocks, n, sum)) return;
   if (n < p.matrix_size) {
     if (p.d_matrix) p.d_matrix[n] = to_storage<Storage>(static_cast<C>(sum));
     return;

@@ -1,16 +1,12 @@
-// Runs one call of a launcher on the CPU: the problem comes on stdin, the outputs go to stdout. Everything is int64 or raw:
+// Runs one call of the launcher of `momentum` on the CPU, see driver.h:
 //
 //     structure, backward, dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
 //     B, d, k, trajectory, strides of matrix, eigenvalues, b, y0, then (batch, step) of phi, beta, gamma
 //     bytes of matrix, eigenvalues, b, y0, phi, beta, gamma, then of y, or of grad_y and the gradients in the order of
 //     MomentumBackward; -1: nullptr. Then their contents, in that order.
 //
-// Arrays and workspace have their exact size, for the address sanitizer to watch over. shift: bytes from a multiple of 16
-// to the arrays of the storage type.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+// shift: bytes from a multiple of 16 to the arrays of the storage type.
+#include "driver.h"
 
 #include "cuda/momentum_kernels.h"
 
@@ -23,23 +19,11 @@ struct Header {
   int64_t structure, backward, dtype, shift, sizes[14], bytes[arrays];
 };
 
-constexpr int dtype_of(float) { return 0; }
-constexpr int dtype_of(double) { return 1; }
-constexpr int dtype_of(half) { return 2; }
-constexpr int dtype_of(bfloat16) { return 3; }
-
-void read_all(void* to, size_t bytes) {
-  if (fread(to, 1, bytes, stdin) != bytes) exit(4);
-}
-
 template <typename Problem>
 const char* run(int64_t structure, const Problem& p) {
-  size_t bytes = 0;
   const auto which = static_cast<Structure>(structure);
-  if (const char* error = momentum_cuda_kernels(which, p, nullptr, nullptr, &bytes)) return error;
-  const std::unique_ptr<char[]> workspace(new char[bytes]);
-  memset(workspace.get(), 0xff, bytes);
-  return momentum_cuda_kernels(which, p, workspace.get(), nullptr, nullptr);
+  return run_with_workspace(
+      [&](void* workspace, size_t* size) { return momentum_cuda_kernels(which, p, workspace, nullptr, size); });
 }
 
 template <typename Storage>
@@ -63,27 +47,16 @@ const char* run(const Header& h, void* const* pointers) {
 int main() {
   Header h;
   read_all(&h, sizeof h);
-  char* allocated[arrays] = {};
-  void* pointers[arrays] = {};
-  for (int i = 0; i < arrays; ++i) {
-    if (h.bytes[i] < 0) continue;
-    const bool is_schedule = (i >= schedule && i < first_output) || i >= schedule_output;
-    const int64_t shift = is_schedule ? 0 : h.shift;
-    allocated[i] = static_cast<char*>(malloc(h.bytes[i] + shift));
-    pointers[i] = allocated[i] + shift;
-    read_all(pointers[i], h.bytes[i]);
-  }
+  const auto is_schedule = [](int i) { return (i >= schedule && i < first_output) || i >= schedule_output; };
+  const Arrays<arrays> a(h.bytes, [&](int i) { return is_schedule(i) ? 0 : h.shift; });
   const char* error = "the kernels were not compiled for this dtype";
 #define UNROLLED_KERNELS_RUN(Storage) \
-  if (h.dtype == dtype_of(Storage())) error = run<Storage>(h, pointers);
+  if (h.dtype == dtype_of(Storage())) error = run<Storage>(h, a.at);
   UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_RUN)
   if (error) {
     fprintf(stderr, "%s\n", error);
     return 2;
   }
-  for (int i = first_output + (h.backward ? 1 : 0); i < arrays; ++i) {
-    if (h.bytes[i] > 0) fwrite(pointers[i], 1, h.bytes[i], stdout);
-  }
-  for (char* p : allocated) free(p);
+  a.write(first_output + (h.backward ? 1 : 0));
   return 0;
 }

@@ -1,0 +1,186 @@
+"""The CUDA sources without a GPU: the compiler's report on them, and what they compute when executed on the CPU."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+EMULATION = ROOT / "python_tests" / "native" / "cuda_on_cpu"
+CACHE = ROOT / "build" / "test_cuda"
+
+FAMILIES = ("momentum", "rnn")
+ARCHITECTURES = ("80", "90", "100", "120")
+# where only float32 is looked at, the others need not be compiled
+FLOAT_ONLY = "-DUNROLLED_KERNELS_CUDA_TYPES(_)=_(float)"
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+# of the threads of a block; asynchronous copies arrive at once or when they are waited for
+ORDERS = (("up", "early"), ("down", "late"), ("7", "late"))
+
+
+def _toolkit_include():
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    home = os.environ.get("CUDA_HOME")
+    if nvcc is not None and home is None:
+        dryrun = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        top = re.search(r"_?TOP_?=(\S+)", dryrun)
+        home = top[1] if top else Path(nvcc).resolve().parent.parent
+    return nvcc, Path(home) / "include" if home else None
+
+
+NVCC, INCLUDE = _toolkit_include()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+needs_emulation = pytest.mark.skipif(
+    INCLUDE is None or not (INCLUDE / "cuda_fp16.h").exists() or shutil.which("g++") is None,
+    reason="executing CUDA sources on the CPU takes g++ and the headers of a CUDA toolkit",
+)
+
+
+def cached(name, command, sources):
+    """The file that ``command(output)`` writes from ``sources``, and what it printed; kept by the hash of both."""
+    digest = hashlib.sha256(repr(command(Path("output"))).encode())
+    for path in sorted(sources):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-{digest.hexdigest()[:16]}"
+    output, log = CACHE / f"{stem}.out", CACHE / f"{stem}.log"
+    if not (output.exists() and log.exists()):
+        for old in CACHE.glob(f"{name}-????????????????.*"):
+            old.unlink()
+        partial = CACHE / f"{stem}.partial"
+        run = subprocess.run(command(partial), capture_output=True, text=True)
+        assert run.returncode == 0, f"{' '.join(map(str, command(partial)))}\n{run.stdout}{run.stderr}"
+        log.write_text(run.stdout + run.stderr)
+        partial.rename(output)
+    return output, log.read_text()
+
+
+def headers(family):
+    """What the kernels of an op family may include, and may not: the headers of the other families."""
+    found = [p for folder in (CSRC, CSRC / "common", CSRC / "cuda") for p in folder.glob("*.*h")]
+    return [p for p in found if p.name.startswith(family) or not p.name.startswith(FAMILIES)]
+
+
+def kernel_resources(stem, architecture):
+    """``{kernel: (registers, stack bytes, spilled bytes)}`` of the float32 kernels, from the report of ptxas."""
+
+    def command(output):
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", FLOAT_ONLY, "-Xptxas=-v", "-Werror=all-warnings"]
+        return [NVCC, "-cubin", f"-arch=sm_{architecture}", *flags, str(source), "-o", str(output)]
+
+    source = CSRC / "cuda" / f"{stem}.cu"
+    _, report = cached(f"{stem}-sm{architecture}", command, [*headers(stem.split("_")[0]), source])
+    kernels = {}
+    for entry in re.split(r"Compiling entry function", report)[1:]:
+        name = re.search(r"'(\S+)'", entry)[1]
+        stack, stores, loads = map(
+            int,
+            re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups(),
+        )
+        kernels[name] = int(re.search(r"Used (\d+) registers", entry)[1]), stack, stores + loads
+    return kernels
+
+
+MODES = {
+    "plain": ["-O1"],
+    # compiling is what takes long
+    "address": ["-O0", FLOAT_ONLY, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O0", FLOAT_ONLY, "-fsanitize=thread"],
+}
+
+
+def emulated(name, mode, sources, defines=()):
+    """The executable made of CUDA sources and a main function, which runs them on the CPU."""
+    flags = [
+        "-std=c++17",
+        "-g1",
+        "-DUNROLLED_KERNELS_CUDA_ON_CPU",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-Wno-unused-parameter",
+        "-Werror",
+        f"-I{CSRC}",
+        f"-I{EMULATION}",
+        f"-isystem{INCLUDE}",
+        *MODES[mode],
+        *defines,
+    ]
+    included = [*headers(name), *EMULATION.glob("*.h")]
+
+    def compile_source(source):
+        command = lambda output: ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
+        return cached(f"{name}-{mode}-{source.stem}", command, [*included, source])[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_source, sources))
+    command = lambda output: ["g++", *MODES[mode], *map(str, objects), "-o", str(output)]
+    return cached(f"{name}-{mode}", command, objects)[0]
+
+
+def environment(order, copies, **more):
+    return (
+        os.environ
+        | {
+            "CUDA_ON_CPU_ORDER": order,
+            "CUDA_ON_CPU_COPIES": copies,
+            "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
+            "TSAN_OPTIONS": "halt_on_error=1",
+        }
+        | more
+    )
+
+
+def _memory(x):
+    """The bytes from the first to the last element of x, whatever lies between."""
+    if x.numel() == 0:
+        return b""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((span,), (1,)).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def poisoned(shape, dtype):
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def execute(executable, environment, numbers, arrays, outputs):
+    """Run a driver of python_tests/native/cuda_on_cpu: ``outputs`` (some None) filled with what it wrote."""
+    arrays = [None if x is None else _memory(x) for x in arrays]
+    numbers = [*numbers, *(-1 if x is None else len(x) for x in arrays)]
+    run = subprocess.run(
+        [executable],
+        input=b"".join([np.array(numbers, np.int64).tobytes(), *filter(None, arrays)]),
+        capture_output=True,
+        env=environment,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    filled, position = [], 0
+    for x in outputs:
+        size = 0 if x is None else x.numel() * x.element_size()
+        part = bytearray(run.stdout[position : position + size])
+        filled.append(x if size == 0 else torch.frombuffer(part, dtype=x.dtype).reshape(x.shape))
+        position += size
+    assert position == len(run.stdout)
+    return filled
+
+
+def spread(x):
+    """x with other values between its samples."""
+    if x is None or x.shape[0] == 1:
+        return x
+    rows = torch.nn.functional.pad(x.flatten(1), (0, 3), value=torch.nan)
+    return rows.as_strided(x.shape, (rows.stride(0), *x.stride()[1:]))
+
+
+def stride(x, dim):
+    """Of a dimension as the contracts have it: 0 where it is shared."""
+    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)

@@ -1,0 +1,212 @@
+"""The CUDA kernels of `rnn` executed on the CPU; what the compiler makes of them is in test_cuda.py."""
+
+import itertools
+
+import pytest
+import torch
+from cuda_sources import (
+    CSRC,
+    DTYPES,
+    EMULATION,
+    ORDERS,
+    emulated,
+    environment,
+    execute,
+    needs_emulation,
+    poisoned,
+    stride,
+)
+from cuda_sources import spread as spread_rows
+
+from unrolled_kernels.ops.rnn import manual
+from unrolled_kernels.testing import assert_as_close_as_eager, random_quadratic
+
+pytestmark = needs_emulation
+structures = pytest.mark.parametrize("structure", ["dense", "shared", "diagonal"])
+MAX_LAYERS = 6
+
+
+class Emulation:
+    """The contract of ``manual.forward`` and ``manual.backward``, fulfilled by the executed kernels."""
+
+    def __init__(self, mode="plain", order="up", copies="early", shift=0, **more):
+        self.executable = emulated("rnn", mode, [CSRC / "cuda" / "rnn.cu", EMULATION / "rnn_driver.cpp"])
+        self.environment, self.shift = environment(order, copies, **more), shift
+
+    def forward(self, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory):
+        y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
+        return self._run(False, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory, [y])[0]
+
+    def backward(self, grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory, *needs):
+        needs_eigenvalues, needs_matrix, needs_weights = needs
+        outputs = [
+            poisoned(matrix.shape, b.dtype) if needs_matrix else None,
+            poisoned(b.shape, b.dtype) if needs_eigenvalues else None,
+            poisoned(b.shape, b.dtype),
+            poisoned(b.shape, b.dtype),
+            poisoned(weights.shape, weights.dtype) if needs_weights else None,
+        ]
+        rest = [grad_y, *outputs]
+        outputs = self._run(True, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory, rest)
+        d_matrix, d_eigenvalues, db, dy0, d_weights = (
+            (weights if i == 4 else b).new_empty(0) if x is None else x for i, x in enumerate(outputs)
+        )
+        return d_eigenvalues, d_matrix, db, dy0, d_weights
+
+    def _run(self, backward, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory, rest):
+        numbers = [
+            int(backward),
+            list(DTYPES.values()).index(b.dtype),
+            self.shift * b.element_size(),
+            *b.shape,
+            k,
+            int(trajectory),
+            *(stride(x, 0) for x in (matrix, eigenvalues, b, y0)),
+            len(hidden_dims),
+            *hidden_dims,
+            *[0] * (MAX_LAYERS - len(hidden_dims)),
+        ]
+        arrays = [matrix, eigenvalues, b, y0, weights, *rest]
+        arrays += [None] * (11 - len(arrays))
+        return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
+
+
+def _problem(structure, B, d, hidden_dims, k, *, warm=True, trajectory=False, seed=0):
+    """(grad_y, λ, matrix, b, y0, weights): canonical arguments of the op in float64, rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = "diagonal" if structure == "diagonal" else "dense"
+    leaves, _, b = random_quadratic(
+        kind, (B,), d, symmetric=False, shared=structure == "shared", dtype=torch.float64, seed=seed
+    )
+    eigenvalues = leaves[0] if structure == "diagonal" else None
+    matrix = None if structure == "diagonal" else leaves[0].reshape(-1, d, d)
+    normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    ins, outs = (d, d, *hidden_dims), (hidden_dims[0], *hidden_dims, d)
+    # of a size that keeps states and adjoints of the size of b over the steps
+    weights = torch.cat([normal(n * m) * (1.2 / m) ** 0.5 for n, m in zip(outs, ins, strict=True)])
+    y0 = normal(B, d) if warm else None
+    grad = normal(*((k + 1, B, d) if trajectory else (B, d)))
+    tensors = (grad, eigenvalues, matrix, b, y0, weights)
+    return [x if x is None else x.bfloat16().double().contiguous() for x in tensors]
+
+
+def _run(implementation, tensors, hidden_dims, k, dtype, needs=(True, True, True)):
+    """y, and the gradients by name."""
+    compute = torch.promote_types(dtype, torch.float32)
+    grad, eigenvalues, matrix, b, y0, weights = (
+        x if x is None else x.to(compute if i == 5 else dtype) for i, x in enumerate(tensors)
+    )
+    call = (eigenvalues, matrix, b, y0, weights, hidden_dims, k, grad.dim() == 3)
+    needs = (needs[0] and eigenvalues is not None, needs[1] and matrix is not None, needs[2])
+    names = ("d_eigenvalues", "d_matrix", "db", "dy0", "d_weights")
+    grads = implementation.backward(grad, *call, *needs)
+    return dict(y=implementation.forward(*call), **dict(zip(names, grads, strict=True)))
+
+
+def _check(emulation, tensors, hidden_dims, k, dtype, needs=(True, True, True)):
+    """The executed kernels against the float64 reference; returns what they computed."""
+    actual = _run(emulation, tensors, hidden_dims, k, dtype, needs)
+    exact = _run(manual, tensors, hidden_dims, k, torch.float64, needs)
+    eager = _run(manual, tensors, hidden_dims, k, torch.float32 if dtype == torch.float64 else dtype, needs)
+    for name in exact:
+        assert_as_close_as_eager(actual[name], exact[name], eager[name], what=name)
+    return actual
+
+
+def _in_every_order(tensors, hidden_dims, k, dtype, **options):
+    """Right, and bit-equal whatever the order of the threads."""
+    first = _check(Emulation(**options), tensors, hidden_dims, k, dtype)
+    for order, copies in ORDERS[1:]:
+        again = _run(Emulation(order=order, copies=copies, **options), tensors, hidden_dims, k, dtype)
+        for name in first:
+            assert torch.equal(first[name], again[name]), f"{name}: the order of the threads shows ({order})"
+
+
+# few samples, then so many that each of the two blocks of the emulated device takes a second, larger tile
+@structures
+@pytest.mark.parametrize("B", [11, 71])
+@pytest.mark.parametrize(("d", "hidden_dims"), [(5, (10, 20, 20)), (3, (7,)), (13, (6, 33))], ids=str)
+def test_tiles(structure, B, d, hidden_dims):
+    _in_every_order(_problem(structure, B, d, hidden_dims, 3, seed=d), hidden_dims, 3, torch.float32)
+
+
+@structures
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
+def test_dtypes(structure, dtype, trajectory):
+    for B, d, hidden_dims, k in ((19, 5, (10, 20, 20), 4), (2, 17, (9, 3, 4, 5, 6, 7), 2)):
+        tensors = _problem(structure, B, d, hidden_dims, k, trajectory=trajectory, seed=3)
+        _check(Emulation(order="7", copies="late"), tensors, hidden_dims, k, DTYPES[dtype])
+
+
+@structures
+@pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
+def test_edges(structure, trajectory):
+    for k, B, (d, hidden_dims, warm) in itertools.product((0, 1, 7), (0, 1, 3), ((1, (1,), True), (6, (2, 9), False))):
+        tensors = _problem(structure, B, d, hidden_dims, k, warm=warm, trajectory=trajectory, seed=5)
+        for dtype in (torch.float32, torch.float64):
+            _check(Emulation(), tensors, hidden_dims, k, dtype)
+
+
+@structures
+def test_largest(structure):
+    """d = 64 and widths of 128: the weights stay in global memory, whose L2 serves them."""
+    hidden_dims = (128, 128, 128)
+    _check(Emulation(), _problem(structure, 3, 64, hidden_dims, 2), hidden_dims, 2, torch.float32)
+
+
+@structures
+def test_what_does_not_fit_in_shared_memory(structure):
+    """Trajectories, gradients, matrices, weights and at last vectors in the workspace instead."""
+    hidden_dims = (12, 20)
+    for limit in (34000, 20000, 14000, 9000, 3000):
+        tensors = _problem(structure, 18, 9, hidden_dims, 6, seed=4)
+        _in_every_order(tensors, hidden_dims, 6, torch.float32, CUDA_ON_CPU_SHARED_MEMORY=str(limit))
+
+
+@structures
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_strides_and_alignment(structure, dtype):
+    hidden_dims = (6, 10)
+    grad, *operands, weights = _problem(structure, 5, 7, hidden_dims, 3, seed=6)
+    spread = [spread_rows(x if x is None else x.to(DTYPES[dtype])) for x in operands]
+    eigenvalues, matrix, b, y0 = operands
+    expanded = [eigenvalues, matrix, b[:1].expand(5, 7), y0[:1].expand(5, 7)]
+    for case in (spread, expanded):
+        _check(Emulation(shift=1), [grad, *case, weights], hidden_dims, 3, DTYPES[dtype])
+
+
+@structures
+def test_gradients_that_are_not_needed(structure):
+    for needs in itertools.product((True, False), repeat=3):
+        tensors = _problem(structure, 9, 6, (5, 8), 4, seed=2)
+        _check(Emulation(), tensors, (5, 8), 4, torch.float32, needs)
+
+
+def test_nan_stays_in_its_row():
+    for structure, B in itertools.product(("dense", "diagonal"), (9, 70)):
+        tensors = _problem(structure, B, 6, (5, 8), 3, seed=8)
+        clean = _run(Emulation(), tensors, (5, 8), 3, torch.float32)
+        tensors[3][1, 3] = torch.nan
+        spoiled = _run(Emulation(), tensors, (5, 8), 3, torch.float32)
+        others = [i for i in range(B) if i != 1]
+        assert spoiled["y"][1].isnan().all()
+        for name in ("y", "db", "dy0"):
+            assert torch.equal(clean[name][others], spoiled[name][others]), name
+
+
+def test_sizes_beyond_the_kernels_are_refused():
+    with pytest.raises(AssertionError, match="at most 8192 expected; use backend='eager'"):
+        _run(Emulation(), _problem("diagonal", 1, 1, (8193,), 1), (8193,), 1, torch.float32)
+
+
+@structures
+@pytest.mark.parametrize("mode", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+def test_sanitizers(structure, mode):
+    hidden_dims = (7, 12, 9)
+    for B, trajectory in itertools.product((1, 10, 71), (False, True)):
+        tensors = _problem(structure, B, 5, hidden_dims, 3, trajectory=trajectory, seed=9)
+        _check(Emulation(mode, order="7", copies="late", shift=1), tensors, hidden_dims, 3, torch.float32)
+    for limit in (12000, 2000):
+        tensors = _problem(structure, 18, 6, hidden_dims, 4)
+        _check(Emulation(mode, CUDA_ON_CPU_SHARED_MEMORY=str(limit)), tensors, hidden_dims, 4, torch.float32)
