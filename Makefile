@@ -46,7 +46,8 @@ gpu-sanitize:
 	$(GPU_BUILD)
 	for tool in memcheck racecheck synccheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q \
-	    python_tests/test_momentum.py -k "cuda and (forward_and_gradients or edges or schedule_forms)" || exit 1; \
+	    python_tests/test_momentum.py python_tests/test_rnn.py \
+	    -k "cuda and (forward_and_gradients or edges or schedule_forms)" || exit 1; \
 	done
 
 # counters of the main shapes: share of the memory and of the arithmetic roof, registers, local memory, stalls

@@ -13,6 +13,9 @@
 
 #include "common/tensors.h"
 #include "cpu/rnn_launch.h"
+#ifdef UNROLLED_KERNELS_WITH_CUDA
+#include "cuda/rnn_launch.h"
+#endif
 
 namespace unrolled_kernels {
 namespace {
@@ -92,6 +95,9 @@ struct Arguments {
 
 template <typename Problem>
 void launch(const Tensor& like, const Problem& p) {
+#ifdef UNROLLED_KERNELS_WITH_CUDA
+  if (like.is_cuda()) return rnn_cuda(p, like.get_device_index());
+#endif
   STD_TORCH_CHECK(like.is_cpu(), "unrolled_kernels: no kernels for this device");
   rnn_cpu(p);
 }
@@ -184,3 +190,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unrolled_kernels, CPU, m) { unrolled_kernels::register_kernels(m); }
+#ifdef UNROLLED_KERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(unrolled_kernels, CUDA, m) { unrolled_kernels::register_kernels(m); }
+#endif

@@ -10,9 +10,9 @@ from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
 from unrolled_kernels.ops.rnn import manual, native, reference
 
-_LAUNCHERS = {"manual": manual, "cpu": native.Launcher()}
-# no kernels: eager torch, the hand-written backward included
-_LAUNCHERS |= {"cuda": manual, "triton": manual}
+_NATIVE = native.Launcher()
+# "triton": no kernels; eager torch, the hand-written backward included
+_LAUNCHERS = {"manual": manual, "cpu": _NATIVE, "cuda": _NATIVE, "triton": manual}
 
 
 def rnn(backend, hidden_dims, num_steps, trajectory, eigenvalues, matrix, b, y0, weights):
