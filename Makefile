@@ -26,6 +26,7 @@ test-slow: build
 
 bench: build
 	$(BIN)/python -m benchmarks.momentum --record
+	$(BIN)/python -m benchmarks.rnn --record
 	$(BIN)/python -m benchmarks.scaling --record
 	$(BIN)/python -m benchmarks.report
 

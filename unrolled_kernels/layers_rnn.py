@@ -9,7 +9,7 @@ from unrolled_kernels.layers import _check_region, _Unrolled
 
 __all__ = ["UnrolledRNN"]
 
-# c_φ of a cell that is held in its stable region: y_k stays below ‖W₂b‖ … / (1 - c_φ) for every k
+# what c_φ is held below in the stable region: two starts, or two energies, end within a multiple of 1/(1 - c_φ)
 _LARGEST_CONTRACTION = 0.99
 
 
