@@ -11,9 +11,10 @@ from unrolled_kernels.experiments.run_directory import atomic_path
 
 _COLORS = {
     "cpu": "#0b6e4f", "cuda": "#0b6e4f", "triton": "#5aa469", "eager": "#c44536", "cudagraph": "#e08e45",
-    "compile": "#7768ae", "compile-max": "#4b3f72", "jax": "#3a7ca5",
+    "compile": "#7768ae", "compile-max": "#4b3f72", "jax": "#3a7ca5", "func": "#d4a5a5", "solve": "#8d99ae",
+    "deepinv": "#f2cc8f",
 }  # fmt: skip
-_MARKERS = {"dense": "o", "diagonal": "s", "spectral": "^"}
+_MARKERS = {"dense": "o", "diagonal": "s", "spectral": "^", "tikhonov": "D"}
 
 
 def ratios(rows, directory):

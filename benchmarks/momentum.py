@@ -5,6 +5,7 @@
 Floors (per sample, s bytes an element; forward, then backward, which replays the iterates):
 dense      (d² + 2d)s     2kd²           (2d² + 3d)s    6kd²
 diagonal   3ds            4kd            5ds            10kd
+tikhonov   4ds            4kd            6ds            10kd            (from f, x and b; + ds for the gradient of x)
 spectral   (d² + 3d)s     4d² + 4kd      (d² + 5d)s     4d² + 10kd      (+ d²s and 4d² for the gradient of R)
 """
 
@@ -13,7 +14,7 @@ import dataclasses
 import torch
 
 import unrolled_kernels.functional as F
-from benchmarks import suite
+from benchmarks import peers, suite
 from unrolled_kernels.testing import random_quadratic
 
 
@@ -39,7 +40,7 @@ class Case:
     @property
     def unreasonable(self):
         """Peers that would take minutes here: torch.compile's cost doubles with each step of an elementwise loop."""
-        return ("compile", "compile-max") if self.structure == "diagonal" and self.k > 10 else ()
+        return ("compile", "compile-max") if self.structure in ("diagonal", "tikhonov") and self.k > 10 else ()
 
     def with_steps(self, k):
         return dataclasses.replace(self, k=k)
@@ -70,6 +71,7 @@ class Case:
         forward, backward = {
             "dense": (((square + 2 * d) * s, 2 * k * square), ((2 * square + 3 * d) * s, 6 * k * square)),
             "diagonal": ((3 * d * s, 4 * steps), (5 * d * s, 10 * steps)),
+            "tikhonov": ((4 * d * s, 4 * steps), (6 * d * s, 10 * steps)),
             "spectral": (
                 ((square + 3 * d) * s, 4 * square + 4 * steps),
                 ((2 * square + 5 * d) * s, 8 * square + 10 * steps),
@@ -77,6 +79,14 @@ class Case:
         }[self.structure]
         both = tuple(f + b for f, b in zip(forward, backward, strict=True))
         return tuple(B * x for x in {"forward": forward, "backward": backward, "forward+backward": both}[mode])
+
+    def library_functions(self):
+        """The exact minimizer, which the iterates converge to, by ``torch.linalg.solve``; unrolled GD of deepinv."""
+        if self.structure == "dense":
+            return {"solve": lambda Q, b, step_size: F.minimize(Q, b)}
+        if self.structure == "tikhonov" and self.method == "gd" and not peers.missing("deepinv", "any"):
+            return {"deepinv": lambda f, x, b, step_size: _deepinv_gradient_descent(f, x - b, step_size, self.k)}
+        return {}
 
     def jax_function(self):
         """A ``lax.scan`` over the steps."""
@@ -91,6 +101,9 @@ class Case:
                 apply_Q = lambda z: eigenvalues * z
             elif self.structure == "diagonal":
                 apply_Q = lambda z: operands[0] * z
+            elif self.structure == "tikhonov":
+                b = b - operands[1]
+                apply_Q = lambda z: (1 + operands[0] ** 2) * z
             else:
                 apply_Q = lambda z: jnp.einsum("bij,bj->bi", operands[0], z)
             root = jnp.sqrt(0.1 * step_size)
@@ -107,16 +120,45 @@ class Case:
         return run
 
 
+def _deepinv_gradient_descent(f, measured, step_size, num_steps):
+    """Unrolled gradient descent on 1/2 ‖y - measured‖² + 1/2 ‖f y‖² as deepinv offers it, from zero."""
+    from deepinv.optim import GD, L2, Prior
+    from deepinv.physics import Denoising
+
+    class Weighted(Prior):
+        def __init__(self):
+            super().__init__()
+            self.explicit_prior = True
+
+        def grad(self, y, *args, **kwargs):
+            return f * f * y
+
+    start = torch.zeros_like(measured)
+    model = GD(
+        data_fidelity=L2(),
+        prior=Weighted(),
+        stepsize=[step_size],
+        max_iter=num_steps,
+        unfold=True,
+        trainable_params=[],
+        custom_init=lambda y, physics: {"est": (start, start), "cost": None},
+    )
+    return model(measured, Denoising())
+
+
 SMALL = [(50, 5, 30), (1000, 5, 30), (10000, 5, 30)]
 CPU_SHAPES = {
     "dense": [*SMALL, (1024, 16, 20), (1024, 32, 20), (256, 64, 20), (64, 128, 20)],
     "diagonal": [(1, 518_400, 12)],
+    # 16 images of 180 x 180, GD^12: the layer of the paper's denoiser
+    "tikhonov": [(1, 518_400, 12)],
     "spectral": [(10000, 5, 30), (1024, 32, 20)],
 }
 # 1 GiB of Q (diagonal: 0.5 GiB, so that the eager loop, which keeps every iterate, still fits)
 GPU_SHAPES = {
     "dense": [*SMALL, *((2**28 // d**2, d, k) for d in (16, 32, 64, 128) for k in (10, 20, 40)), (8, 512, 20)],
     "diagonal": [(1, 2**27, 12)],
+    "tikhonov": [(1, 2**27, 12)],
     "spectral": [(10000, 5, 30), *((2**28 // d**2, d, 10) for d in (16, 32, 64, 128))],
 }
 

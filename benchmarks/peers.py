@@ -5,6 +5,7 @@ A case (benchmarks/momentum.py and its neighbours) offers
     case.function(backend)   a function of its leaves (tensors that require grad) that returns y
     case.inputs(device)      (leaves, cotangent of y)
     case.jax_function()      the same function in JAX
+    case.library_functions() {peer: function} of what libraries offer for it: "solve", "deepinv"
 """
 
 import functools
@@ -14,7 +15,8 @@ import time
 import torch
 
 MODES = ("forward", "backward", "forward+backward")
-PEERS = ("eager", "cudagraph", "compile", "compile-max", "jax")
+# the eager loop as it is, by torch.func, captured, compiled twice; JAX; the exact minimizer; the library of the field
+PEERS = ("eager", "func", "cudagraph", "compile", "compile-max", "jax", "solve", "deepinv")
 
 
 def step(function, mode):
@@ -29,12 +31,23 @@ def step(function, mode):
 
     def backward(leaves, cotangent):
         y = function(*leaves)
-        return lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True)
+        return lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True, allow_unused=True)
 
     def both(leaves, cotangent):
-        return lambda: torch.autograd.grad(function(*leaves), leaves, cotangent)
+        # the exact minimizer does not depend on the step size
+        return lambda: torch.autograd.grad(function(*leaves), leaves, cotangent, allow_unused=True)
 
     return {"forward": forward, "backward": backward, "forward+backward": both}[mode]
+
+
+def functional_step(function):
+    """``prepare`` as of ``step`` for the forward and backward that a user of ``torch.func`` would write."""
+
+    def prepare(leaves, cotangent):
+        leaves = [x.detach() for x in leaves]
+        return lambda: torch.func.vjp(function, *leaves)[1](cotangent)
+
+    return prepare
 
 
 def missing(peer, device):
@@ -43,6 +56,8 @@ def missing(peer, device):
         return "JAX is not installed (`pip install jax`)"
     if peer == "jax" and device == "cuda" and not _jax_has_gpu():
         return "this JAX has no GPU (`pip install jax[cuda13]`)"
+    if peer == "deepinv" and importlib.util.find_spec("deepinv") is None:
+        return "deepinv is not installed (`pip install deepinv`)"
     if peer == "cudagraph" and device != "cuda":
         return "there are no CUDA graphs on the CPU"
     if peer == "compile-max" and device != "cuda":
@@ -58,13 +73,15 @@ def _jax_has_gpu():
 
 
 def torch_peer(peer, case, sets):
-    """The eager loop as it is, captured in CUDA graphs, or compiled: a function of the leaves.
+    """The eager loop as it is, captured in CUDA graphs, or compiled, or a library's: a function of the leaves, or None.
 
     Args:
         peer: one of ``PEERS`` but ``"jax"``.
         case: what is compared.
         sets: input sets; the first serves to capture.
     """
+    if peer in ("solve", "deepinv"):
+        return case.library_functions().get(peer)
     function = case.function("eager")
     if peer == "cudagraph":
         # graphs read and write fixed buffers: copies of the leaves go in, as for any user of them

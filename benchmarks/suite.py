@@ -59,11 +59,15 @@ def run(case, device, roof, where, *, modes, wanted_peers, rounds):
     functions = {name: case.function(name) for name in ours}
     for peer in wanted_peers:
         if peer != "jax" and peers.missing(peer, device) is None and peer not in case.unreasonable:
-            functions[peer] = peers.torch_peer(peer, case, sets)
+            function = peers.torch_peer(peer, case, sets)
+            if function is not None:
+                functions[peer] = function
     for mode in modes:
         calls, compile_seconds, peaks = {}, {}, {}
         for name, function in functions.items():
-            prepare = peers.step(function, mode)
+            if name == "func" and mode != "forward+backward":
+                continue
+            prepare = peers.functional_step(function) if name == "func" else peers.step(function, mode)
             try:
                 first, seconds = peers.seconds_to_first_result(prepare, *sets[0])
                 calls[name] = rotating([first, *(prepare(*inputs) for inputs in sets[1:])])

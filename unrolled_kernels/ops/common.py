@@ -129,7 +129,16 @@ def call(name, arguments):
 
 
 def register(name, fake_forward, fake_backward):
-    """Give the op ``name`` and its backward a fake kernel each and a loud autograd."""
+    """Give the op ``name`` and its backward a fake kernel each and a loud autograd.
+
+    Raises:
+        RuntimeError: the extension does not have the op: it was built from the sources of another version.
+    """
+    if not hasattr(torch.ops.unrolled_kernels, name):
+        raise RuntimeError(
+            f"unrolled_kernels: the compiled extension has no op {name}: it was built from other sources than these; "
+            "build it again (`make build`, or `pip install --no-build-isolation .`)"
+        )
     for op, fake in ((name, fake_forward), (f"{name}_backward", fake_backward)):
         torch.library.register_fake(f"unrolled_kernels::{op}", fake)
         torch.library.register_autograd(f"unrolled_kernels::{op}", _not_differentiable)
