@@ -71,6 +71,10 @@ class Case:
         both = tuple(f + b for f, b in zip(forward, backward, strict=True))
         return {"forward": forward, "backward": backward, "forward+backward": both}[mode]
 
+    def library_functions(self):
+        """No library has this cell."""
+        return {}
+
     def jax_function(self):
         """A ``lax.scan`` over the cells."""
         import jax

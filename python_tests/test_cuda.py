@@ -29,10 +29,9 @@ from cuda_sources import (
 )
 
 from unrolled_kernels.ops.momentum import manual
-from unrolled_kernels.testing import assert_as_close_as_eager, random_quadratic
+from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
 STEMS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
-STRUCTURES = ("dense", "diagonal", "spectral")
 
 # what the compiler makes of the kernels
 
@@ -96,9 +95,9 @@ class Emulation:
         self.executable = emulated("momentum", mode, sources)
         self.environment, self.shift = environment(order, copies, **more), shift
 
-    def forward(self, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory):
+    def forward(self, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed):
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
-        return self._run(False, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, [y])[0]
+        return self._run(False, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed, [y])[0]
 
     def backward(
         self,
@@ -115,6 +114,7 @@ class Emulation:
         needs_eigenvalues,
         needs_matrix,
         needs_schedule,
+        observed,
     ):
         outputs = [
             poisoned(matrix.shape, b.dtype) if needs_matrix else None,
@@ -123,34 +123,38 @@ class Emulation:
             poisoned(b.shape, b.dtype),
             *(poisoned(c.shape, c.dtype) if needs_schedule and c is not None else None for c in (phi, beta, gamma)),
         ]
-        outputs = self._run(True, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, [grad_y, *outputs])
+        rest = [grad_y, *outputs]
+        outputs = self._run(True, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed, rest)
         nothing = {True: b.new_empty(0), False: phi.new_empty(0)}
         d_matrix, d_eigenvalues, *rest = (nothing[i < 4] if x is None else x for i, x in enumerate(outputs))
         return (d_eigenvalues, d_matrix, *rest)
 
-    def _run(self, backward, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, rest):
+    def _run(self, backward, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed, rest):
+        # the kernels know tikhonov as a diagonal with something observed
+        structure = 0 if eigenvalues is None else 1 if matrix is None else 2
         numbers = [
-            STRUCTURES.index("dense" if eigenvalues is None else "diagonal" if matrix is None else "spectral"),
+            structure,
             int(backward),
             list(DTYPES.values()).index(b.dtype),
             self.shift * b.element_size(),
             *b.shape,
             k,
             int(trajectory),
-            *(stride(x, 0) for x in (matrix, eigenvalues, b, y0)),
+            *(stride(x, 0) for x in (matrix, eigenvalues, b, y0, observed)),
             *(stride(c, dim) for c in (phi, beta, gamma) for dim in (0, 1)),
         ]
-        arrays = [matrix, eigenvalues, b, y0, phi, beta, gamma, *rest]
-        arrays += [None] * (15 - len(arrays))
+        arrays = [matrix, eigenvalues, b, y0, observed, phi, beta, gamma, *rest]
+        arrays += [None] * (16 - len(arrays))
         return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
 
 
 def _problem(structure, B, d, k, *, method="momentum", form="both", warm=True, shared=False, trajectory=False, seed=0):
-    """(grad_y, λ, matrix, b, y0, φ, β, γ): canonical arguments of the op in float64, rounded to bfloat16."""
+    """(grad_y, λ, matrix, b, y0, φ, β, γ, observed): canonical arguments of the op in float64, rounded to bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     leaves, _, b = random_quadratic(structure, (B,), d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed)
     eigenvalues = leaves[0] if structure != "dense" else None
-    matrix = {"dense": leaves[0], "diagonal": None, "spectral": leaves[-1]}[structure]
+    matrix = {"dense": leaves[0], "spectral": leaves[-1]}.get(structure)
+    observed = leaves[1] if structure == "tikhonov" else None
     if matrix is not None and matrix.dim() == 2:
         matrix = matrix.unsqueeze(0)
     shape = {"scalar": (1, 1), "step": (1, k), "sample": (B, 1), "both": (B, k)}[form]
@@ -161,18 +165,18 @@ def _problem(structure, B, d, k, *, method="momentum", form="both", warm=True, s
     normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
     y0 = normal(B, d) if warm else None
     grad = normal(*((k + 1, B, d) if trajectory else (B, d)))
-    tensors = (grad, eigenvalues, matrix, b, y0, *schedule)
+    tensors = (grad, eigenvalues, matrix, b, y0, *schedule, observed)
     return [x if x is None else x.bfloat16().double().contiguous() for x in tensors]
 
 
 def _run(implementation, tensors, k, dtype, needs=(True, True, True)):
     """y, and the gradients by name; those of the schedule as one vector, since a single number may cancel by chance."""
     compute = torch.promote_types(dtype, torch.float32)
-    grad, eigenvalues, matrix, *rest = (
-        x if x is None else x.to(dtype if i < 5 else compute) for i, x in enumerate(tensors)
+    grad, eigenvalues, matrix, *rest, observed = (
+        x if x is None else x.to(compute if 5 <= i < 8 else dtype) for i, x in enumerate(tensors)
     )
     trajectory = grad.dim() == 3
-    y = implementation.forward(eigenvalues, matrix, *rest, k, trajectory)
+    y = implementation.forward(eigenvalues, matrix, *rest, k, trajectory, observed)
     needs_eigenvalues, needs_matrix, needs_schedule = needs
     grads = implementation.backward(
         grad,
@@ -184,6 +188,7 @@ def _run(implementation, tensors, k, dtype, needs=(True, True, True)):
         needs_eigenvalues and eigenvalues is not None,
         needs_matrix and matrix is not None,
         needs_schedule,
+        observed,
     )
     return dict(
         y=y,
@@ -266,10 +271,10 @@ def test_what_does_not_fit_in_shared_memory(structure):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_strides_and_alignment(structure, dtype):
     for d, shift in ((8, 1), (7, 0), (32, 3), (40, 1), (136, 1)):
-        grad, eigenvalues, matrix, b, y0, *schedule = _problem(structure, 5, d, 3, seed=6)
-        tensors = [grad, *(x if x is None else spread(x.to(DTYPES[dtype])) for x in (eigenvalues, matrix, b, y0))]
-        _check(Emulation(shift=shift), [*tensors, *schedule], 3, DTYPES[dtype])
-        expanded = [grad, eigenvalues, matrix, b[:1].expand(5, d), y0[:1].expand(5, d), *schedule]
+        grad, eigenvalues, matrix, b, y0, *schedule, observed = _problem(structure, 5, d, 3, seed=6)
+        wide = [x if x is None else spread(x.to(DTYPES[dtype])) for x in (eigenvalues, matrix, b, y0, observed)]
+        _check(Emulation(shift=shift), [grad, *wide[:4], *schedule, wide[4]], 3, DTYPES[dtype])
+        expanded = [grad, eigenvalues, matrix, b[:1].expand(5, d), y0[:1].expand(5, d), *schedule, observed]
         _check(Emulation(shift=shift), expanded, 3, DTYPES[dtype])
 
 

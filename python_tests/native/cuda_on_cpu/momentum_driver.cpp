@@ -1,8 +1,8 @@
 // Runs one call of the launcher of `momentum` on the CPU, see driver.h:
 //
 //     structure, backward, dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
-//     B, d, k, trajectory, strides of matrix, eigenvalues, b, y0, then (batch, step) of phi, beta, gamma
-//     bytes of matrix, eigenvalues, b, y0, phi, beta, gamma, then of y, or of grad_y and the gradients in the order of
+//     B, d, k, trajectory, strides of matrix, eigenvalues, b, y0, observed, then (batch, step) of phi, beta, gamma
+//     bytes of matrix, eigenvalues, b, y0, observed, phi, beta, gamma, then of y, or of grad_y and the gradients in the order of
 //     MomentumBackward; -1: nullptr. Then their contents, in that order.
 //
 // shift: bytes from a multiple of 16 to the arrays of the storage type.
@@ -14,9 +14,9 @@ using namespace unrolled_kernels;
 
 namespace {
 
-constexpr int arrays = 15, schedule = 4, first_output = 7, schedule_output = 12;
+constexpr int arrays = 16, schedule = 5, first_output = 8, schedule_output = 13;
 struct Header {
-  int64_t structure, backward, dtype, shift, sizes[14], bytes[arrays];
+  int64_t structure, backward, dtype, shift, sizes[15], bytes[arrays];
 };
 
 template <typename Problem>
@@ -31,15 +31,16 @@ const char* run(const Header& h, void* const* pointers) {
   using C = compute_type<Storage>;
   const auto storage = [&](int i) { return static_cast<Storage*>(pointers[i]); };
   const auto compute = [&](int i) { return static_cast<C*>(pointers[i]); };
-  const auto coefficient = [&](int i) { return Coefficient<C>{compute(schedule + i), h.sizes[8 + 2 * i], h.sizes[9 + 2 * i]}; };
+  const auto coefficient = [&](int i) { return Coefficient<C>{compute(schedule + i), h.sizes[9 + 2 * i], h.sizes[10 + 2 * i]}; };
   MomentumInputs<Storage> in{};
   in.B = h.sizes[0], in.d = h.sizes[1], in.k = h.sizes[2], in.trajectory = h.sizes[3] != 0;
   in.matrix_stride = h.sizes[4], in.eigenvalues_stride = h.sizes[5], in.b_stride = h.sizes[6], in.y0_stride = h.sizes[7];
-  in.matrix = storage(0), in.eigenvalues = storage(1), in.b = storage(2), in.y0 = storage(3);
+  in.observed_stride = h.sizes[8];
+  in.matrix = storage(0), in.eigenvalues = storage(1), in.b = storage(2), in.y0 = storage(3), in.observed = storage(4);
   in.phi = coefficient(0), in.beta = coefficient(1), in.gamma = coefficient(2);
-  if (!h.backward) return run(h.structure, MomentumForward<Storage>{in, storage(7)});
-  return run(h.structure, MomentumBackward<Storage>{in, storage(7), storage(8), storage(9), storage(10), storage(11),
-                                                    compute(12), compute(13), compute(14)});
+  if (!h.backward) return run(h.structure, MomentumForward<Storage>{in, storage(8)});
+  return run(h.structure, MomentumBackward<Storage>{in, storage(8), storage(9), storage(10), storage(11), storage(12),
+                                                    compute(13), compute(14), compute(15)});
 }
 
 }  // namespace
