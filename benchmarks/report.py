@@ -30,13 +30,16 @@ def main():
 
 def device_section(directory):
     """Tables of one device, and links to its figures, which are drawn on the way; empty where nothing was measured."""
-    files = [file for file in sorted(directory.glob("*.csv")) if file.stem != "scaling"]
+    files = [file for file in sorted(directory.glob("*.csv")) if file.stem not in ("scaling", "training")]
     if not files:
         return ""
     rows = pd.concat([read(file) for file in files], ignore_index=True)
     FIGURES.mkdir(parents=True, exist_ok=True)
     drawn = [figures.ratios(rows, FIGURES), figures.roofline(rows, FIGURES)]
     parts = [header(rows), table(rows)]
+    training_file = directory / "training.csv"
+    if training_file.exists():
+        parts.append(training_table(pd.read_csv(training_file)))
     sweep_file = directory / "scaling.csv"
     if sweep_file.exists():
         sweeps = read(sweep_file)
@@ -98,6 +101,16 @@ def _ratio(by_backend, name, best):
         return ""
     compiled = by_backend.compile_s[name]
     return f"{by_backend.p50_us[name] / best:.1f}×" + ("" if pd.isna(compiled) else f" ({compiled:.1f} s)")
+
+
+def training_table(rows):
+    """Layers and training steps of the two tasks, with the eager loop and with the fused layer."""
+    lines = ["| task | | eager, µs | fused, µs | ratio |", "|---|---|---:|---:|---:|"]
+    lines += [
+        f"| {r.task} | {r.what} | {r.eager_us:.0f} | {r.fused_us:.0f} | {r.eager_us / r.fused_us:.1f}× |"
+        for r in rows.itertuples()
+    ]
+    return "\n".join(lines)
 
 
 def exponents(sweeps):
