@@ -1,0 +1,487 @@
+"""The denoising experiment: its images and noise, its models, its training in one and two processes, its refusals."""
+
+import dataclasses
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import unrolled_kernels as uk
+from unrolled_kernels.experiments import cli
+from unrolled_kernels.experiments.denoising import checkpoint, data, evaluation, images, measurements, train
+from unrolled_kernels.experiments.denoising.grid import PRESETS, Grid, Training, Trial, finished_trials
+from unrolled_kernels.experiments.denoising.model import CASES, DnCNN, StepSize, energy_layer, make_model
+from unrolled_kernels.testing import assert_as_close_as_eager
+
+ROOT = Path(__file__).parents[1]
+BSD = ROOT.parent / "shared" / "data" / "bsd400"
+QUICK = Training(epochs=4, batch_size=4, crop=16)
+GD = Trial("about-right", "gd", 3, 0)
+# everything about a run but its wall time
+TIMELESS = ["case", "algorithm", "num_steps", "seed", "epochs", "train_loss", "test_loss", "test_psnr", "step_size"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The images are too small to share between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def task():
+    """24 images of 32×32."""
+    return data.DenoisingTask(images.photographs(32)[::97][:24].clone())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of 24 PNG files of 40×36."""
+    path = tmp_path_factory.mktemp("images")
+    for i, tile in enumerate(images.photographs(40)[::40][:24, 0]):
+        Image.fromarray((tile[:36] * 255).byte().numpy()).save(path / f"{i:02}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_run(folder, tmp_path_factory):
+    """A finished run of the command, and its directory."""
+    out = tmp_path_factory.mktemp("denoising") / "run"
+    assert cli.main(command(folder, out)) == 0
+    return out
+
+
+def command(folder, out, *more, no_speed=True):
+    fixed = (
+        f"denoising --data {folder} --size 32 --crop 16 --batch-size 4 --depths 2 --algorithms gd --cases about-right"
+    )
+    fixed += " --seeds 1 --epochs 6 --workers 1 --device cpu" + " --no-speed --no-baselines" * no_speed
+    return [*fixed.split(), "--out", str(out), *map(str, more)]
+
+
+def table(out):
+    results = pd.read_parquet(out / "results.parquet")
+    return results.sort_values(["case", "algorithm", "num_steps", "seed"])[TIMELESS].reset_index(drop=True)
+
+
+# -- data
+
+
+def test_noise_is_weak_on_edges_and_strong_in_flat_regions():
+    image = torch.zeros(1, 1, 40, 40)
+    image[..., 20:] = 1.0
+    sigma = data.noise_level(image)[0, 0]
+    torch.testing.assert_close(sigma[:, :16], torch.full((40, 16), 50 / 255))
+    torch.testing.assert_close(sigma[:, 20], torch.full((40,), 10 / 255))
+    # its standard deviation is what the law says: many draws of one image of middle gray
+    gray = data.DenoisingTask(torch.full((1, 1, 40, 40), 0.5))
+    draws = torch.stack([gray.noisy(0, (slice(None), slice(None)), 7, i) for i in range(100)]) - 0.5
+    # clipping takes 1 % of the tails
+    assert draws.std() == pytest.approx(50 / 255, rel=0.03)
+
+
+def test_split_noise_and_crops_are_functions_of_the_seed(task):
+    train_index, test_index = task.split(3)
+    assert len(train_index) == 6
+    assert sorted([*train_index.tolist(), *test_index.tolist()]) == list(range(24))
+    assert not torch.equal(train_index, task.split(4)[0])
+    noisy = task.pairs(test_index, 3)[1]
+    assert torch.equal(noisy, task.pairs(test_index, 3)[1])
+    assert not torch.equal(noisy, task.pairs(test_index, 4)[1])
+    # the noise of an image does not depend on which others are asked for
+    assert torch.equal(noisy[5], task.pairs(test_index[5:6], 3)[1][0])
+
+
+@pytest.mark.parametrize("noise", ["fixed", "fresh"])
+def test_ranks_share_the_batches_of_one_process(task, noise):
+    pairs = data.TrainingPairs(task, 0, 16, noise)
+    alone = list(pairs.batches(2, 4))
+    shares = [list(pairs.batches(2, 4, rank, 3)) for rank in range(3)]
+    assert [count for *_, count in alone] == [4, 2]
+    for step, (clean, noisy, count) in enumerate(alone):
+        for rank, share in enumerate(shares):
+            assert torch.equal(share[step][0], clean[rank::3])
+            assert torch.equal(share[step][1], noisy[rank::3])
+            assert share[step][2] == count
+    again = [noisy for epoch in (2, 3) for _, noisy, _ in pairs.batches(epoch, 6)]
+    assert not torch.equal(*again)
+
+
+def test_fixed_noise_stays_with_the_image(task):
+    whole = {noise: data.TrainingPairs(task, 0, 32, noise) for noise in data.NOISE}
+    for noise, pairs in whole.items():
+        first, second = (
+            {c.sum().item(): n for batch in pairs.batches(epoch, 6) for c, n in zip(*batch[:2], strict=True)}
+            for epoch in (0, 1)
+        )
+        same = [torch.equal(noisy, second[key]) for key, noisy in first.items()]
+        assert all(same) if noise == "fixed" else not any(same)
+
+
+def test_photographs_are_180_squares():
+    tiles = images.photographs()
+    assert tiles.shape == (44, 1, 180, 180)
+    assert tiles.min() >= 0
+    assert tiles.max() <= 1
+    assert (tiles.flatten(1).std(1) > 0.01).all()
+
+
+@pytest.mark.skipif(not BSD.is_dir(), reason=f"the BSD images are not in {BSD}")
+def test_bsd_is_split_into_100_and_300():
+    clean, skipped = images.load_folder(BSD)
+    assert clean.shape == (400, 1, 180, 180)
+    assert skipped == 0
+    assert [len(index) for index in data.DenoisingTask(clean).split(0)] == [100, 300]
+
+
+def test_folder_takes_colour_and_16_bits_and_the_middle(tmp_path):
+    ramp = np.arange(40, dtype=np.uint16) * 1000
+    Image.fromarray(np.tile(ramp, (36, 1))).save(tmp_path / "deep.png")
+    (tmp_path / "inner").mkdir()
+    Image.new("RGB", (50, 32), (255, 255, 255)).save(tmp_path / "inner" / "white.jpg")
+    (tmp_path / "notes.txt").write_text("no image")
+    clean, skipped = images.load_folder(tmp_path, 32)
+    assert skipped == 0
+    torch.testing.assert_close(clean[0, 0, 0], torch.from_numpy(ramp[4:36].astype(np.float32)) / 65535)
+    assert (clean[1] > 0.99).all()
+
+
+# -- models
+
+
+@pytest.mark.parametrize("algorithm", ["gd", "nag"])
+def test_energy_layer_minimises_the_energy(task, algorithm):
+    X = task.clean[:2].double()
+    f, g = torch.rand(2, *X.shape, dtype=torch.float64)
+    y = energy_layer(f, g, X, algorithm=algorithm, num_steps=200, step_size=0.4)
+    torch.testing.assert_close(y, (X - g) / (1 + f * f), rtol=1e-10, atol=1e-12)
+    without = energy_layer(f, None, X, algorithm=algorithm, num_steps=200, step_size=0.4)
+    torch.testing.assert_close(without, X / (1 + f * f), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", ["gd", "nag"])
+def test_energy_layer_and_its_gradients_are_those_of_the_eager_loop(task, algorithm):
+    inputs = [*torch.randn(2, 3, 1, 8, 8), task.clean[:3, :, :8, :8]]
+
+    def run(dtype, backend):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        step = torch.linspace(0.05, 0.2, 3, dtype=dtype).reshape(3, 1, 1, 1).requires_grad_()
+        y = energy_layer(*leaves, algorithm=algorithm, num_steps=7, step_size=step, backend=backend)
+        grads = torch.autograd.grad((y * y.detach().cos()).sum(), [*leaves, step])
+        return y.detach(), *grads
+
+    exact, eager, fused = run(torch.float64, "eager"), run(torch.float32, "eager"), run(torch.float32, "auto")
+    for name, *values in zip(("y", "f", "g", "X", "step_size"), fused, exact, eager, strict=True):
+        assert_as_close_as_eager(*values, what=name)
+
+
+def test_sizes_are_those_of_the_cases():
+    convolutions = lambda net: [m for m in net if isinstance(m, torch.nn.Conv2d)]
+    for case, size in CASES.items():
+        model = make_model(Trial(case, "gd", 3, 0), QUICK)
+        assert [m.out_channels for m in convolutions(model.f)] == [size.f_channels] * 3 + [1]
+        assert (model.g is None) == (case == "under")
+    hybrid, plain = (make_model(Trial(case, "gd", 3, 0), QUICK) for case in ("about-right", "dncnn"))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (hybrid, plain)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.25)
+    rows = convolutions(DnCNN(20))[1].weight.flatten(1).double()
+    torch.testing.assert_close(rows @ rows.T, torch.eye(20, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_initial_weights_are_paired_by_seed_and_leave_the_random_state_alone():
+    state = torch.random.get_rng_state()
+    first, deeper, other = (
+        make_model(Trial("over", *rest), QUICK) for rest in (("gd", 1, 5), ("nag", 9, 5), ("gd", 1, 6))
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.f[0].weight, deeper.f[0].weight)
+    assert not torch.equal(first.f[0].weight, other.f[0].weight)
+
+
+@pytest.mark.parametrize("algorithm", ["gd", "nag"])
+def test_guarded_step_is_inside_the_stable_region_of_every_image(algorithm):
+    f = torch.tensor([0.0, 1.0, 30.0, 1e4]).reshape(4, 1, 1, 1) * torch.rand(4, 1, 8, 8)
+    step = StepSize("guarded", algorithm, 0.9)
+    with torch.no_grad():
+        step.value.fill_(-9.0)  # as far as training may push it
+    L = 1 + f.square().amax((1, 2, 3))
+    limit = 2 / (1 + L) if algorithm == "gd" else 4 / (1 + 3 * L)
+    assert (step(f).flatten() < limit).all()
+    y = energy_layer(f, None, torch.ones_like(f), algorithm=algorithm, num_steps=500, step_size=step(f))
+    assert (y.abs() <= 2).all()
+
+
+def test_guard_prevents_the_divergence_of_the_unguarded_run(task):
+    losses = measurements.guard(task, dataclasses.replace(QUICK, learning_rate=1e-2))
+    assert losses["learned"][-1] == math.inf
+    assert len(losses["guarded"]) == 3
+    assert losses["guarded"][-1] < losses["guarded"][0] < 1
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_the_steps(task):
+    saved = measurements.saved_for_backward(task)
+    assert saved["eager"][48] > 3 * saved["eager"][12]
+    if "cpu" in uk.available_backends():
+        assert len(set(saved["auto"].values())) == 1
+
+
+def test_speed_is_measured(task):
+    rows = measurements.speed(task)
+    assert [row["what"] for row in rows] == ["GD, layer", "GD, training step", "NAG, layer", "NAG, training step"]
+    assert all(row["eager_ms"] > 0 and row["fused_ms"] > 0 for row in rows)
+
+
+# -- quality
+
+
+def test_quality_is_psnr_and_ssim_of_each_image(task):
+    clean = task.clean[:3]
+    noisy = (clean + 0.1).clamp(0, 1)
+    psnr, ssim = evaluation.quality(clean, noisy)
+    torch.testing.assert_close(psnr, -10 * torch.log10((noisy - clean).square().mean((1, 2, 3))))
+    torch.testing.assert_close(evaluation.quality(clean, clean)[1], torch.ones(3))
+    assert (ssim < 1).all()
+
+
+def test_classical_methods_beat_the_noisy_image(task):
+    clean, noisy = task.pairs(task.split(0)[0], 0)
+    restored = evaluation.ClassicalMethods(clean, noisy).restore(noisy)
+    before = evaluation.quality(clean, noisy)[0].mean()
+    assert restored.keys() == {"non-local means", "total variation"}
+    for images_ in restored.values():
+        assert evaluation.quality(clean, images_)[0].mean() > before + 1
+
+
+def test_training_denoises_images_it_never_saw():
+    task = data.DenoisingTask(images.photographs(60)[::5].clone())
+    training = Training(epochs=25, batch_size=2, crop=32, noise="fresh", learning_rate=2e-2)
+    row = train.train_one(task, Trial("about-right", "nag", 6, 0), training)
+    assert row["test_psnr"] > row["test_psnr_noisy"] + 3
+    assert row["gap"] == row["test_loss"] - row["train_loss"]
+    assert not row["diverged"]
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
+def test_mixed_precision_trains(task, autocast):
+    rows = [train.train_one(task, GD, dataclasses.replace(QUICK, epochs=20, autocast=x)) for x in ("none", autocast)]
+    assert rows[1]["test_psnr"] == pytest.approx(rows[0]["test_psnr"], abs=1.5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_schedule_is_a_function_of_the_epoch(schedule):
+    rates = [train.learning_rate(Training(100, schedule=schedule), epoch) for epoch in range(100)]
+    assert rates[0] == 1e-2
+    assert rates == sorted(rates, reverse=True)
+    assert (rates[-1] < 1e-3) == (schedule != "constant")
+
+
+# -- runs
+
+
+def test_run_writes_table_figures_weights_and_report(small_run):
+    results = pd.read_parquet(small_run / "results.parquet")
+    assert results["case"].tolist() == ["about-right", "dncnn"]
+    assert sorted(figure.name for figure in small_run.glob("*.png")) == [
+        "figure7_generalization_gap.png",
+        "figure7_images.png",
+        "quality.png",
+    ]
+    assert "| about-right | GD | 2 | 465 |" in (small_run / "report.md").read_text()
+    assert len(list((small_run / "models").iterdir())) == 2
+    assert not (small_run / "checkpoints").exists()
+    settings = json.loads((small_run / "config.json").read_text())["settings"]
+    assert (settings["images"], settings["noise"]) == (24, "fresh")
+
+
+def test_report_compares_methods_speed_and_guard(small_run, folder, capsys):
+    # the same run, finished: nothing is trained again
+    assert cli.main(command(folder, small_run, no_speed=False)) == 0
+    text = (small_run / "report.md").read_text()
+    for phrase in ("non-local means", "plain DnCNN", "NAG, training step", "kept for backward", "(diverged)"):
+        assert phrase in text
+    assert (small_run / "baselines.json").is_file()
+
+
+@pytest.mark.parametrize("autocast", ["none", "float16"])
+def test_checkpoint_holds_the_whole_state(task, tmp_path, autocast):
+    training = dataclasses.replace(QUICK, epochs=6, noise="fresh", autocast=autocast)
+    whole, first, second = (train.Trainer(task, GD, training) for _ in range(3))
+    for _ in range(6):
+        whole.train_epoch()
+    for _ in range(2):
+        first.train_epoch()
+    first.save(tmp_path / "state.safetensors")
+    second.load(tmp_path / "state.safetensors")
+    assert second.epoch == 2
+    for _ in range(4):
+        second.train_epoch()
+    assert second.losses == whole.losses
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], tensor), name
+
+
+def test_interrupted_run_ends_with_the_same_table(small_run, folder, tmp_path, monkeypatch, capsys):
+    whole, epochs = train.Trainer.train_epoch, []
+
+    def interrupted(self):
+        # in the middle of the second model
+        epochs.append(self.epoch)
+        if len(epochs) == 10:
+            raise KeyboardInterrupt
+        return whole(self)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(train.Trainer, "train_epoch", interrupted)
+    assert cli.main(command(folder, out)) == 130
+    assert len(pd.read_parquet(out / "results.parquet")) == 1
+    assert len(list((out / "checkpoints").iterdir())) == 1
+    epochs.clear()
+    monkeypatch.setattr(train.Trainer, "train_epoch", lambda self: epochs.append(self.epoch) or whole(self))
+    assert cli.main(command(folder, out)) == 0
+    assert epochs == [3, 4, 5]
+    pd.testing.assert_frame_equal(table(out), table(small_run), check_exact=True)
+
+
+def test_workers_train_the_same_models(small_run, folder, tmp_path):
+    assert cli.main(command(folder, tmp_path / "run", "--workers", 2)) == 0
+    pd.testing.assert_frame_equal(table(tmp_path / "run"), table(small_run), check_exact=True)
+
+
+def test_model_that_diverges_says_so_and_the_others_go_on(folder, tmp_path, capsys):
+    free = ["--step-size", "fixed", "--step-size-start", 50, "--depths", 2, 40]
+    assert cli.main(command(folder, tmp_path / "run", *free)) == 0
+    results = pd.read_parquet(tmp_path / "run" / "results.parquet").set_index("num_steps")
+    assert results.loc[40, "diverged"]
+    assert not results.loc[2, "diverged"]
+    assert "1 of 1" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_presets_cover_figure_7():
+    grid, training = PRESETS["paper"]
+    assert training.epochs == 3000
+    assert training.crop == 180
+    trials = grid.trials()
+    assert len(trials) == 3 * 2 * len(grid.depths) * grid.seeds + grid.seeds
+    assert 12 in PRESETS["quick"][0].depths
+    assert finished_trials(pd.DataFrame()) == set()
+    assert Grid((1,), 1).trials(7)[0].seed == 7
+
+
+# -- many processes
+
+
+def torchrun(folder, out, *more, restarts=0):
+    arguments = [str(x) for x in command(folder, out, *more)[1:]]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={restarts}",
+            "--standalone", "-m", "unrolled_kernels.experiments.denoising", *arguments]  # fmt: skip
+
+
+def test_two_processes_train_as_one(small_run, folder, tmp_path):
+    # a batch of 4 and one of 2, shared by two ranks, batch normalisation included
+    run = subprocess.run(torchrun(folder, tmp_path / "run"), capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    pd.testing.assert_frame_equal(table(tmp_path / "run"), table(small_run), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_rank_restarts_from_the_checkpoint(folder, tmp_path):
+    out, more = tmp_path / "run", ("--epochs", 60, "--checkpoint-seconds", 0.05)
+    log = (tmp_path / "log.txt").open("w")
+    run = subprocess.Popen(torchrun(folder, out, *more, restarts=1), cwd=ROOT, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/*.safetensors")):
+        assert run.poll() is None, (tmp_path / "log.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert run.wait(timeout=240) == 0, (tmp_path / "log.txt").read_text()
+    uninterrupted = tmp_path / "whole"
+    assert cli.main(command(folder, uninterrupted, *more)) == 0
+    pd.testing.assert_frame_equal(table(out), table(uninterrupted), rtol=1e-3)
+
+
+# -- refusals
+
+
+def test_broken_and_small_images_are_named_and_counted(folder, tmp_path, capsys):
+    for file in sorted(folder.iterdir())[:4]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "00.png").read_bytes()[:200])
+    Image.new("L", (31, 90)).save(tmp_path / "small.png")
+    with pytest.warns(UserWarning, match="skipped") as warned:
+        clean, skipped = images.load_folder(tmp_path, 32)
+    assert (len(clean), skipped) == (4, 2)
+    said = [str(warning.message) for warning in warned]
+    assert any("truncated.png" in message for message in said)
+    assert any("small.png: 31×90 pixels, expected at least 32×32" in message for message in said)
+
+
+@pytest.mark.filterwarnings("ignore:--data")
+def test_folder_without_usable_images_is_refused(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(command(tmp_path / "nowhere", out)) == 1
+    assert f"--data: {tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert cli.main(command(empty, out)) == 1
+    assert "expected at least 2 images of 32×32 pixels or more, found 0 (0 skipped)" in capsys.readouterr().err
+    assert cli.main(command(folder, out, "--size", 37)) == 1
+    assert "found 0 (24 skipped); give another folder or a smaller --size" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_damaged_or_foreign_checkpoint_names_the_file(task, tmp_path):
+    file = tmp_path / "state.safetensors"
+    train.Trainer(task, GD, QUICK).save(file)
+    other = dataclasses.replace(GD, num_steps=4)
+    files = train.Files(checkpoint=file)
+    with pytest.raises(
+        ValueError, match=r"state\.safetensors: a checkpoint of model about-right-gd-3-0, expected .*-4-0"
+    ):
+        train.train_one(task, other, QUICK, files=files)
+    wider = make_model(Trial("over", "gd", 3, 0), QUICK)
+    checkpoint.save(file, GD, wider)
+    with pytest.raises(ValueError, match=r"state\.safetensors: a checkpoint of another model"):
+        train.train_one(task, GD, QUICK, files=files)
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"state\.safetensors: not a readable checkpoint \(truncated"):
+        train.train_one(task, GD, QUICK, files=files)
+
+
+def test_directory_of_another_run_is_refused(small_run, folder, capsys):
+    assert cli.main(command(folder, small_run, "--learning-rate", 0.5)) == 1
+    message = capsys.readouterr().err
+    assert "learning_rate (there 0.01, asked 0.5)" in message
+    assert "sha256" not in message
+
+
+def test_tensorboard_writes_logs_or_says_how_to_get_it(folder, tmp_path, capsys):
+    code = cli.main(command(folder, tmp_path / "run", "--tensorboard"))
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        assert code == 1
+        assert "pip install tensorboard" in capsys.readouterr().err
+    else:
+        assert code == 0
+        assert len(list((tmp_path / "run" / "tensorboard").rglob("events*"))) == 2
+
+
+def test_example_denoises():
+    example = runpy.run_path(str(ROOT / "examples" / "denoising_layer.py"))
+    before, after = example["main"](steps=150)
+    assert after < 0.2 * before

@@ -1,0 +1,97 @@
+"""Figure 7 of the paper: the generalization gap over k, and images restored by one model."""
+
+from matplotlib.figure import Figure
+
+from unrolled_kernels.experiments.denoising.model import ALGORITHMS, CASES, PLAIN
+from unrolled_kernels.experiments.run_directory import atomic_path
+
+_NAMES = {"gd": "GD", "nag": "NAG"}
+_STYLES = {"gd": {"color": "tab:blue", "marker": "o"}, "nag": {"color": "tab:orange", "marker": "s"}}
+_TITLES = {"under": "under-parameterized", "about-right": "about right", "over": "over-parameterized"}
+
+
+def draw(results, pictures, directory):
+    """Write the figures.
+
+    Args:
+        results: one row for each trained model.
+        pictures: a dict, see ``restored_images``, or None.
+        directory: where the PNG files go.
+    Returns:
+        Their paths.
+    """
+    figures = {
+        "figure7_generalization_gap": over_depth(results, "gap", "generalization gap  (test − train MSE)"),
+        "quality": over_depth(results, "test_psnr", "PSNR of test images, dB"),
+    }
+    if pictures:
+        figures["figure7_images"] = restored_images(**pictures)
+    paths = []
+    for name, figure in figures.items():
+        path = directory / f"{name}.png"
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=110)
+        paths.append(path)
+    return paths
+
+
+def over_depth(results, column, label):
+    """One panel for each case; mean and standard deviation over the seeds at each k, the plain DnCNN as a line."""
+    cases = [case for case in CASES if case in set(results["case"])]
+    figure = Figure(figsize=(1.2 + 3.4 * len(cases), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
+    plain = results.loc[results["case"] == PLAIN, column].mean()
+    for panel, case in zip(panels, cases, strict=True):
+        for algorithm in ALGORITHMS:
+            rows = results[(results["case"] == case) & (results["algorithm"] == algorithm)]
+            if rows.empty:
+                continue
+            over_seeds = rows.groupby("num_steps")[column]
+            mean = over_seeds.mean()
+            # NAG a little to the right: bars that overlap stay legible
+            offset = 0.1 if algorithm == "nag" else -0.1
+            panel.errorbar(
+                mean.index + offset,
+                mean,
+                yerr=over_seeds.std(ddof=0),
+                label=_NAMES[algorithm],
+                markersize=4,
+                linewidth=1.4,
+                elinewidth=0.9,
+                capsize=2,
+                **_STYLES[algorithm],
+            )
+        panel.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="plain DnCNN")
+        panel.set_title(_TITLES[case], fontsize=10)
+        panel.set_xlabel("number of steps $k$")
+        panel.grid(alpha=0.3, linewidth=0.5)
+        panel.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel(label)
+    seeds = results["seed"].nunique()
+    figure.suptitle(f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed", fontsize=9)
+    return figure
+
+
+def restored_images(name, clean, noisy, restored, f2, psnr):
+    """Original, noisy and restored images side by side, with the learned regularisation f² of each.
+
+    Args:
+        name: of the model.
+        clean, noisy, restored, f2: ``[n, H, W]``, a row of the figure for each image.
+        psnr: ``[n, 2]``, of the noisy and the restored image.
+    """
+    figure = Figure(figsize=(9.6, 0.4 + 2.3 * len(clean)), layout="constrained")
+    panels = figure.subplots(len(clean), 4, squeeze=False)
+    largest = f2.max().item()
+    for row, (before, after), *images in zip(panels, psnr.tolist(), clean, noisy, restored, f2, strict=True):
+        titles = "original", f"noisy, {before:.1f} dB", f"denoised by {name}, {after:.1f} dB", "learned $f^2$"
+        for panel, title, image in zip(row, titles, images, strict=True):
+            is_map = image is images[-1]
+            drawn = panel.imshow(
+                image, cmap="magma" if is_map else "gray", vmin=0, vmax=largest if is_map else 1, interpolation="none"
+            )
+            panel.set_title(title, fontsize=8)
+            panel.set_axis_off()
+            if is_map:
+                figure.colorbar(drawn, ax=panel, shrink=0.85).ax.tick_params(labelsize=6)
+    return figure

@@ -1,0 +1,109 @@
+"""What the report says beyond the trained models: the speed of a training step, its memory, and the guard at work."""
+
+import dataclasses
+import math
+import time
+
+import torch
+
+from unrolled_kernels.experiments.denoising.grid import Training, Trial
+from unrolled_kernels.experiments.denoising.model import energy_layer
+from unrolled_kernels.experiments.denoising.train import Trainer
+
+_BATCH, _ROUNDS = 10, 5
+_DEPTHS = (3, 12, 48)
+
+
+def speed(task, device="cpu", backend="auto"):
+    """Time the layer and the training step of the about-right model at k = 12 against the eager loop, in turns.
+
+    Args:
+        task: the images; batches of 10 whole ones are trained on.
+        device, backend: where, and what is compared with ``"eager"``.
+    Returns:
+        A list of dicts ``{"what", "eager_ms", "fused_ms"}``, medians.
+    """
+    clean = task.clean[torch.arange(_BATCH) % len(task.clean)].to(device)
+    rows = []
+    for algorithm in ("gd", "nag"):
+        trainers = {
+            name: Trainer(task, Trial("about-right", algorithm, 12, 0), Training(epochs=1), device, name)
+            for name in ("eager", backend)
+        }
+        steps = {name: lambda trainer=t: trainer.train_step(clean, clean, _BATCH) for name, t in trainers.items()}
+        layers = {name: _layer_call(clean, algorithm, 12, name) for name in ("eager", backend)}
+        for what, calls in (("layer", layers), ("training step", steps)):
+            medians = _medians_ms(calls, device)
+            rows.append(
+                {"what": f"{algorithm.upper()}, {what}", "eager_ms": medians["eager"], "fused_ms": medians[backend]}
+            )
+    return rows
+
+
+def saved_for_backward(task, backend="auto"):
+    """Bytes that the layer keeps for its backward pass at k = 3, 12 and 48, batch 10, for eager and ``backend``.
+
+    Returns:
+        A dict from the backend's name to ``{k: bytes}``.
+    """
+    clean = task.clean[torch.arange(_BATCH) % len(task.clean)]
+    table = {}
+    for name in ("eager", backend):
+        table[name] = {}
+        for num_steps in _DEPTHS:
+            # a storage that several tensors share counts once
+            kept = {}
+
+            def pack(tensor, kept=kept):
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            f, g = (clean.clone().requires_grad_() for _ in range(2))
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                # kept alive until counted, so that no address is given twice
+                y = energy_layer(f, g, clean, algorithm="gd", num_steps=num_steps, step_size=0.5, backend=name)
+            table[name][num_steps] = sum(kept.values())
+            del y
+    return table
+
+
+def guard(task, training, epochs=3, num_steps=30):
+    """Train the over-parameterized GD³⁰ from φ = 1 without a guard, and guarded, on the same batches.
+
+    Returns:
+        A dict from the kind of step size to the mean loss of each epoch; the last is not finite where it diverged.
+    """
+    trial, losses = Trial("over", "gd", num_steps, 0), {}
+    for kind in ("learned", "guarded"):
+        changed = dataclasses.replace(
+            training, epochs=epochs, step_size=kind, step_size_start=1.0, crop=min(training.crop, 32)
+        )
+        trainer = Trainer(task, trial, changed)
+        while trainer.epoch < epochs and not trainer.diverged:
+            trainer.train_epoch()
+        losses[kind] = [loss if math.isfinite(loss) else math.inf for loss in trainer.losses]
+    return losses
+
+
+def _layer_call(clean, algorithm, num_steps, backend):
+    f, g = (clean.clone().requires_grad_() for _ in range(2))
+
+    def call():
+        y = energy_layer(f, g, clean, algorithm=algorithm, num_steps=num_steps, step_size=0.5, backend=backend)
+        torch.autograd.grad(y.square().mean(), (f, g))
+
+    return call
+
+
+def _medians_ms(calls, device):
+    """Median of each call, the calls in turns, after one that is not counted."""
+    times = {name: [] for name in calls}
+    for _ in range(_ROUNDS + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: sorted(series[1:])[_ROUNDS // 2] for name, series in times.items()}

@@ -1,0 +1,203 @@
+"""The trainer of one model: plain PyTorch around the algorithm layer, in one process or in many."""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unrolled_kernels.experiments.denoising import checkpoint, distributed, evaluation
+from unrolled_kernels.experiments.denoising.data import TrainingPairs
+from unrolled_kernels.experiments.denoising.grid import trial_columns
+from unrolled_kernels.experiments.denoising.model import PLAIN, count_parameters, make_model
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the state of a model is kept, each may be None.
+
+    Attributes:
+        checkpoint: of one in training; continued from where it is there, removed at the end.
+        model: the weights of a finished one.
+        logs: folder of TensorBoard logs.
+    """
+
+    checkpoint: Path | None = None
+    model: Path | None = None
+    logs: Path | None = None
+
+
+class Trainer:
+    """A model in training.
+
+    Args:
+        task: the images.
+        trial, training: which model, and how it is trained.
+        device, backend: where it runs.
+    """
+
+    def __init__(self, task, trial, training, device="cpu", backend="auto"):
+        self.task, self.trial, self.training, self.device = task, trial, training, torch.device(device)
+        self.model = make_model(trial, training, backend).to(self.device)
+        self.parallel = distributed.data_parallel(self.model)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=training.learning_rate, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast == "float16")
+        self.pairs = TrainingPairs(task, trial.seed, training.crop, training.noise)
+        self.epoch, self.seconds, self.losses = 0, 0.0, []
+
+    @property
+    def diverged(self):
+        """Whether the loss has become infinite or NaN, from which nothing returns."""
+        return bool(self.losses) and not math.isfinite(self.losses[-1])
+
+    def train_epoch(self):
+        """See every training image once; returns the mean loss of its minibatches."""
+        start = time.perf_counter()
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.training, self.epoch)
+        total = torch.zeros((), device=self.device)
+        rank, ranks = distributed.rank(), distributed.ranks()
+        for clean, noisy, count in self.pairs.batches(self.epoch, self.training.batch_size, rank, ranks):
+            total += self.train_step(clean.to(self.device), noisy.to(self.device), count)
+        self.epoch += 1
+        self.losses.append(distributed.sum_over_ranks(total).item() / len(self.pairs.index))
+        self.seconds += time.perf_counter() - start
+        return self.losses[-1]
+
+    def train_step(self, clean, noisy, count):
+        """One step of Adam on this rank's share of a batch of ``count`` images; returns the sum of its losses."""
+        with self._autocast():
+            restored = self.parallel(noisy)
+        loss = (restored.float() - clean).square().mean((1, 2, 3)).sum()
+        self.optimizer.zero_grad()
+        # gradients are averaged over ranks, whose shares may differ in size
+        self.scaler.scale(loss * (distributed.ranks() / count)).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _autocast(self):
+        if self.training.autocast == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.training.autocast))
+
+    def save(self, file):
+        """Write everything that training goes on from."""
+        progress = {"epoch": self.epoch, "seconds": self.seconds, "losses": self.losses}
+        progress["scaler"] = self.scaler.state_dict()
+        checkpoint.save(file, self.trial, self.model, self.optimizer, **progress)
+
+    def load(self, file):
+        """Go on from ``file``, read by rank 0 alone; raises ValueError, which names it, if it does not fit."""
+        tensors, progress = distributed.on_first_rank(lambda: checkpoint.read(file, self.trial))
+        checkpoint.load_model(file, self.trial, self.model, tensors)
+        checkpoint.load_optimizer(self.optimizer, tensors)
+        self.epoch, self.seconds, self.losses = (progress[name] for name in ("epoch", "seconds", "losses"))
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(progress["scaler"])
+
+    def result(self):
+        """The row of the results table, of the model as it is after its last epoch."""
+        columns = trial_columns(self.trial) | {"epochs": self.epoch, "diverged": self.diverged}
+        for name, index in zip(("train", "test"), self.task.split(self.trial.seed), strict=True):
+            clean, noisy = self.task.pairs(index, self.trial.seed)
+            restored = evaluation.restore(self.model, noisy, self.device)
+            columns[f"{name}_loss"] = evaluation.squared_error(clean, restored)
+        psnr, ssim = evaluation.quality(clean, restored)
+        columns |= {"test_psnr": psnr.mean().item(), "test_ssim": ssim.mean().item()}
+        columns["test_psnr_noisy"] = evaluation.psnr(clean, noisy).mean().item()
+        columns["gap"] = columns["test_loss"] - columns["train_loss"]
+        columns["parameters"] = count_parameters(self.model)
+        columns |= self._spectrum(noisy)
+        return columns | {"seconds": self.seconds}
+
+    @torch.no_grad()
+    def _spectrum(self, noisy):
+        """What the layer meets on these images: the largest 1 + f², and the mean φ."""
+        if self.trial.case == PLAIN:
+            return {"largest_eigenvalue": math.nan, "step_size": math.nan}
+        f = torch.cat([self.model.f(part.to(self.device)) for part in noisy.split(20)])
+        return {
+            "largest_eigenvalue": 1 + f.square().max().item(),
+            "step_size": self.model.step_size(f).mean().item(),
+        }
+
+
+def train_one(task, trial, training, *, device="cpu", backend="auto", files=None, checkpoint_seconds=30, on_epoch=None):
+    """Train one model to the end; a loss that is not finite ends it before.
+
+    Args:
+        task: the images.
+        trial: the model.
+        training: what all models share.
+        device, backend: where it runs.
+        files: a ``Files``.
+        checkpoint_seconds: how often the state is written.
+        on_epoch: called as ``on_epoch(count, loss=…, psnr=…)`` for the epochs done since the last call.
+    Returns:
+        The row of the results table, a dict; None in every rank but the first.
+    Raises:
+        ValueError: the checkpoint is damaged or of another model; the message names it.
+    """
+    files, on_epoch = files or Files(), on_epoch or (lambda count, **shown: None)
+    trainer = Trainer(task, trial, training, device, backend)
+    first = distributed.rank() == 0
+    if distributed.on_first_rank(lambda: files.checkpoint is not None and files.checkpoint.exists()):
+        trainer.load(files.checkpoint)
+        on_epoch(trainer.epoch)
+    saved = time.monotonic()
+    with _log(files.logs if first else None) as log:
+        try:
+            while trainer.epoch < training.epochs and not trainer.diverged:
+                loss = trainer.train_epoch()
+                psnr = -10 * math.log10(loss) if loss > 0 else math.inf
+                on_epoch(1, loss=f"{loss:.2e}", psnr=f"{psnr:.1f} dB")
+                log(trainer, loss, psnr)
+                if first and files.checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
+                    trainer.save(files.checkpoint)
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            if first and files.checkpoint is not None:
+                trainer.save(files.checkpoint)
+            raise
+    # a model that diverged takes part in the bar to the end
+    on_epoch(training.epochs - trainer.epoch)
+    if not first:
+        return None
+    row = trainer.result()
+    if files.model is not None:
+        checkpoint.save(files.model, trial, trainer.model, epoch=trainer.epoch)
+    if files.checkpoint is not None:
+        files.checkpoint.unlink(missing_ok=True)
+    return row
+
+
+def learning_rate(training, epoch):
+    """Adam's rate in an epoch: a function of the epoch alone, so that a resumed run needs no state of it."""
+    done = epoch / training.epochs
+    if training.schedule == "cosine":
+        return training.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    if training.schedule == "step":
+        return training.learning_rate * 0.2 ** ((done >= 0.6) + (done >= 0.85))
+    return training.learning_rate
+
+
+@contextlib.contextmanager
+def _log(folder):
+    """A function that writes an epoch to TensorBoard; one that does nothing without a folder."""
+    if folder is None:
+        yield lambda trainer, loss, psnr: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+
+        def log(trainer, loss, psnr):
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            for name, value in {"loss": loss, "psnr": psnr, "learning_rate": rate}.items():
+                writer.add_scalar(f"train/{name}", value, trainer.epoch)
+
+        yield log
