@@ -70,7 +70,7 @@ class Grid:
 PRESETS = {
     "quick": (
         Grid((1, 4, 12), seeds=2),
-        Training(epochs=40, batch_size=2, crop=40, noise="fresh", learning_rate=2e-2),
+        Training(epochs=30, batch_size=2, crop=40, noise="fresh", learning_rate=2e-2),
     ),
     "paper": (
         Grid((1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20), seeds=5),
