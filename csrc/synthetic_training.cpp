@@ -1,17 +1,17 @@
 // The op `synthetic_training`: schema, internal checks, and the models shared out among threads. CPU only.
 #include "synthetic_training.h"
 
-#include <memory>
-#include <new>
-
 #include "common/tensors.h"
+#include "cpu/chunks.h"
 #include "cpu/synthetic_training_kernel.h"
 
 namespace unrolled_kernels {
 namespace {
 
-struct FreeAligned {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+// a model is a chunk of its own, so that the number of threads changes nothing
+struct Plan {
+  int64_t chunks;
+  size_t scratch_bytes;
 };
 
 void check(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> sizes) {
@@ -62,12 +62,8 @@ void synthetic_training(Tensor theta, Tensor first_moment, Tensor second_moment,
                                  data<C>(learning_rates), step_size, momentum, mu, L, weight_decay, adam, batch_size,
                                  first_epoch};
     const auto kernel = UNROLLED_KERNELS_AT_ACTIVE_ISA(synthetic_training_kernel<C>());
-    const size_t bytes = kernel.scratch_bytes(p);
-    // a model is never shared, so that the number of threads changes nothing
-    torch::stable::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<void, FreeAligned> scratch(::operator new(bytes, std::align_val_t(64)));
-      kernel.train(p, begin, end, scratch.get());
-    });
+    const Plan plan{M, kernel.scratch_bytes(p)};
+    for_chunks(plan, [&](int64_t model, void* scratch) { kernel.train(p, model, scratch); });
   };
   type == ScalarType::Float ? run(float()) : run(double());
 }

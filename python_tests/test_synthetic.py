@@ -318,6 +318,37 @@ def test_killed_run_with_workers_ends_with_the_same_table(small_run, tmp_path):
     assert_same_table(out, small_run)
 
 
+def test_killed_training_continues_exactly(task, tmp_path):
+    file, training = tmp_path / "state.safetensors", Training(epochs=1024)
+    trials = [Trial(8, "adam", "nag", k, 100, 1e-2) for k in (2, 5)]
+    # torch ops are slow enough to be killed in between
+    code = f"""
+from pathlib import Path
+from unrolled_kernels import use_backend
+from unrolled_kernels.experiments.synthetic import chunks, data
+from unrolled_kernels.experiments.synthetic.grid import Training, Trial
+task, file = data.generate(2, 1000), Path({str(file)!r})
+with use_backend("eager"):
+    chunks.train_chunk(task, {trials}, {training}, checkpoint=file, checkpoint_seconds=0)
+"""
+    run = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert run.poll() is None, "the training ended without a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    counts = []
+    with use_backend("eager"):
+        resumed = chunks.train_chunk(task, trials, training, checkpoint=file, on_epochs=counts.append)
+        whole = chunks.train_chunk(task, trials, training)
+    assert 0 < counts[0] < 1024
+    assert not file.exists()
+    names = [*TIMELESS, "qfro2_test"]
+    pd.testing.assert_frame_equal(pd.DataFrame(resumed)[names], pd.DataFrame(whole)[names], check_exact=True)
+
+
 def test_shards_end_with_the_table_of_one_process(small_run, tmp_path):
     out = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

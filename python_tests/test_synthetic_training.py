@@ -57,15 +57,13 @@ def assert_same_state(a, b, rows=slice(None)):
 def test_loop_equals_torch_ops(task, hidden, optimizer, dtype):
     # the last minibatch of an epoch is smaller, and fills no vector
     training = Training(0, batch_size=30)
-    # beyond some tens of steps float32's rounding decides which units of a deep model are active
-    epochs = 20 if dtype == torch.float64 else 5
-    run = functools.partial(trained, hidden=hidden, optimizer=optimizer, epochs=epochs, training=training)
+    # 20 steps; each amplifies the rounding of the one before
+    run = functools.partial(trained, hidden=hidden, optimizer=optimizer, epochs=5, training=training)
     actual = run(task.to(dtype))
     exact, eager = (run(task.to(reference), backend="eager") for reference in (torch.float64, torch.float32))
     for name in ("theta", "best_theta", "best_loss"):
         values = (getattr(x, name) for x in (actual, exact, eager))
-        # four steps an epoch, each of which amplifies the rounding of the one before
-        assert_as_close_as_eager(*values, what=name, condition=8)
+        assert_as_close_as_eager(*values, what=name)
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])

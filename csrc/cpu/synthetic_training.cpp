@@ -1,6 +1,6 @@
 // One model at a time on one core: its parameters, optimizer state and samples stay in the first-level cache.
 //
-// The network runs with hidden units in lanes (without hidden units, with outputs in lanes), one sample after the other:
+// The network runs with hidden units in lanes (without hidden units, with outputs in lanes), one sample after another:
 // gradients of weights are then sums of vectors, with no reduction across lanes. Everything behind the logits runs with
 // samples in lanes; a transpose of W samples stands between.
 #include <cmath>
@@ -34,8 +34,13 @@ class Trainer {
 
  public:
   Trainer(const SyntheticTraining<C>& p, void* scratch)
-      : p_(p), arena_(scratch), units_(ceil_div(p.h ? p.h : O, W) * W), outs_((X + 1) * units_), bias2_((X + 1 + O) * units_),
-        size_(p.h ? bias2_ + ceil_div(O, W) * W : outs_), parameters_(synthetic_parameters(p.h)) {
+      : p_(p),
+        arena_(scratch),
+        units_(ceil_div(p.h ? p.h : O, W) * W),
+        outs_((X + 1) * units_),
+        bias2_((X + 1 + O) * units_),
+        size_(p.h ? bias2_ + ceil_div(O, W) * W : outs_),
+        parameters_(synthetic_parameters(p.h)) {
     place_ = arena_.take<int64_t>(parameters_);
     natural_ = arena_.take<int64_t>(p.n);
     x_ = arena_.take<C>(p.n * X);
@@ -48,21 +53,20 @@ class Trainer {
 
   size_t scratch_bytes() const { return arena_.used(); }
 
-  void train(int64_t begin, int64_t end) {
+  void train(int64_t model) {
     place_parameters();
     for (int64_t i = 0; i < p_.n; ++i) natural_[i] = i;
-    for (C* memory : {theta_, m_, v_, best_, grad_}) fill_zero(memory, size_);
+    // lanes without a sample hold numbers too
+    for (C* memory : {theta_, m_, v_, best_}) fill_zero(memory, size_);
     fill_zero(rows_, W * units_);
     fill_zero(lanes_, columns * W);
-    for (int64_t model = begin; model < end; ++model) {
-      load_model(model);
-      if (p_.accelerated[model]) {
-        p_.h ? epochs<true, true>(model) : epochs<true, false>(model);
-      } else {
-        p_.h ? epochs<false, true>(model) : epochs<false, false>(model);
-      }
-      store_model(model);
+    load_model(model);
+    if (p_.accelerated[model]) {
+      p_.h ? epochs<true, true>(model) : epochs<true, false>(model);
+    } else {
+      p_.h ? epochs<false, true>(model) : epochs<false, false>(model);
     }
+    store_model(model);
   }
 
  private:
@@ -198,52 +202,55 @@ class Trainer {
     }
   }
 
+  // Adds the gradients of `count` samples; rows_ become those of W1 x + b1, or of W x + b.
   template <bool hidden>
   void backward(const int64_t* index, int64_t count) {
     for (int64_t u = 0; u < units_; u += W) {
-      if (!hidden) {
-        V r[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) r[i] = u + i < O ? load(out_grad_ + (u + i) * W) : V{};
-        transpose<C>(r);
-#pragma GCC unroll 16
-        for (int s = 0; s < W; ++s) store(rows_ + s * units_ + u, r[s]);
-      }
-      V w2[O], d1[X + 1], d2[O];
+      hidden ? backward_outputs(u, count) : transpose_outputs(u);
+      V d1[X + 1];
 #pragma GCC unroll 16
       for (int i = 0; i <= X; ++i) d1[i] = load(grad_ + i * units_ + u);
-      if (hidden) {
-#pragma GCC unroll 3
-        for (int c = 0; c < O; ++c) {
-          w2[c] = load(theta_ + outs_ + c * units_ + u);
-          d2[c] = load(grad_ + outs_ + c * units_ + u);
-        }
-      }
       for (int64_t s = 0; s < count; ++s) {
         const C* x = x_ + index[s] * X;
-        V e = load(rows_ + s * units_ + u);
-        if (hidden) {
-          const V h = e;
-          e = V{};
-#pragma GCC unroll 3
-          for (int c = 0; c < O; ++c) {
-            const V o = broadcast(out_grad_[c * W + s]);
-            e += w2[c] * o;
-            d2[c] += h * o;
-          }
-          e = h <= 0 ? V{} : e;
-        }
+        const V e = load(rows_ + s * units_ + u);
 #pragma GCC unroll 16
         for (int i = 0; i < X; ++i) d1[i] += e * broadcast(x[i]);
         d1[X] += e;
       }
 #pragma GCC unroll 16
       for (int i = 0; i <= X; ++i) store(grad_ + i * units_ + u, d1[i]);
-      if (hidden) {
-#pragma GCC unroll 3
-        for (int c = 0; c < O; ++c) store(grad_ + outs_ + c * units_ + u, d2[c]);
-      }
     }
+  }
+
+  void backward_outputs(int64_t u, int64_t count) {
+    V w2[O], d2[O];
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) {
+      w2[c] = load(theta_ + outs_ + c * units_ + u);
+      d2[c] = load(grad_ + outs_ + c * units_ + u);
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      const V h = load(rows_ + s * units_ + u);
+      V e{};
+#pragma GCC unroll 3
+      for (int c = 0; c < O; ++c) {
+        const V o = broadcast(out_grad_[c * W + s]);
+        e += w2[c] * o;
+        d2[c] += h * o;
+      }
+      store(rows_ + s * units_ + u, h <= 0 ? V{} : e);
+    }
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) store(grad_ + outs_ + c * units_ + u, d2[c]);
+  }
+
+  void transpose_outputs(int64_t u) {
+    V r[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) r[i] = u + i < O ? load(out_grad_ + (u + i) * W) : V{};
+    transpose<C>(r);
+#pragma GCC unroll 16
+    for (int s = 0; s < W; ++s) store(rows_ + s * units_ + u, r[s]);
   }
 
   // -- behind the network, samples in lanes
@@ -376,8 +383,8 @@ size_t scratch_bytes(const SyntheticTraining<C>& p) {
 }
 
 template <typename C>
-void train(const SyntheticTraining<C>& p, int64_t begin, int64_t end, void* scratch) {
-  Trainer<C>(p, scratch).train(begin, end);
+void train(const SyntheticTraining<C>& p, int64_t model, void* scratch) {
+  Trainer<C>(p, scratch).train(model);
 }
 
 }  // namespace

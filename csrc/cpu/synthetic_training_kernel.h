@@ -12,13 +12,13 @@ namespace unrolled_kernels {
 template <typename C>
 struct SyntheticTrainingKernel {
   size_t (*scratch_bytes)(const SyntheticTraining<C>&);
-  // models begin ... end - 1, one after the other; scratch is 64-byte aligned
-  void (*train)(const SyntheticTraining<C>&, int64_t begin, int64_t end, void* scratch);
+  // all epochs of one model; scratch is 64-byte aligned
+  void (*train)(const SyntheticTraining<C>&, int64_t model, void* scratch);
 };
 
-#define UNROLLED_KERNELS_DECLARE(isa)                                               \
-  namespace isa {                                                                   \
-  template <typename C> SyntheticTrainingKernel<C> synthetic_training_kernel();     \
+#define UNROLLED_KERNELS_DECLARE(isa)                                           \
+  namespace isa {                                                               \
+  template <typename C> SyntheticTrainingKernel<C> synthetic_training_kernel(); \
   }
 UNROLLED_KERNELS_DECLARE(isa_baseline)
 UNROLLED_KERNELS_DECLARE(isa_avx2)

@@ -39,7 +39,8 @@ template <>
 struct ExpConstants<double> {
   using Int = int64_t;
   static constexpr int terms = 13, mantissa = 52, bias = 1023;
-  static constexpr double least = -708.3, round = 0x1.8p52, ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
+  static constexpr double least = -708.3, round = 0x1.8p52;
+  static constexpr double ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
 };
 
 // e^x for x <= 0, or NaN: 2^n e^r with x = n ln 2 + r and |r| <= ln(2) / 2, e^r by its Taylor series.
