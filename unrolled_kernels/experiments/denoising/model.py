@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unrolled_kernels import Diagonal, UnrolledGD, UnrolledNAG
+from unrolled_kernels import Tikhonov, UnrolledGD, UnrolledNAG
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments.denoising.distributed import BatchNorm2d
 
@@ -40,9 +40,8 @@ def energy_layer(f, g, X, *, algorithm, num_steps, step_size, backend="auto"):
     Returns:
         Y_k ``[B, 1, H, W]``.
     """
-    # 1 + f² is not for the short mantissa of autocast
-    f = f.to(X.dtype)
-    Q, b = Diagonal(1 + f * f), -X if g is None else g - X
+    # what comes out of autocast is short of the dtype that the energy is computed in
+    Q, b = Tikhonov(f.to(X.dtype), X), torch.zeros_like(X) if g is None else g.to(X.dtype)
     if algorithm == "gd":
         return F.gradient_descent(Q, b, step_size, num_steps, backend=backend)
     return F.nesterov(Q, b, step_size, MU, num_steps, backend=backend)
