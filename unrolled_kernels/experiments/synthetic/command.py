@@ -33,7 +33,10 @@ def add_parser(subparsers):
     )
     grid = parser.add_argument_group("the grid (each option replaces that of the preset)")
     grid.add_argument(
-        "--preset", choices=PRESETS, default="quick", help="quick (default): a minute; paper: the whole study"
+        "--preset",
+        choices=PRESETS,
+        default="quick",
+        help="quick (default): a minute; medium: some minutes; paper: the whole study",
     )
     grid.add_argument(
         "--depths", type=positive, nargs="+", metavar="K", default=argparse.SUPPRESS, help="steps of the layers"
