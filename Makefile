@@ -19,7 +19,7 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest python_tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_momentum.py -k triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_momentum.py python_tests/test_rnn.py -k triton
 
 test-slow: build
 	$(BIN)/python -m pytest python_tests -m slow

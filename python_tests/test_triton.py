@@ -16,6 +16,7 @@ from conftest import INTERPRETED, device_of
 
 import unrolled_kernels.functional as F
 from unrolled_kernels import Diagonal, _backend
+from unrolled_kernels.ops.rnn.reference import weight_shapes
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -110,6 +111,20 @@ def compile_ops(structure, d, k, dtype=torch.float32, *, momentum=True, form="st
     getattr(ops, f"momentum_{structure}_triton_backward")(grad_y, *rest, *[True] * len(operands), True)
 
 
+def compile_rnn_ops(structure, d, hidden_dims, dtype=torch.float32, *, trajectory=False):
+    """The same for the RNN; ``structure`` may be "shared"."""
+    B, k = 64, 10
+    empty = lambda *shape: torch.empty(shape, dtype=dtype)
+    Q = {"dense": empty(B, d, d), "shared": empty(1, d, d), "diagonal": empty(B, d)}[structure]
+    num_weights = sum(rows * columns for rows, columns in weight_shapes(hidden_dims, d))
+    weights = torch.empty(num_weights, dtype=torch.promote_types(dtype, torch.float32))
+    grad_y = empty(k + 1, B, d) if trajectory else empty(B, d)
+    rest = (Q, empty(B, d), empty(B, d), weights, hidden_dims, k, trajectory)
+    name = "diagonal" if structure == "diagonal" else "dense"
+    getattr(torch.ops.unrolled_kernels, f"rnn_{name}_triton")(*rest)
+    getattr(torch.ops.unrolled_kernels, f"rnn_{name}_triton_backward")(grad_y, *rest, True, True)
+
+
 def check(kernels, capability, spills=False):
     assert kernels
     for name, num_warps, kernel in kernels:
@@ -183,6 +198,31 @@ def test_forms_and_trajectories_compile_without_spills(compiled, structure):
 def test_other_dtypes_compile(compiled, structure, dtype, d, shared):
     kernels = compiled(90)
     compile_ops(structure, d, 10, dtype, shared=shared and structure != "diagonal")
+    check(kernels, 90, spills=True)
+
+
+@compiles
+@capabilities
+@pytest.mark.parametrize(("d", "hidden_dims"), [(5, (10, 20, 20)), (16, (16,)), (32, (32, 32))], ids=str)
+def test_rnn_compiles_without_spills(compiled, capability, d, hidden_dims):
+    kernels = compiled(capability)
+    compile_rnn_ops("dense", d, hidden_dims)
+    check(kernels, capability)
+
+
+@compiles
+@pytest.mark.parametrize("structure", ["shared", "diagonal"])
+def test_rnn_structures_compile_without_spills(compiled, structure):
+    kernels = compiled(90)
+    compile_rnn_ops(structure, 5, (10, 20, 20), trajectory=True)
+    check(kernels, 90)
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
+def test_rnn_in_other_dtypes_compiles(compiled, dtype):
+    kernels = compiled(90)
+    compile_rnn_ops("dense", 5, (10, 20), dtype)
     check(kernels, 90, spills=True)
 
 

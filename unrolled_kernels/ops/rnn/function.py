@@ -8,11 +8,10 @@ import functools
 
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
-from unrolled_kernels.ops.rnn import manual, native, reference
+from unrolled_kernels.ops.rnn import manual, native, reference, triton_kernels
 
 _NATIVE = native.Launcher()
-# "triton": no kernels; eager torch, the hand-written backward included
-_LAUNCHERS = {"manual": manual, "cpu": _NATIVE, "cuda": _NATIVE, "triton": manual}
+_LAUNCHERS = {"manual": manual, "cpu": _NATIVE, "cuda": _NATIVE, "triton": triton_kernels.LAUNCHER}
 
 
 def rnn(backend, hidden_dims, num_steps, trajectory, eigenvalues, matrix, b, y0, weights):
