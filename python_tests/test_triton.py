@@ -219,10 +219,14 @@ def test_rnn_structures_compile_without_spills(compiled, structure):
 
 
 @compiles
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
-def test_rnn_in_other_dtypes_compiles(compiled, dtype):
+@pytest.mark.parametrize(
+    ("d", "hidden_dims", "dtype"),
+    [(64, (64, 64), torch.float32), (5, (10, 20), torch.float64), (5, (10, 20), torch.bfloat16)],
+    ids=["largest", "f64", "bf16"],
+)
+def test_rnn_compiles_beyond_the_table(compiled, d, hidden_dims, dtype):
     kernels = compiled(90)
-    compile_rnn_ops("dense", 5, (10, 20), dtype)
+    compile_rnn_ops("dense", d, hidden_dims, dtype)
     check(kernels, 90, spills=True)
 
 

@@ -8,20 +8,20 @@ from unrolled_kernels.ops.rnn import manual
 MAX_DIM, MAX_WIDTH, MAX_LAYERS = 64, 128, 6
 
 
-def is_fused(d, hidden_dims):
+def is_fused(d, hidden_dims, max_width=MAX_WIDTH):
     """Whether the kernels take this size. Beyond, the products are large enough for eager torch, backward by hand."""
-    return d <= MAX_DIM and len(hidden_dims) <= MAX_LAYERS and max(hidden_dims) <= MAX_WIDTH
+    return d <= MAX_DIM and len(hidden_dims) <= MAX_LAYERS and max(hidden_dims) <= max_width
 
 
 class Launcher:
     """Forward and backward by the registered ops ``rnn_{dense,diagonal}``, a suffix for a backend."""
 
-    def __init__(self, suffix=""):
-        self.suffix = suffix
+    def __init__(self, suffix="", max_width=MAX_WIDTH):
+        self.suffix, self.max_width = suffix, max_width
 
     def forward(self, eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory):
         """Run the cells on canonical arguments (see the package's docstring)."""
-        if not is_fused(b.shape[-1], hidden_dims):
+        if not is_fused(b.shape[-1], hidden_dims, self.max_width):
             return manual.forward(eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory)
         name, Q = _operand(eigenvalues, matrix)
         return common.call(f"rnn_{name}{self.suffix}", (Q, b, y0, weights, hidden_dims, num_steps, trajectory))
@@ -42,7 +42,7 @@ class Launcher:
         needs_weights,
     ):
         """Gradients of the canonical arguments; the contract of ``manual.backward``."""
-        if not is_fused(b.shape[-1], hidden_dims):
+        if not is_fused(b.shape[-1], hidden_dims, self.max_width):
             arguments = (grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory)
             return manual.backward(*arguments, needs_eigenvalues, needs_matrix, needs_weights)
         name, Q = _operand(eigenvalues, matrix)

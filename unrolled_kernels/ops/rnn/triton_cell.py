@@ -23,9 +23,8 @@ from unrolled_kernels.ops.momentum.triton_launch import (
 from unrolled_kernels.ops.momentum.triton_tile import load_vector
 
 SAMPLES = 16  # the least that tl.dot takes
-# warps by the larger of D and H; nothing spills up to 32, and some beyond, where a lane holds too much of the operands
-# of tl.dot
-NUM_WARPS = {16: 4, 32: 8, 64: 16, 128: 16}
+# warps by the larger of D and H; nothing spills up to 32, at 64 some of what a lane holds of the operands of tl.dot
+NUM_WARPS = {16: 4, 32: 8, 64: 16}
 # scalars whose value is not worth a compilation of its own
 UNSPECIALIZED = ("B", "num_steps", "num_weights")
 

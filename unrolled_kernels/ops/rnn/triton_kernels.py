@@ -32,4 +32,5 @@ for _structure, _operand in (("dense", "Q"), ("diagonal", "q")):
         )
     native.register(_op)
 
-LAUNCHER = native.Launcher("_triton")
+# wider layers take minutes to compile, and the operands of their products spill
+LAUNCHER = native.Launcher("_triton", max_width=64)
