@@ -198,6 +198,18 @@ def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, l
             assert row["step_size"] != 1.0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+def test_captured_epochs_equal_those_of_the_cpu(exact_task, learned):
+    training = Training(epochs=10, learn_step_size=learned)
+    trials = [Trial(8, "adam", *point) for point in (("gd", 3, 100, 1e-2), ("nag", 6, 101, 1e-3))]
+    cpu = chunks.train_chunk(exact_task, trials, training)
+    cuda = chunks.train_chunk(exact_task.to("cuda"), trials, training)
+    for a, b in zip(cpu, cuda, strict=True):
+        assert [a[name] for name in TIMELESS] == pytest.approx([b[name] for name in TIMELESS], rel=1e-8)
+
+
 def test_training_lowers_the_error_and_keeps_the_best_epoch(task):
     trial = Trial(8, "adam", "nag", 6, 100, 1e-2)
     (row,) = chunks.train_chunk(task, [trial], Training(epochs=200))

@@ -9,6 +9,8 @@ the task make the step small:
 - a step with φ_t = β_t = 0 leaves the state where it is, and GD is NAG without momentum, so one launch serves every
   depth and both algorithms: a model shallower than the deepest of its chunk has zero coefficients at the end.
 
+On the CPU a fixed step size lets one C++ op run the epochs (``fused``); on CUDA an epoch is a captured graph.
+
 Samples lie along the last dimension throughout: M models, n samples, h hidden units, k steps.
 """
 
