@@ -120,8 +120,9 @@ bool plan_rnn(const Device& device, const Problem& p, RnnPlan<typename T::C>& pl
 
   int64_t packed = 0, widest = d;
   const auto add_layer = [&](int64_t rows, int64_t columns, int input, int output) {
-    const int row = static_cast<int>(rows), column = static_cast<int>(columns);
-    plan.layers[plan.num_matrices++] = {row, column, column | 1, plan.weights.size, packed, input, output};
+    plan.layers[plan.num_matrices++] = {
+        static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(columns | 1), plan.weights.size, packed,
+        input,                  output};
     plan.weights.size += rows * (columns | 1);
     packed += rows * columns;
     widest = rows > widest ? rows : widest;
