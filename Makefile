@@ -18,8 +18,9 @@ demo: build
 	$(BIN)/unrolled-kernels synthetic --preset quick --out runs/demo
 
 test: build
-	$(BIN)/python -m pytest python_tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_momentum.py python_tests/test_rnn.py -k triton
+	$(BIN)/python -m pytest python_tests --numprocesses logical --maxprocesses 8
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_momentum.py python_tests/test_rnn.py -k triton \
+	  --numprocesses logical --maxprocesses 8
 
 test-slow: build
 	$(BIN)/python -m pytest python_tests -m slow
@@ -27,6 +28,7 @@ test-slow: build
 bench: build
 	$(BIN)/python -m benchmarks.momentum --record
 	$(BIN)/python -m benchmarks.rnn --record
+	$(BIN)/python -m benchmarks.training --record
 	$(BIN)/python -m benchmarks.scaling --record
 	$(BIN)/python -m benchmarks.report
 
@@ -40,6 +42,8 @@ gpu:
 	$(GPU_BUILD)
 	$(PYTHON) -m pytest python_tests
 	$(PYTHON) -m benchmarks.momentum --device cuda --modes forward,backward,forward+backward --record
+	$(PYTHON) -m benchmarks.rnn --device cuda --modes forward,backward,forward+backward --record
+	$(PYTHON) -m benchmarks.training --device cuda --record
 	$(PYTHON) -m benchmarks.scaling --device cuda --record
 
 # memory errors, races, missing barriers and reads of what was never written, by the tool that comes with CUDA

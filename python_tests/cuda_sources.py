@@ -1,5 +1,6 @@
 """The CUDA sources without a GPU: the compiler's report on them, and what they compute when executed on the CPU."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -52,14 +53,17 @@ def cached(name, command, sources):
     CACHE.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-{digest.hexdigest()[:16]}"
     output, log = CACHE / f"{stem}.out", CACHE / f"{stem}.log"
-    if not (output.exists() and log.exists()):
-        for old in CACHE.glob(f"{name}-????????????????.*"):
-            old.unlink()
-        partial = CACHE / f"{stem}.partial"
-        run = subprocess.run(command(partial), capture_output=True, text=True)
-        assert run.returncode == 0, f"{' '.join(map(str, command(partial)))}\n{run.stdout}{run.stderr}"
-        log.write_text(run.stdout + run.stderr)
-        partial.rename(output)
+    # tests run in several processes: one of them compiles, the others wait
+    with (CACHE / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (output.exists() and log.exists()):
+            for old in CACHE.glob(f"{name}-????????????????.*"):
+                old.unlink()
+            partial = CACHE / f"{stem}.partial"
+            run = subprocess.run(command(partial), capture_output=True, text=True)
+            assert run.returncode == 0, f"{' '.join(map(str, command(partial)))}\n{run.stdout}{run.stderr}"
+            log.write_text(run.stdout + run.stderr)
+            partial.rename(output)
     return output, log.read_text()
 
 
