@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.rendezvous import rendezvous
 
 # rank 0 evaluates and reports while the others wait
 _PATIENCE = datetime.timedelta(days=1)
@@ -19,7 +19,11 @@ def process_group():
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo", timeout=_PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    store, number, size = next(rendezvous("env://"))
+    # the store outlives a restart, and with it the addresses of the processes that are gone
+    store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_PATIENCE)
     try:
         yield
     finally:
@@ -55,15 +59,28 @@ def on_first_rank(function):
 
 def sum_over_ranks(tensor):
     """The sum of every rank's tensor, in every rank, differentiable."""
-    return all_reduce(tensor) if ranks() > 1 else tensor
+    return _SumOverRanks.apply(tensor) if ranks() > 1 else tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """s = Σ_r x_r in every rank, so that x̄_r = Σ_r s̄_r."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverRanks.apply(grad.contiguous())
 
 
 def data_parallel(model):
     """The model with gradients averaged over the ranks; the model itself where there is one."""
     if ranks() == 1:
         return model
-    # the statistics of BatchNorm2d are the same in every rank without a broadcast
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
