@@ -465,7 +465,7 @@ def test_damaged_or_foreign_checkpoint_names_the_file(task, tmp_path):
 def test_directory_of_another_run_is_refused(small_run, folder, capsys):
     assert cli.main(command(folder, small_run, "--learning-rate", 0.5)) == 1
     message = capsys.readouterr().err
-    assert "learning_rate (there 0.01, asked 0.5)" in message
+    assert "learning_rate (there 0.02, asked 0.5)" in message
     assert "sha256" not in message
 
 
