@@ -16,6 +16,8 @@ from unrolled_kernels.theory.properties import convergence_rate
 _LAST_FITTED = 10
 # a rank correlation over k from which on a claim about a trend counts as seen in a run
 _STRONG = 0.7
+# a share of pairs from which on a claim about all of them counts as seen in a run
+_NEARLY_ALL = 0.9
 
 
 def check(best):
@@ -28,6 +30,34 @@ def check(best):
     """
     lemmas = comparison.claims(best, mu=MU, L=L, sigma_b=B_MAX / math.sqrt(3), M=B_MAX * math.sqrt(DIM) / MU)
     return [*_training_error(best), *_q_error(best), *_gap_trend(best), *_gap_order(best), *lemmas]
+
+
+def check_learn_to_optimize(best):
+    """Figure 6, "RNN has a better representation power but worse generalization ability", paired by k and seed.
+
+    Args:
+        best: one row for each (algorithm, num_steps, seed), from ``grid.select_best``.
+    Returns:
+        A list of sentences.
+    """
+    sentences = []
+    for other in ("gd", "nag"):
+        rnn, plain = _pairs(best, "rnn", other)
+        if rnn.empty:
+            continue
+        name = other.upper()
+        represents, generalizes_worse, tests_worse = (
+            rnn[column] * sign < plain[column] * sign for column, sign in (("train", 1), ("gap", -1), ("test", -1))
+        )
+        sentences += [
+            f"Figure 6, the RNN represents better than {name}: {_verdict(represents.mean() > _NEARLY_ALL)}. Its "
+            f"training error is lower {_share(represents)}.",
+            f"Figure 6, the RNN generalizes worse than {name}: {_verdict(generalizes_worse.mean() > _NEARLY_ALL)}. Its "
+            f"generalization gap is larger {_share(generalizes_worse)}.",
+            f"What counts in the end, the error on all samples: the RNN's is larger than {name}'s "
+            f"{_share(tests_worse)}.",
+        ]
+    return sentences
 
 
 def q_error_rates(best):
@@ -52,24 +82,29 @@ def q_error_rates(best):
     return pd.DataFrame(rows, columns=["hidden", "algorithm", "first", "last", "rate", "theory"])
 
 
-def _pairs(best, hidden):
-    """GD's and NAG's rows of one hidden size, aligned by k > 1 and seed; None where there are no pairs."""
-    rows = best[(best["hidden"] == hidden) & (best["num_steps"] > 1)]
-    gd, nag = (rows[rows["algorithm"] == name].set_index(["num_steps", "seed"]) for name in ("gd", "nag"))
-    gd, nag = gd.align(nag, join="inner")
+def _pairs(rows, *algorithms):
+    """The rows of two algorithms, aligned by k and seed."""
+    first, second = (rows[rows["algorithm"] == name].set_index(["num_steps", "seed"]) for name in algorithms)
+    return first.align(second, join="inner")
+
+
+def _deep_pairs(best, hidden):
+    """GD's and NAG's rows of one hidden size at k > 1, where they differ; None where there are no pairs."""
+    gd, nag = _pairs(best[(best["hidden"] == hidden) & (best["num_steps"] > 1)], "gd", "nag")
     return None if gd.empty else (gd, nag)
 
 
 def _training_error(best):
     for hidden in sorted(best["hidden"].unique()):
-        pairs = _pairs(best, hidden)
+        pairs = _deep_pairs(best, hidden)
         if pairs is None:
             continue
         gd, nag = pairs
         lower = (nag["train"] < gd["train"]).mean()
         yield (
-            f"Figure 3, hidden size {hidden}, faster convergence ⇒ lower training error: {_verdict(lower > 0.9)}. NAG "
-            f"trains to a lower error than GD at the same k > 1 and seed in {lower:.0%} of {len(gd)} pairs."
+            f"Figure 3, hidden size {hidden}, faster convergence ⇒ lower training error: "
+            f"{_verdict(lower > _NEARLY_ALL)}. NAG trains to a lower error than GD at the same k > 1 and seed in "
+            f"{lower:.0%} of {len(gd)} pairs."
         )
 
 
@@ -107,7 +142,7 @@ def _gap_trend(best):
 
 def _gap_order(best):
     for hidden in sorted(best["hidden"].unique()):
-        pairs = _pairs(best, hidden)
+        pairs = _deep_pairs(best, hidden)
         if pairs is None:
             continue
         gd, nag = pairs
@@ -118,6 +153,13 @@ def _gap_order(best):
             f"Figure 5, hidden size {hidden}: NAG's gap is larger than GD's in {(wider > 0).mean():.0%} of {len(gd)} "
             f"pairs (mean difference {wider.mean():+.3f}), on average over the seeds at k = {larger}."
         )
+
+
+def _share(holds):
+    """How often a comparison of pairs holds, and at which k it does in most seeds."""
+    by_depth = holds.groupby("num_steps").mean()
+    most, rest = (", ".join(map(str, by_depth.index[chosen])) or "none" for chosen in (by_depth > 0.5, by_depth <= 0.5))
+    return f"in {holds.mean():.0%} of {len(holds)} pairs; in most seeds at k = {most}, not so at k = {rest}"
 
 
 def _verdict(holds):

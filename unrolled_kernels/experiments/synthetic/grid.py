@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from unrolled_kernels.experiments.synthetic.data import FIRST_SEED
 from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
@@ -87,12 +87,12 @@ def fingerprint(trials):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finished_trials(results):
-    """The trials that the results table already holds."""
-    names = list(Trial.__dataclass_fields__)
+def finished_trials(results, kind=Trial):
+    """The trials, of the dataclass ``kind``, that the results table already holds."""
+    names = [field.name for field in fields(kind)]
     if results.empty:
         return set()
-    return {Trial(*point) for point in results[names].itertuples(index=False, name=None)}
+    return {kind(*point) for point in results[names].itertuples(index=False, name=None)}
 
 
 def select_best(results):
@@ -101,8 +101,9 @@ def select_best(results):
     Args:
         results: the results table, one row for each trained model.
     Returns:
-        A DataFrame with one row for each (hidden, algorithm, num_steps, seed); models that diverged are never chosen.
+        A DataFrame with one row for each (hidden, algorithm, num_steps, seed), as far as the table has these columns;
+        models that diverged are never chosen.
     """
-    keys = ["hidden", "algorithm", "num_steps", "seed"]
+    keys = [name for name in ("hidden", "algorithm", "num_steps", "seed") if name in results]
     finite = results[results["train"].notna()]
     return finite.loc[finite.groupby(keys)["train"].idxmin()].sort_values(keys).reset_index(drop=True)

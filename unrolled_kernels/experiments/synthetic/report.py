@@ -3,22 +3,25 @@
 from unrolled_kernels.experiments.run_directory import atomic_path
 from unrolled_kernels.experiments.synthetic import claims
 
+_KEYS = {"hidden": "hidden", "algorithm": "algorithm", "num_steps": "k"}
 _COLUMNS = {"train": "train error", "test": "test error", "gap": "gap", "qfro2_test": "‖Q_θ − Q*‖²_F"}
 
 
 def summary_table(best):
-    """Mean ± standard deviation over the seeds, a Markdown table.
+    """Mean ± standard deviation over the seeds, a Markdown table of the quantities that ``best`` has.
 
     Args:
-        best: one row for each (hidden, algorithm, num_steps, seed), from ``grid.select_best``.
+        best: one row for each (hidden, algorithm, num_steps, seed), or without ``hidden``, from ``grid.select_best``.
     """
+    keys, columns = ({name: shown for name, shown in all.items() if name in best} for all in (_KEYS, _COLUMNS))
     lines = [
-        "| hidden | algorithm | k | " + " | ".join(_COLUMNS.values()) + " |",
-        "|" + "---:|" * (3 + len(_COLUMNS)),
+        "| " + " | ".join([*keys.values(), *columns.values()]) + " |",
+        "|" + "---:|" * (len(keys) + len(columns)),
     ]
-    for (hidden, algorithm, num_steps), rows in best.groupby(["hidden", "algorithm", "num_steps"]):
-        cells = [f"{rows[c].mean():.4g} ± {rows[c].std(ddof=0):.2g}" for c in _COLUMNS]
-        lines.append(f"| {hidden} | {algorithm.upper()} | {num_steps} | " + " | ".join(cells) + " |")
+    for point, rows in best.groupby(list(keys)):
+        cells = [str(value).upper() for value in point]
+        cells += [f"{rows[c].mean():.4g} ± {rows[c].std(ddof=0):.2g}" for c in columns]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -32,7 +35,7 @@ def speed_table(speed):
 
 
 def write_report(path, *, settings, best, models, figures, speed, device):
-    """Write ``report.md``.
+    """Write ``report.md`` of the study.
 
     Args:
         path: the file.
@@ -43,20 +46,35 @@ def write_report(path, *, settings, best, models, figures, speed, device):
         speed: rows of ``speed.measure``, or None.
         device: the machine, in words.
     """
-    text = ["# Synthetic task (paper, Sec. 7.1)", ""]
-    text += [
+    introduction = (
         f"{models} trained models, of which {len(best)} are shown: the best over optimizer and learning rate by "
-        "training loss for each hidden size, algorithm, k and seed. Numbers are mean ± standard deviation over "
-        "the seeds.",
-        "",
-    ]
-    text += ["| setting | value |", "|---|---|"]
+        "training loss for each hidden size, algorithm, k and seed. Numbers are mean ± standard deviation over the "
+        "seeds."
+    )
+    measured = []
+    if speed:
+        measured = ["## Speed", "", f"Medians on {device}, eager loop and fused layer in the same run.", ""]
+        measured += [speed_table(speed), ""]
+    title = "Synthetic task (paper, Sec. 7.1)"
+    _write(path, title, introduction, settings, figures, claims.check(best), best, measured)
+
+
+def write_learn_to_optimize(path, *, settings, best, models, figures):
+    """Write ``report.md`` of Figure 6; the arguments are those of ``write_report``."""
+    introduction = (
+        f"{models} trained layers, of which {len(best)} are shown: the best over the learning rate by training loss "
+        "for each algorithm, k and seed. The energies' true Q* and b are given; GD and NAG learn their step size, the "
+        "RNN its cell, from a start near GD with φ = 1. Numbers are mean ± standard deviation over the seeds."
+    )
+    title = "Learning to optimize (paper, Sec. 7.1, Figure 6)"
+    _write(path, title, introduction, settings, figures, claims.check_learn_to_optimize(best), best)
+
+
+def _write(path, title, introduction, settings, figures, sentences, best, appendix=()):
+    text = [f"# {title}", "", introduction, "", "| setting | value |", "|---|---|"]
     text += [f"| {name} | {value} |" for name, value in settings.items()]
     text += ["", "## Figures", ""] + [f"![{figure.stem}]({figure.name})\n" for figure in figures]
-    text += ["## The paper's claims in this run", ""] + [f"- {sentence}" for sentence in claims.check(best)]
-    text += ["", "## Results", "", summary_table(best), ""]
-    if speed:
-        text += ["## Speed", "", f"Medians on {device}, eager loop and fused layer in the same run.", ""]
-        text += [speed_table(speed), ""]
+    text += ["## The paper's claims in this run", ""] + [f"- {sentence}" for sentence in sentences]
+    text += ["", "## Results", "", summary_table(best), "", *appendix]
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(text), encoding="utf-8")

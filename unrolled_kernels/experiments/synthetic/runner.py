@@ -10,15 +10,15 @@ from tqdm import tqdm
 
 from unrolled_kernels import use_backend
 from unrolled_kernels.experiments.pool import default_workers, run_jobs
-from unrolled_kernels.experiments.synthetic import data
+from unrolled_kernels.experiments.synthetic import data, learn_to_optimize, train
 from unrolled_kernels.experiments.synthetic.chunks import make_chunks, train_chunk
 from unrolled_kernels.experiments.synthetic.grid import Training, fingerprint
 from unrolled_kernels.experiments.synthetic.sharding import Shard
-from unrolled_kernels.experiments.synthetic.train import train_one
 
 # on the CPU, enough models to hide the cost of a torch call, few enough that depths within a chunk are alike and that
 # every worker gets some; on a GPU, as many as fill it
 _MODELS_PER_CHUNK = {"cpu": 128, "cuda": 4096}
+_ONE_BY_ONE = {"single": train.train_one, "learn-to-optimize": learn_to_optimize.train_one}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Setup:
         training: what all models share.
         data_seed: seed of the generated data.
         reference: folder of the authors' data, or None.
-        device, backend, trainer: as on the command line.
+        device, backend: as on the command line.
+        trainer: ``"ensemble"``, ``"single"`` or, for trials of ``learn_to_optimize``, its name with hyphens.
     """
 
     training: Training
@@ -59,7 +60,7 @@ def train_grid(setup, trials, run_directory, *, workers=None, shard=None, show_p
         show_progress: draw a bar of epochs over the models of this process.
     """
     shard = shard or Shard()
-    done = shard.collect(run_directory)
+    done = shard.collect(run_directory, type(trials[0]))
     jobs = []
     for chunk in _chunks(setup, trials, shard.size):
         chunk = [trial for trial in chunk if trial not in done]
@@ -73,19 +74,19 @@ def train_grid(setup, trials, run_directory, *, workers=None, shard=None, show_p
     total = finished + sum(len(chunk) for chunk, _ in jobs)
     what = "models" if shard.size == 1 else f"rank {shard.rank} of {shard.size}, models"
     bar_options = {"unit": "epoch", "unit_scale": True, "mininterval": 1, "disable": not show_progress}
-    train = functools.partial(_train, setup)
+    work = functools.partial(_train, setup)
     with tqdm(total=total * epochs, initial=finished * epochs, **bar_options) as bar:
         bar.set_description(f"{what} {finished}/{total}")
-        for rows in run_jobs(jobs, workers=workers, prepare=setup.task, work=train, bar=bar):
+        for rows in run_jobs(jobs, workers=workers, prepare=setup.task, work=work, bar=bar):
             run_directory.append(rows)
             finished += len(rows)
             bar.set_description(f"{what} {finished}/{total}")
-    shard.collect(run_directory)
+    shard.collect(run_directory, type(trials[0]))
     run_directory.remove_checkpoints()
 
 
 def _chunks(setup, trials, shards):
-    if setup.trainer == "single":
+    if setup.trainer in _ONE_BY_ONE:
         return [[trial] for trial in trials]
     limit = _MODELS_PER_CHUNK[torch.device(setup.device).type]
     return make_chunks(trials, min(limit, math.ceil(len(trials) / shards)))
@@ -94,8 +95,8 @@ def _chunks(setup, trials, shards):
 def _train(setup, task, job, on_epochs):
     trials, checkpoint = job
     with use_backend(setup.backend):
-        if setup.trainer == "single":
-            return [train_one(task, trials[0], setup.training, on_epochs)]
+        if setup.trainer in _ONE_BY_ONE:
+            return [_ONE_BY_ONE[setup.trainer](task, trials[0], setup.training, on_epochs)]
         return train_chunk(
             task,
             trials,

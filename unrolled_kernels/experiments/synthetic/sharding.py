@@ -40,22 +40,23 @@ class Shard:
         dist.barrier()
         return directory or open_directory()
 
-    def collect(self, directory):
+    def collect(self, directory, kind):
         """Bring the finished models of every rank into the table of rank 0.
 
         Args:
             directory: this rank's ``RunDirectory``.
+            kind: the class of the trials.
         Returns:
             The set of all finished trials, in every rank.
         """
         if self.size == 1:
-            return finished_trials(directory.results())
+            return finished_trials(directory.results(), kind)
         tables = [None] * self.size if self.rank == 0 else None
         dist.gather_object(directory.results(), tables)
         finished = [None]
         if self.rank == 0:
             directory.append(row for table in tables[1:] for row in table.to_dict("records"))
-            finished = [finished_trials(directory.results())]
+            finished = [finished_trials(directory.results(), kind)]
         dist.broadcast_object_list(finished)
         if self.rank:
             directory.clear()

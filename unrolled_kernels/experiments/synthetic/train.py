@@ -25,12 +25,43 @@ def make_optimizer(model, trial, training):
     return kind(model.parameters(), lr=trial.learning_rate, weight_decay=training.weight_decay)
 
 
-def train_step(model, optimizer, x, R, b, y_star):
-    """One step on a minibatch."""
+def train_step(model, optimizer, *samples):
+    """One step on a minibatch: the model's inputs, and y* as the last."""
     optimizer.zero_grad()
-    loss = evaluation.distance(model(x, R, b), y_star).mean()
-    loss.backward()
+    _loss(model, samples).backward()
     optimizer.step()
+
+
+def fit(model, optimizer, task, seed, everything, training, on_epochs):
+    """Train on the samples of a seed, and leave the model as it was after the epoch of lowest training loss.
+
+    Args:
+        model, optimizer: what to train.
+        task: the data; gives the training samples and the order of the minibatches.
+        seed: the training seed.
+        everything: the model's inputs for all N samples, and y* as the last.
+        training: epochs and batch size.
+        on_epochs: called now and then with the number of epochs done since the last call.
+    Returns:
+        That epoch, counted from 1, and the training and the test loss there; 0 and NaNs if no loss was finite.
+    """
+    index = task.train_index(seed).to(task.x.device)
+    samples = [tensor[index] for tensor in everything]
+    best_loss, best_epoch, best_state = math.inf, 0, copy.deepcopy(model.state_dict())
+    epoch = 0
+    for block, rows in epoch_blocks(0, training.epochs):
+        for order in task.minibatch_orders(seed, block)[rows].to(task.x.device):
+            for batch in order.split(training.batch_size):
+                train_step(model, optimizer, *(tensor[batch] for tensor in samples))
+            epoch += 1
+            loss = mean_loss(model, samples)
+            if loss < best_loss:
+                best_loss, best_epoch, best_state = loss, epoch, copy.deepcopy(model.state_dict())
+        on_epochs(rows.stop - rows.start)
+    model.load_state_dict(best_state)
+    if training.epochs > 0 and best_epoch == 0:
+        return 0, math.nan, math.nan
+    return best_epoch, mean_loss(model, samples), mean_loss(model, everything)
 
 
 def train_one(task, trial, training, on_epochs=lambda count: None):
@@ -48,26 +79,9 @@ def train_one(task, trial, training, on_epochs=lambda count: None):
     model = make_model(task, trial, training)
     optimizer = make_optimizer(model, trial, training)
     index = task.train_index(trial.seed).to(task.x.device)
-    samples = [tensor[index] for tensor in (task.x, task.R, task.b, task.y_star)]
     everything = (task.x, task.R, task.b, task.y_star)
-    init = _loss(model, samples).item(), _loss(model, everything).item()
-
-    best_loss, best_epoch, best_state = math.inf, 0, copy.deepcopy(model.state_dict())
-    epoch = 0
-    for block, rows in epoch_blocks(0, training.epochs):
-        for order in task.minibatch_orders(trial.seed, block)[rows].to(task.x.device):
-            for batch in order.split(training.batch_size):
-                train_step(model, optimizer, *(tensor[batch] for tensor in samples))
-            epoch += 1
-            loss = _loss(model, samples).item()
-            if loss < best_loss:
-                best_loss, best_epoch, best_state = loss, epoch, copy.deepcopy(model.state_dict())
-        on_epochs(rows.stop - rows.start)
-
-    model.load_state_dict(best_state)
-    diverged = training.epochs > 0 and best_epoch == 0
-    train = math.nan if diverged else _loss(model, samples).item()
-    test = math.nan if diverged else _loss(model, everything).item()
+    init = mean_loss(model, [tensor[index] for tensor in everything]), mean_loss(model, everything)
+    best_epoch, train, test = fit(model, optimizer, task, trial.seed, everything, training, on_epochs)
     with torch.no_grad():
         errors = evaluation.spectrum_errors(model.network(task.x), task.eigenvalues, dim=-1)
     return trial_columns(trial) | evaluation.result_columns(
@@ -84,6 +98,11 @@ def train_one(task, trial, training, on_epochs=lambda count: None):
 
 
 @torch.no_grad()
+def mean_loss(model, samples):
+    """The loss over the samples, the model's inputs and y* as the last, a float."""
+    return _loss(model, samples).item()
+
+
 def _loss(model, samples):
-    x, R, b, y_star = samples
-    return evaluation.distance(model(x, R, b), y_star).mean()
+    *inputs, y_star = samples
+    return evaluation.distance(model(*inputs), y_star).mean()
