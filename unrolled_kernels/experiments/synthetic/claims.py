@@ -158,8 +158,9 @@ def _gap_order(best):
 def _share(holds):
     """How often a comparison of pairs holds, and at which k it does in most seeds."""
     by_depth = holds.groupby("num_steps").mean()
-    most, rest = (", ".join(map(str, by_depth.index[chosen])) or "none" for chosen in (by_depth > 0.5, by_depth <= 0.5))
-    return f"in {holds.mean():.0%} of {len(holds)} pairs; in most seeds at k = {most}, not so at k = {rest}"
+    chosen = by_depth.index[by_depth > 0.5]
+    depths = {0: "at no k", len(by_depth): "at every k"}.get(len(chosen), f"at k = {', '.join(map(str, chosen))} only")
+    return f"in {holds.mean():.0%} of {len(holds)} pairs, in most seeds {depths}"
 
 
 def _verdict(holds):

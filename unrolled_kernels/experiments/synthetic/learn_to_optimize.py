@@ -46,7 +46,7 @@ class Grid:
 
 PRESETS = {
     "quick": Grid((1, 2, 4, 8, 14), (1e-2, 1e-3), seeds=3, epochs=300),
-    "medium": Grid((*range(1, 7), 8, 10, 14, 20), (1e-2, 1e-3), seeds=5, epochs=2000),
+    "medium": Grid((1, 2, 3, 4, 6, 8, 10, 14, 20), (1e-2, 1e-3), seeds=3, epochs=800),
     "paper": Grid(PAPER_DEPTHS, PAPER_LEARNING_RATES, seeds=20, epochs=50_000),
 }
 
