@@ -13,7 +13,7 @@ def summary_table(best):
     Args:
         best: one row for each (hidden, algorithm, num_steps, seed), or without ``hidden``, from ``grid.select_best``.
     """
-    keys, columns = ({name: shown for name, shown in all.items() if name in best} for all in (_KEYS, _COLUMNS))
+    keys, columns = ({name: shown for name, shown in names.items() if name in best} for names in (_KEYS, _COLUMNS))
     lines = [
         "| " + " | ".join([*keys.values(), *columns.values()]) + " |",
         "|" + "---:|" * (len(keys) + len(columns)),
