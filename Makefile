@@ -5,7 +5,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 
 BIN  := $(VENV)/bin
-PIP  := $(BIN)/python -m pip install -q --disable-pip-version-check
+# --no-compile: bytecode for what is imported, when it is, instead of for all of torch
+PIP  := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # where the machine runs other work too, spinning OpenMP threads collapse
 export OMP_WAIT_POLICY ?= passive
 
@@ -14,18 +15,20 @@ export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 
 
 .PHONY: demo test test-slow bench gpu gpu-sanitize gpu-profile lint build clean
 
-demo: build
+# the extension compiles while the packages install
+demo: $(VENV)/.base
+	@$(MAKE) --no-print-directory -j2 build $(VENV)/.experiments
 	$(BIN)/unrolled-kernels synthetic --preset quick --out runs/demo
 
-test: build
+test: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m pytest python_tests --numprocesses logical --maxprocesses 8
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_momentum.py python_tests/test_rnn.py -k triton \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_momentum.py python_tests/test_rnn.py python_tests/test_triton.py -k triton \
 	  --numprocesses logical --maxprocesses 8
 
-test-slow: build
+test-slow: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m pytest python_tests -m slow
 
-bench: build
+bench: build $(VENV)/.experiments
 	$(BIN)/python -m benchmarks.momentum --record
 	$(BIN)/python -m benchmarks.rnn --record
 	$(BIN)/python -m benchmarks.training --record
@@ -62,15 +65,16 @@ gpu-profile:
 	ncu --set full --kernel-name regex:momentum --launch-skip 4 --launch-count 4 --export runs/profile/momentum \
 	  --force-overwrite $(PYTHON) -m benchmarks.momentum --device cuda --only d32-k10 --peers "" --rounds 1
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # incremental: only what changed is compiled again
-build: $(VENV)/.installed
+build: $(VENV)/.base
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
-$(VENV)/.installed: pyproject.toml
+# .base is what compiling needs; .experiments and .dev are what running the experiments and the tests need besides
+$(VENV)/.base:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make PYTHON=..."; exit 1; }
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 	  test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV); \
@@ -78,9 +82,18 @@ $(VENV)/.installed: pyproject.toml
 	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	  echo "installing $(TORCH)"; $(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) "$(TORCH)"; \
 	fi
-	@echo "installing the build and test dependencies"
 	@$(PIP) "setuptools>=77" wheel ninja pybind11
-	@UNROLLED_KERNELS_EXTENSION=0 $(PIP) --no-build-isolation -e ".[experiments,dev]"
+	@UNROLLED_KERNELS_EXTENSION=0 $(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+# the requirements of the package and of an extra, without the package, whose extension may be compiling meanwhile
+REQUIREMENTS := import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*p["dependencies"], *p["optional-dependencies"][sys.argv[1]], sep="\n")
+
+$(VENV)/.experiments $(VENV)/.dev: $(VENV)/.%: $(VENV)/.base pyproject.toml
+	@echo "installing what the extra [$*] names"
+	@$(BIN)/python -c '$(REQUIREMENTS)' $* > $(VENV)/$*.txt
+	@$(PIP) -r $(VENV)/$*.txt
 	@touch $@
 
 clean:
