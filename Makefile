@@ -22,7 +22,7 @@ demo: $(VENV)/.base
 
 test: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m pytest python_tests --numprocesses logical --maxprocesses 8
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_momentum.py python_tests/test_rnn.py python_tests/test_triton.py -k triton \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(patsubst %,python_tests/test_%.py,momentum rnn triton) -k triton \
 	  --numprocesses logical --maxprocesses 8
 
 test-slow: build $(VENV)/.experiments $(VENV)/.dev
