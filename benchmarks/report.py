@@ -39,7 +39,7 @@ def device_section(directory):
     parts = [header(rows), table(rows)]
     training_file = directory / "training.csv"
     if training_file.exists():
-        parts.append(training_table(pd.read_csv(training_file)))
+        parts.append(training_table(read(training_file)))
     sweep_file = directory / "scaling.csv"
     if sweep_file.exists():
         sweeps = read(sweep_file)
@@ -51,7 +51,9 @@ def device_section(directory):
 
 def read(file):
     """A CSV of results, with the file's name as the directory a figure's name begins with."""
-    return pd.read_csv(file, keep_default_na=False, na_values=[""]).assign(results=Path(file).parent.name)
+    return pd.read_csv(file, keep_default_na=False, na_values=[""], dtype={"commit": str}).assign(
+        results=Path(file).parent.name
+    )
 
 
 def header(rows):
