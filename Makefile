@@ -13,11 +13,11 @@ export OMP_WAIT_POLICY ?= passive
 # the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
 export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 
-.PHONY: demo test test-slow bench gpu gpu-sanitize gpu-profile lint build clean
+.PHONY: build-native demo test test-slow bench gpu gpu-sanitize gpu-profile lint build clean
 
-# the extension compiles while the packages install
+# the extension compiles while the packages install, for this processor alone where none is there yet
 demo: $(VENV)/.base
-	@$(MAKE) --no-print-directory -j2 build $(VENV)/.experiments
+	@$(MAKE) --no-print-directory -j2 $(if $(wildcard unrolled_kernels/_C*.so),build,build-native) $(VENV)/.experiments
 	$(BIN)/unrolled-kernels synthetic --preset quick --out runs/demo
 
 test: build $(VENV)/.experiments $(VENV)/.dev
@@ -72,6 +72,9 @@ lint: $(VENV)/.dev
 # incremental: only what changed is compiled again
 build: $(VENV)/.base
 	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+build-native: $(VENV)/.base
+	@UNROLLED_KERNELS_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 # .base is what compiling needs; .experiments and .dev are what running the experiments and the tests need besides
 $(VENV)/.base:

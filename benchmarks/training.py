@@ -2,36 +2,82 @@
 
     python -m benchmarks.training [--device cpu|cuda] [--data DIR] [--record]
 
-The experiments measure themselves (their reports show the same numbers); this writes them down beside the others.
+The experiments measure their steps themselves (their reports show the same numbers); this writes them down beside an
+epoch of the ensemble, which on the CPU is a loop in C++. Its flops, for P parameters and h hidden units:
+100 (2 f + r + b + e) + 28 P with f = 27 h + 87 of the network (147 without hidden units), b = 34 h + 25 back through it
+(88), e = 6 (k - 1) for GD and 15 (k - 1) for NAG in the evaluation, r = 15 (k - 1) and 33 (k - 1) with its derivative.
 """
 
 import argparse
 from pathlib import Path
 
+import torch
+
 from benchmarks import harness, suite
+from unrolled_kernels import use_backend
 from unrolled_kernels.experiments.denoising import images, measurements
 from unrolled_kernels.experiments.denoising.data import DenoisingTask
 from unrolled_kernels.experiments.synthetic import speed
-from unrolled_kernels.experiments.synthetic.data import generate
+from unrolled_kernels.experiments.synthetic.data import FIRST_SEED, generate
+from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
+from unrolled_kernels.experiments.synthetic.grid import PRESETS, Training, Trial
 
+# fmt: off
 COLUMNS = (
-    "task",
-    "what",
-    "eager_us",
-    "fused_us",
-    "threads",
-    "device",
-    "torch",
-    "commit",
-    "kernel_sources_sha256",
-    "date",
+    "task", "what", "eager_us", "fused_us", "flops", "fma_gflop_s", "percent_of_roof", "threads", "device", "torch",
+    "commit", "kernel_sources_sha256", "date",
 )
+# fmt: on
+_EPOCHS = 4
+
+
+def flops_of_epoch(trial):
+    """Of one model: two minibatch steps on 100 samples and one evaluation of the training loss."""
+    h, steps, nag = trial.hidden, trial.num_steps - 1, trial.algorithm == "nag"
+    forward, backward, parameters = (27 * h + 87, 34 * h + 25, 14 * h + 3) if h else (147, 88, 33)
+    recurrence, evaluation = (33 * steps, 15 * steps) if nag else (15 * steps, 6 * steps)
+    return 100 * (2 * forward + recurrence + backward + evaluation) + 28 * parameters
+
+
+def model_epochs(task, device):
+    """An epoch of one of 34 models, every depth of the paper under both algorithms, for each hidden size."""
+    depths = PRESETS["medium"].depths
+    peak = harness.measure_roof(device).flops_per_s
+    for hidden in (0, 16, 32):
+        trials = [Trial(hidden, "adam", name, k, FIRST_SEED, 1e-2) for k in depths for name in ("gd", "nag")]
+        calls = {}
+        for backend in ("eager", "auto"):
+            with use_backend(backend):
+                ensemble = Ensemble(task, trials, Training(epochs=0))
+            orders = ensemble.minibatch_orders(0)[:_EPOCHS]
+
+            def call(ensemble=ensemble, orders=orders, backend=backend):
+                with use_backend(backend):
+                    ensemble.train(orders)
+
+            calls[backend] = call
+        timings = harness.interleave(calls, device, rounds=7, min_seconds=0.1)
+        eager, fused = (timings[name].p50 / (_EPOCHS * len(trials)) for name in ("eager", "auto"))
+        flops = sum(map(flops_of_epoch, trials)) / len(trials)
+        yield {
+            "task": "synthetic, an epoch of one model, one thread",
+            "what": f"hidden size {hidden}, mean over 17 depths, GD and NAG",
+            "eager_us": 1e6 * eager,
+            "fused_us": 1e6 * fused,
+            "flops": round(flops),
+            "fma_gflop_s": f"{peak / 1e9:.0f}",
+            "percent_of_roof": f"{100 * flops / peak / fused:.1f}",
+        }
 
 
 def measure(device, directory=None):
     """``{"task", "what", "eager_us", "fused_us"}`` for the layer and the training step of each task."""
-    for row in speed.measure(generate().to(device)):
+    task, threads = generate().to(device), torch.get_num_threads()
+    for row in speed.measure(task):
         yield {"task": f"synthetic, NAG, k = {speed.NUM_STEPS}, batch {speed.BATCH}, one thread", **row}
+    torch.set_num_threads(1)
+    yield from model_epochs(task, device)
+    torch.set_num_threads(threads)
     clean = images.photographs() if directory is None else images.load_folder(directory)[0]
     for row in measurements.speed(DenoisingTask(clean), device):
         times = {f"{name}_us": 1e3 * row[f"{name}_ms"] for name in ("eager", "fused")}

@@ -19,9 +19,13 @@ namespace {
 
 py::dict build_info() {
   py::list levels;
+#ifdef UNROLLED_KERNELS_ONLY_ISA
+  levels.append(isa_name(active_isa()));
+#else
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
     if (isa == Isa::baseline || UNROLLED_KERNELS_ISA_LEVELS) levels.append(isa_name(isa));
   }
+#endif
 #ifdef UNROLLED_KERNELS_WITH_CUDA
   const py::object cuda =
       py::dict("architectures"_a = UNROLLED_KERNELS_CUDA_ARCHITECTURES, "version"_a = UNROLLED_KERNELS_CUDA_VERSION);

@@ -24,21 +24,13 @@ from unrolled_kernels.experiments.denoising.grid import PRESETS, Grid, Training,
 from unrolled_kernels.experiments.denoising.model import CASES, DnCNN, StepSize, energy_layer, make_model
 from unrolled_kernels.testing import assert_as_close_as_eager
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 BSD = ROOT.parent / "shared" / "data" / "bsd400"
 QUICK = Training(epochs=4, batch_size=4, crop=16)
 GD = Trial("about-right", "gd", 3, 0)
 # everything about a run but its wall time
 TIMELESS = ["case", "algorithm", "num_steps", "seed", "epochs", "train_loss", "test_loss", "test_psnr", "step_size"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The images are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

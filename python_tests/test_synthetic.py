@@ -37,6 +37,7 @@ from unrolled_kernels.theory.bounds import predicted_gap
 from unrolled_kernels.theory.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.theory.properties import convergence_rate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference_synthetic"
 needs_reference = pytest.mark.skipif(
     not (REFERENCE / "reference.npz").is_file(), reason=f"the authors' data are not in {REFERENCE}"
@@ -58,15 +59,6 @@ def exact_task(task):
     eigenvalues = task.eigenvalues.clone()
     eigenvalues[:, 0], eigenvalues[:, -1] = data.L, data.MU
     return dataclasses.replace(task, R=U @ Vh, eigenvalues=eigenvalues)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small to share, and two threads that wait for each other make a busy machine crawl."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from unrolled_kernels.experiments.synthetic.grid import Training, select_best
 from unrolled_kernels.experiments.synthetic.learn_to_optimize import ALGORITHMS, Trial, make_trainable_layer, train_one
 from unrolled_kernels.testing import assert_as_close_as_eager
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINING = Training(epochs=5, learn_step_size=True)
 DEPTHS, SEEDS = (1, 3), (100, 101)
 
@@ -24,15 +25,6 @@ DEPTHS, SEEDS = (1, 3), (100, 101)
 @pytest.fixture(scope="module")
 def task():
     return data.generate(seed=2, num_samples=500)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The layers are too small to share, and two threads that wait for each other make a busy machine crawl."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,10 @@ from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 from unrolled_kernels.testing import assert_as_close_as_eager
 
-pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built")
+pytestmark = [
+    pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built"),
+    pytest.mark.usefixtures("one_thread"),
+]
 STATE = ("theta", "first_moment", "second_moment", "best_theta", "best_loss", "best_epoch")
 # every depth, algorithm, seed and learning rate of a chunk may differ
 SETTINGS = [("gd", 1, 100, 1e-2), ("gd", 7, 101, 1e-3), ("nag", 5, 100, 1e-2), ("nag", 20, 101, 5e-3)]
@@ -26,15 +29,6 @@ PLAIN = Training(0)
 @pytest.fixture(scope="module")
 def task():
     return data.generate(seed=2, num_samples=500)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small to share, and two threads that wait for each other make a busy machine crawl."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(task, hidden, optimizer, *, epochs=20, backend="cpu", training=PLAIN, settings=SETTINGS):

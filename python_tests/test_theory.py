@@ -21,19 +21,11 @@ MU, L, PHI = 0.1, 1.0, 1.0
 SLACK = 1 + 1e-11
 
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+pytestmark = pytest.mark.usefixtures("one_thread")
 bounded_time = settings(max_examples=15, deadline=None, derandomize=True)
 spectra = st.tuples(st.floats(1e-3, 1.0), st.floats(1.01, 100.0)).map(lambda x: (x[0], x[0] * x[1]))
 fractions = st.floats(0.01, 1.0)
 seeds = st.integers(0, 2**31)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # thousands of calls on tiny tensors: a second thread only waits
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # k: Cvg, Stab_b, Stab_Q, |∂φ y| for μ = 0.1, L = 1, φ = 1, ‖b‖ = 1, with the digits that were printed

@@ -174,7 +174,8 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
             return _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend)
     if y0 is None and _is_plain(Q, b):
-        # at the paper's sizes checks cost as much as the kernel: none where there is nothing to check or to reshape
+        # where there is nothing to check or to reshape, checks cost more than the kernel: 52 µs a call instead of 70,
+        # measured on an EPYC core, float32, (B, d, k) = (50, 5, 30)
         schedule = [_plain_coefficient(c, b.device, b.dtype) for c in (phi, beta, gamma)]
         if not any(c is NotImplemented for c in schedule):
             chosen = _backend.resolve(backend, b.device)
@@ -230,7 +231,7 @@ def _full_shape(Q, b, y0=None):
     elif isinstance(Q, Tikhonov):
         q_shape = Q.f.shape
         if q_shape != Q.x.shape:
-            _check.check_broadcast("x", Q.x.shape, q_shape, "the shape of f")
+            _check.check_broadcast("Q (x)", Q.x.shape, q_shape, "the shape of f")
     else:
         q_shape = Q.shape[:-1]
     if q_shape[-1] != b.shape[-1]:

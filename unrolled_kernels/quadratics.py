@@ -95,7 +95,7 @@ class Tikhonov:
 
     Args:
         f: weights of the regulariser, ``[*batch, d]``, any number of dimensions (an image too), floating point.
-        x: what was observed, broadcastable with f.
+        x: what was observed, broadcastable to the shape of f.
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: f is a scalar.

@@ -2,6 +2,11 @@
 #pragma once
 #include <cstdint>
 
+// Storage types that the CUDA kernels are compiled for; tests of float32 alone need not wait for the others.
+#ifndef UNROLLED_KERNELS_CUDA_TYPES
+#define UNROLLED_KERNELS_CUDA_TYPES(_) _(float) _(double) _(half) _(bfloat16)
+#endif
+
 namespace unrolled_kernels {
 
 struct half { uint16_t bits; };

@@ -8,7 +8,9 @@ namespace unrolled_kernels {
 namespace {
 
 Isa detect() {
-#if UNROLLED_KERNELS_ISA_LEVELS
+#ifdef UNROLLED_KERNELS_ONLY_ISA
+  return static_cast<Isa>(UNROLLED_KERNELS_ONLY_ISA);
+#elif UNROLLED_KERNELS_ISA_LEVELS
   Isa isa = Isa::baseline;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     isa = Isa::avx2;

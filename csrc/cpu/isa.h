@@ -20,7 +20,16 @@ const char* isa_name(Isa isa);
 #endif
 
 // `call` in the namespace of the active level, as in UNROLLED_KERNELS_AT_ACTIVE_ISA(momentum_dense_kernels<float>()).
-#if UNROLLED_KERNELS_ISA_LEVELS
+// A build for one processor alone has a single level, UNROLLED_KERNELS_ONLY_ISA.
+#ifdef UNROLLED_KERNELS_ONLY_ISA
+#if UNROLLED_KERNELS_ONLY_ISA == 2
+#define UNROLLED_KERNELS_AT_ACTIVE_ISA(call) ::unrolled_kernels::isa_avx512::call
+#elif UNROLLED_KERNELS_ONLY_ISA == 1
+#define UNROLLED_KERNELS_AT_ACTIVE_ISA(call) ::unrolled_kernels::isa_avx2::call
+#else
+#define UNROLLED_KERNELS_AT_ACTIVE_ISA(call) ::unrolled_kernels::isa_baseline::call
+#endif
+#elif UNROLLED_KERNELS_ISA_LEVELS
 #define UNROLLED_KERNELS_AT_ACTIVE_ISA(call)                        \
   (::unrolled_kernels::active_isa() == ::unrolled_kernels::Isa::avx512 \
        ? ::unrolled_kernels::isa_avx512::call                       \

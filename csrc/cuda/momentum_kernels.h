@@ -12,11 +12,6 @@
 
 #include "momentum.h"
 
-// Storage types that the kernels are compiled for; tests of float32 alone need not wait for the others.
-#ifndef UNROLLED_KERNELS_CUDA_TYPES
-#define UNROLLED_KERNELS_CUDA_TYPES(_) _(float) _(double) _(half) _(bfloat16)
-#endif
-
 namespace unrolled_kernels {
 
 template <typename Storage>

@@ -58,3 +58,25 @@ const char* run_with_workspace(F launcher) {
   memset(workspace.get(), 0xff, bytes);
   return launcher(workspace.get(), nullptr);
 }
+
+// Reads a Header and its arrays, calls run(Storage(), header, arrays) for its dtype, and writes the outputs, of which
+// the first is array first_output. in_storage_type(i): whether the shift of the header is for array i.
+template <typename Header, typename InStorageType, typename Run>
+int drive(int first_output, InStorageType in_storage_type, Run run) {
+  using namespace unrolled_kernels;
+  Header h;
+  read_all(&h, sizeof h);
+  const Arrays<sizeof h.bytes / sizeof h.bytes[0]> arrays(h.bytes,
+                                                          [&](int i) { return in_storage_type(i) ? h.shift : 0; });
+  const char* error = "the kernels were not compiled for this dtype";
+#define UNROLLED_KERNELS_RUN(Storage) \
+  if (h.dtype == dtype_of(Storage())) error = run(Storage(), h, arrays.at);
+  UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_RUN)
+#undef UNROLLED_KERNELS_RUN
+  if (error) {
+    fprintf(stderr, "%s\n", error);
+    return 2;
+  }
+  arrays.write(first_output + (h.backward ? 1 : 0));
+  return 0;
+}

@@ -41,17 +41,7 @@ const char* run(const Header& h, void* const* pointers) {
 }  // namespace
 
 int main() {
-  Header h;
-  read_all(&h, sizeof h);
-  const Arrays<arrays> a(h.bytes, [&](int i) { return i == weights || i == weights_output ? 0 : h.shift; });
-  const char* error = "the kernels were not compiled for this dtype";
-#define UNROLLED_KERNELS_RUN(Storage) \
-  if (h.dtype == dtype_of(Storage())) error = run<Storage>(h, a.at);
-  UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_RUN)
-  if (error) {
-    fprintf(stderr, "%s\n", error);
-    return 2;
-  }
-  a.write(first_output + (h.backward ? 1 : 0));
-  return 0;
+  return drive<Header>(
+      first_output, [](int i) { return i != weights && i != weights_output; },
+      [](auto storage, const Header& h, void* const* arrays) { return run<decltype(storage)>(h, arrays); });
 }

@@ -47,7 +47,7 @@ def backward(
     needs_eigenvalues,
     needs_matrix,
     needs_schedule,
-    observed=None,
+    observed,
 ):
     """Gradients of the canonical arguments for the cotangent ``grad_y`` (shape of the forward's output).
 

@@ -10,57 +10,27 @@ class Launcher:
     def __init__(self, suffix=""):
         self.suffix = suffix
 
-    def forward(
-        self,
-        eigenvalues,
-        matrix,
-        b,
-        y0,
-        step_sizes,
-        momentum,
-        extrapolation,
-        num_steps,
-        trajectory,
-        observed=None,
-    ):
-        """Run the recurrence on canonical arguments (see the package's docstring)."""
+    def forward(self, eigenvalues, matrix, *rest):
+        """The contract of ``reference.forward``."""
+        *rest, observed = rest
         name, operands = _operands(eigenvalues, matrix, observed)
-        return common.call(
-            f"momentum_{name}{self.suffix}",
-            (*operands, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory),
-        )
+        return common.call(f"momentum_{name}{self.suffix}", (*operands, *rest))
 
-    def backward(
-        self,
-        grad_y,
-        eigenvalues,
-        matrix,
-        b,
-        y0,
-        step_sizes,
-        momentum,
-        extrapolation,
-        num_steps,
-        trajectory,
-        needs_eigenvalues,
-        needs_matrix,
-        needs_schedule,
-        observed=None,
-    ):
-        """Gradients of the canonical arguments; the contract of ``manual.backward``."""
+    def backward(self, grad_y, eigenvalues, matrix, *rest):
+        """The contract of ``manual.backward``."""
+        *rest, needs_eigenvalues, needs_matrix, needs_schedule, observed = rest
         name, operands = _operands(eigenvalues, matrix, observed)
-        rest = (b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory)
         needs = {"dense": (needs_matrix,), "spectral": (needs_eigenvalues, needs_matrix)}.get(
             name, (needs_eigenvalues,)
         )
-        grads = common.call(
-            f"momentum_{name}{self.suffix}_backward", (grad_y, *operands, *rest, *needs, needs_schedule)
-        )
+        arguments = (grad_y, *operands, *rest, *needs, needs_schedule)
+        grads = common.call(f"momentum_{name}{self.suffix}_backward", arguments)
+        nothing = grad_y.new_empty(0)
         if name == "dense":
-            return (b.new_empty(0), *grads)
+            return (nothing, *grads)
         if name == "spectral":
             return grads
-        return (grads[0], b.new_empty(0), *grads[1:])
+        return (grads[0], nothing, *grads[1:])
 
 
 def _operands(eigenvalues, matrix, observed):

@@ -10,7 +10,7 @@ import torch
 from unrolled_kernels.ops.common import matvec
 
 
-def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, observed=None):
+def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, observed):
     """Run the recurrence on canonical arguments (see the package's docstring)."""
     storage, compute = b.dtype, step_sizes.dtype
     eigenvalues, matrix, b, y0, observed = (

@@ -20,35 +20,21 @@ class Launcher:
         self.suffix, self.max_width = suffix, max_width
 
     def forward(self, eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory):
-        """Run the cells on canonical arguments (see the package's docstring)."""
+        """The contract of ``reference.forward``."""
         if not is_fused(b.shape[-1], hidden_dims, self.max_width):
             return manual.forward(eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory)
         name, Q = _operand(eigenvalues, matrix)
         return common.call(f"rnn_{name}{self.suffix}", (Q, b, y0, weights, hidden_dims, num_steps, trajectory))
 
-    def backward(
-        self,
-        grad_y,
-        eigenvalues,
-        matrix,
-        b,
-        y0,
-        weights,
-        hidden_dims,
-        num_steps,
-        trajectory,
-        needs_eigenvalues,
-        needs_matrix,
-        needs_weights,
-    ):
-        """Gradients of the canonical arguments; the contract of ``manual.backward``."""
+    def backward(self, grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, *rest):
+        """The contract of ``manual.backward``."""
         if not is_fused(b.shape[-1], hidden_dims, self.max_width):
-            arguments = (grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory)
-            return manual.backward(*arguments, needs_eigenvalues, needs_matrix, needs_weights)
+            return manual.backward(grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, *rest)
+        *steps, needs_eigenvalues, needs_matrix, needs_weights = rest
         name, Q = _operand(eigenvalues, matrix)
-        arguments = (grad_y, Q, b, y0, weights, hidden_dims, num_steps, trajectory)
         needs = (needs_matrix if eigenvalues is None else needs_eigenvalues, needs_weights)
-        d_Q, *grads = common.call(f"rnn_{name}{self.suffix}_backward", (*arguments, *needs))
+        arguments = (grad_y, Q, b, y0, weights, hidden_dims, *steps, *needs)
+        d_Q, *grads = common.call(f"rnn_{name}{self.suffix}_backward", arguments)
         nothing = b.new_empty(0)
         return (nothing, d_Q, *grads) if eigenvalues is None else (d_Q, nothing, *grads)
 
@@ -62,7 +48,6 @@ def _fake_forward(Q, b, y0, weights, hidden_dims, num_steps, trajectory):
 
 
 def _fake_backward(grad_y, Q, b, y0, weights, hidden_dims, num_steps, trajectory, needs_Q, needs_weights):
-
     return (
         Q.new_empty(Q.shape if needs_Q else (0,)),
         b.new_empty(b.shape),
