@@ -128,13 +128,31 @@ def exponents(sweeps):
             ]
             mean = sum(slopes) / len(slopes)
             lines.append(f"| {axis} ({backend}) | {structure} | {mean:.2f} | {scaling.EXPECTED[axis, structure]} |")
+    lines += ["", *crossovers(fused), ""]
     best = sweeps.loc[sweeps.groupby(["sweep", "structure", "B", "d", "k", "threads"], dropna=False).p50_us.idxmin()]
     lost = best[~best.backend.isin(FUSED)]
     shapes = "; ".join(f"{r.structure} B={r.B}, d={r.d}, k={r.k}" for r in lost.itertuples())
     verdict = (
         f"The eager loop is the faster one at {shapes}." if shapes else "No shape of these has the eager loop faster."
     )
-    return "\n".join(lines) + "\n\n" + verdict
+    return "\n".join(lines) + "\n" + verdict
+
+
+def crossovers(fused):
+    """Where, along each sweep, the spectral structure takes less time than the dense one of the same size."""
+    for axis in ("k", "d", "B"):
+        part = fused[fused.sweep == axis]
+        times = part.groupby([axis, "structure"]).p50_us.min().unstack()
+        if not {"dense", "spectral"} <= set(times):
+            continue
+        times = times.dropna(subset=["dense", "spectral"])
+        wins = times[(times.dense > times.spectral)[::-1].cummin()[::-1]]  # from here on
+        others = ", ".join(f"{name} = {part[name].iloc[0]}" for name in ("B", "d", "k") if name != axis)
+        yield (
+            f"At {others} the spectral structure, R given, is the faster one from {axis} = {wins.index[0]} on."
+            if len(wins)
+            else f"At {others} the dense structure is the faster one at every {axis} measured."
+        )
 
 
 if __name__ == "__main__":

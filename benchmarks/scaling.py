@@ -15,13 +15,13 @@ from benchmarks import harness, peers, suite
 from benchmarks.momentum import Case
 
 SWEEPS = {
-    "k": [Case(s, "gd", 1000, 16, k) for s in ("dense", "spectral") for k in (1, 2, 5, 10, 20, 50, 100)],
+    "k": [Case(s, "gd", 1000, 16, k) for s in ("dense", "spectral", "diagonal") for k in (1, 2, 5, 10, 20, 50, 100)],
     "d": [Case(s, "gd", 256, d, 20) for s in ("dense", "spectral") for d in (2, 4, 8, 16, 32, 64, 128, 256)],
     "B": [Case(s, "gd", 10**n, 5, 30) for s in ("dense", "spectral", "diagonal") for n in range(7)],
     "threads": [Case("dense", "gd", *shape) for shape in ((10000, 5, 30), (1024, 32, 20), (64, 128, 20))],
 }
 EXPECTED = {
-    ("k", "dense"): 1, ("k", "spectral"): 0,
+    ("k", "dense"): 1, ("k", "spectral"): 0, ("k", "diagonal"): 1,
     ("d", "dense"): 2, ("d", "spectral"): 2,
     ("B", "dense"): 1, ("B", "spectral"): 1, ("B", "diagonal"): 1,
     ("threads", "dense"): -1,
