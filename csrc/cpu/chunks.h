@@ -1,6 +1,7 @@
 // Running the chunks of a plan in parallel, and adding up what they return.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -35,10 +36,14 @@ inline void convert(double x, bfloat16* out) { out->bits = c10::BFloat16(static_
 // out [size] = the sum of partial [chunks, size] over the chunks, in their order and in double
 template <typename C, typename Storage>
 void sum_chunks(const C* partial, int64_t chunks, int64_t size, Storage* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    double sum = 0;
-    for (int64_t c = 0; c < chunks; ++c) sum += partial[c * size + i];
-    convert(sum, out + i);
+  constexpr int64_t block = 16;  // sums that do not wait for each other
+  for (int64_t begin = 0; begin < size; begin += block) {
+    const int64_t n = std::min(block, size - begin);
+    double sums[block] = {};
+    for (int64_t c = 0; c < chunks; ++c) {
+      for (int64_t i = 0; i < n; ++i) sums[i] += partial[c * size + begin + i];
+    }
+    for (int64_t i = 0; i < n; ++i) convert(sums[i], out + begin + i);
   }
 }
 

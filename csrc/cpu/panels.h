@@ -3,7 +3,7 @@
 // A panel holds n elements of S groups of W samples: element i of group s is the vector at data + s plane + i W.
 //
 //     panel_product     out[r] = sum_j M[r, j] x[j]             M scalars shared by all samples, or a matrix of each
-//     outer_sums        sum[i, j] += sum_{t, s} a_t[i] z_t[j]   lane by lane
+//     outer_sums        sum[i, j] += sum_n a_n[i] z_n[j]        lane by lane
 //
 // A block of R rows and S groups takes R + S loads for R S multiply-adds, one of outer_sums I + J for I J.
 #pragma once
@@ -124,12 +124,11 @@ UNROLLED_KERNELS_NOINLINE void panel_product(M m, int64_t rows, Panel<const C> x
   });
 }
 
-// Operands of outer_sums: element i of step t and group s at a + t step + s plane + i W, likewise z.
+// Operands of outer_sums: element i of term n at a + n a_step + i W, likewise z.
 template <typename C>
 struct OuterOperands {
   const C *a, *z;
-  int64_t a_step, z_step, a_plane, z_plane, steps;
-  int groups;
+  int64_t a_step, z_step, terms;
 };
 
 template <int I, int J, typename C>
@@ -141,18 +140,16 @@ inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, int64
 #pragma GCC unroll 5
     for (int j = 0; j < J; ++j) sum[i][j] = load(out + (i * columns + j) * W);
   }
-  for (int s = 0; s < o.groups; ++s) {
-    const C *a = o.a + s * o.a_plane + i0 * W, *z = o.z + s * o.z_plane + j0 * W;
-    for (int64_t t = 0; t < o.steps; ++t, a += o.a_step, z += o.z_step) {
-      Vector<C> zj[J];
+  const C *a = o.a + i0 * W, *z = o.z + j0 * W;
+  for (int64_t n = 0; n < o.terms; ++n, a += o.a_step, z += o.z_step) {
+    Vector<C> zj[J];
 #pragma GCC unroll 5
-      for (int j = 0; j < J; ++j) zj[j] = load(z + j * W);
+    for (int j = 0; j < J; ++j) zj[j] = load(z + j * W);
 #pragma GCC unroll 5
-      for (int i = 0; i < I; ++i) {
-        const Vector<C> ai = load(a + i * W);
+    for (int i = 0; i < I; ++i) {
+      const Vector<C> ai = load(a + i * W);
 #pragma GCC unroll 5
-        for (int j = 0; j < J; ++j) sum[i][j] += ai * zj[j];
-      }
+      for (int j = 0; j < J; ++j) sum[i][j] += ai * zj[j];
     }
   }
 #pragma GCC unroll 5

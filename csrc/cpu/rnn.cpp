@@ -165,12 +165,12 @@ class Tile {
     load_panel(p.grad_y + (p_.trajectory ? p_.k * p_.B * p_.d : 0), p_.d, p_.d, y_);
     for (int64_t t = p_.k; t > 0;) {
       const int64_t steps = min(segment_, t);
-      for (int64_t n = 0; n < steps; ++n) {
-        adjoint(row(t - 1 - n), adjoint_row(n));
-        if (p_.trajectory) add_cotangent(p.grad_y + (t - 1 - n) * p_.B * p_.d);
+      for (int64_t n = steps; n > 0; --n) {
+        --t;
+        adjoint(row(t), adjoint_row(n - 1));
+        if (p_.trajectory) add_cotangent(p.grad_y + t * p_.B * p_.d);
       }
-      add_gradients(t - 1, steps);
-      t -= steps;
+      add_gradients(t, steps);
     }
     store_panel(db_, p_.d, p.db);
     store_panel(y_, p_.d, p.dy0);
@@ -321,16 +321,10 @@ class Tile {
     }
   }
 
-  // Gradients of the weights and of Q from the segment of `steps` steps that ends, going down, after step `last`.
-  void add_gradients(int64_t last, int64_t steps) {
-    const P x = row(last), a = adjoint_row(0);
-    OuterOperands<C> o{};
-    o.a_step = S * adjoints_ * W;
-    o.z_step = -S * activations_ * W;
-    o.a_plane = a.plane;
-    o.z_plane = x.plane;
-    o.steps = steps;
-    o.groups = S;
+  // Gradients of the weights and of Q from the segment of `steps` steps that begins with step `first`.
+  void add_gradients(int64_t first, int64_t steps) {
+    const P x = row(first), a = adjoint_row(0);
+    OuterOperands<C> o{nullptr, nullptr, a.plane, x.plane, S * steps};  // groups follow each other as steps do
     for (int l = 0; layers_[0].gradient && l <= p_.num_layers; ++l) {
       const Layer<C>& layer = layers_[l];
       o.a = a.rows(layer.adjoint).data;
@@ -341,7 +335,9 @@ class Tile {
     o.a = a.rows(input_adjoint_ + p_.d).data;
     o.z = x.data;
     if (shared_) return outer_sums(o, p_.d, p_.d, d_matrix_);
-    o.groups = 1;
+    o.a_step *= S;
+    o.z_step *= S;
+    o.terms = steps;
     for (int s = 0; s < S; ++s, o.a += a.plane, o.z += x.plane) {
       outer_sums(o, p_.d, p_.d, d_matrix_ + s * padded(p_.d * p_.d) * W);
     }
