@@ -1,15 +1,15 @@
 """The test law for the op family ``momentum``: every backend against the float64 reference, every row of the law."""
 
 import itertools
-import math
 
+import laws
 import pytest
 import torch
 from conftest import BACKENDS, device_of, interpreted
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
-from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, poisoned_memory, random_quadratic
+from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 METHODS = ("gd", "momentum")
@@ -304,11 +304,8 @@ def test_layouts(backend, structure):
     device = device_of(backend)
     (*leaves,), make_Q, b = random_quadratic(structure, (6,), 5, symmetric=False, dtype=torch.float64, device=device)
     phi = torch.rand(6, 4, dtype=torch.float64, device=device)
-    sliced = lambda x: torch.cat([x, x + 1, x], -1)[..., x.shape[-1] * 2 :]
-    turned = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    strided = lambda x: x.repeat_interleave(2, 0)[::2]
     expected = F.gradient_descent(make_Q(*leaves), b, phi, 4, backend="eager")
-    for layout in (sliced, turned, strided):
+    for layout in laws.LAYOUTS:
         y = F.gradient_descent(make_Q(*(layout(x) for x in leaves)), layout(b), layout(phi), 4, backend=backend)
         torch.testing.assert_close(y, expected)
     expanded = F.gradient_descent(make_Q(*leaves), b[:1].expand(6, 5), phi[:1].expand(6, 4), 4, backend=backend)
@@ -321,13 +318,7 @@ def test_layouts(backend, structure):
 @trajectories
 def test_cotangent_layouts(backend, structure, trajectory):
     problem = Problem(structure, (5,), 6, 4, trajectory=trajectory, device=device_of(backend))
-    for cotangent in (
-        lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),
-        lambda y: torch.randn(*y.shape[:-1], 1, generator=torch.Generator().manual_seed(1)).to(y).expand(y.shape),
-        lambda y: (
-            torch.randn(*y.shape[::-1], generator=torch.Generator().manual_seed(1)).to(y).permute(*range(y.dim())[::-1])
-        ),
-    ):
+    for cotangent in laws.COTANGENTS:
         compare(problem, backend, torch.float64, cotangent=cotangent)
 
 
@@ -369,15 +360,7 @@ def test_rows_are_independent(backend, structure, d):
 def test_reruns_are_bit_equal(backend, structure, shared):
     batch = (100 if interpreted(backend) else 333,)
     problem = Problem(structure, batch, 7, 6, form="step", shared=shared, device=device_of(backend))
-    results = []
-    for threads in (2, 2, 1):
-        torch.set_num_threads(threads)
-        results.append(problem.run(backend, torch.float32))
-    torch.set_num_threads(2)
-    for name in results[0]:
-        # eager's own reductions may depend on the number of threads; the kernels' do not
-        for other in results[1 : 2 if backend == "manual" else 3]:
-            assert torch.equal(results[0][name], other[name]), name
+    laws.assert_reruns_are_bit_equal(problem, backend)
 
 
 @backends
@@ -387,25 +370,14 @@ def test_nothing_unwritten_is_read(backend, structure, trajectory):
     for B, d in ((3, 5), (17, 9), (2, 40)):
         for warm in (False, True):
             problem = Problem(structure, (B,), d, 4, warm=warm, trajectory=trajectory, device=device_of(backend))
-            clean = problem.run(backend, torch.float32)
-            with poisoned_memory():
-                poisoned = problem.run(backend, torch.float32)
-            for name in clean:
-                assert torch.equal(clean[name], poisoned[name]), name
+            laws.assert_nothing_unwritten_is_read(problem, backend)
 
 
 @backends
 @structures
 def test_nan_and_inf_stay_in_their_row(backend, structure):
-    for bad in (math.nan, math.inf):
-        problem = Problem(structure, (20,), 6, 5, device=device_of(backend))
-        clean = problem.run(backend, torch.float32)
-        problem.leaves["b"][4, 2] = bad
-        spoiled = problem.run(backend, torch.float32)
-        assert not spoiled["y"][4].isfinite().all()
-        others = [i for i in range(20) if i != 4]
-        for name in ("y", "b", "Q0"):
-            assert torch.equal(spoiled[name][others], clean[name][others]), name
+    problem = Problem(structure, (20,), 6, 5, device=device_of(backend))
+    laws.assert_bad_values_stay_in_their_row(problem, backend, ("y", "b", "Q0"))
 
 
 @backends
@@ -426,16 +398,10 @@ def test_backward_keeps_only_the_inputs(backend, structure, k):
     device = device_of(backend)
     (*leaves,), make_Q, b = random_quadratic(structure, (8,), 6, dtype=torch.float32, device=device)
     inputs = [x.requires_grad_() for x in (*leaves, b)]
-    kept = {}
-
-    def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        F.gradient_descent(make_Q(*inputs[:-1]), inputs[-1], 0.1, k, backend=backend)
+    call = lambda: F.gradient_descent(make_Q(*inputs[:-1]), inputs[-1], 0.1, k, backend=backend)
     step_size_bytes = 4
-    assert sum(kept.values()) == sum(x.untyped_storage().nbytes() for x in inputs) + step_size_bytes
+    held = sum(x.untyped_storage().nbytes() for x in inputs)
+    assert laws.bytes_kept_for_backward(call) == held + step_size_bytes
 
 
 @backends

@@ -1,8 +1,8 @@
 """The test law for the op family ``rnn``: every backend against the float64 reference, every row of the law."""
 
 import itertools
-import math
 
+import laws
 import pytest
 import torch
 from conftest import BACKENDS, device_of, interpreted
@@ -11,7 +11,7 @@ import unrolled_kernels as uk
 import unrolled_kernels.functional as F
 from unrolled_kernels.ops.rnn import native
 from unrolled_kernels.ops.rnn.reference import pack, weight_shapes
-from unrolled_kernels.testing import assert_as_close_as_eager, poisoned_memory, random_quadratic
+from unrolled_kernels.testing import assert_as_close_as_eager, random_quadratic
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -287,11 +287,8 @@ def test_compile_dynamic(backend):
 def test_layouts(backend, structure):
     """Sliced, transposed and expanded inputs, weights too, give what contiguous ones give."""
     problem = Problem(structure, (6,), 5, 4, device=device_of(backend))
-    sliced = lambda x: torch.cat([x, x + 1, x], -1)[..., x.shape[-1] * 2 :]
-    turned = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    strided = lambda x: x.repeat_interleave(2, 0)[::2]
     expected = problem.call("eager", problem.leaves)
-    for layout in (sliced, turned, strided):
+    for layout in laws.LAYOUTS:
         y = problem.call(backend, {n: layout(x) for n, x in problem.leaves.items()})
         torch.testing.assert_close(y, expected)
     expanded = problem.leaves | {n: problem.leaves[n][:1].expand(6, 5) for n in ("b", "y0")}
@@ -303,12 +300,7 @@ def test_layouts(backend, structure):
 @trajectories
 def test_cotangent_layouts(backend, structure, trajectory):
     problem = Problem(structure, (5,), 6, 4, trajectory=trajectory, device=device_of(backend))
-    normal = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    for cotangent in (
-        lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),
-        lambda y: normal(*y.shape[:-1], 1).to(y).expand(y.shape),
-        lambda y: normal(*y.shape[::-1]).to(y).permute(*range(y.dim())[::-1]),
-    ):
+    for cotangent in laws.COTANGENTS:
         compare(problem, backend, torch.float64, cotangent=cotangent)
 
 
@@ -350,15 +342,7 @@ def test_rows_are_independent(backend, structure, d):
 def test_reruns_are_bit_equal(backend, shared):
     batch = (40 if interpreted(backend) else 333,)
     problem = Problem("dense", batch, 7, 6, shared=shared, device=device_of(backend))
-    results = []
-    for threads in (2, 2, 1):
-        torch.set_num_threads(threads)
-        results.append(problem.run(backend, torch.float32))
-    torch.set_num_threads(2)
-    for name in results[0]:
-        # eager's own reductions may depend on the number of threads; the kernels' do not
-        for other in results[1 : 2 if backend == "manual" else 3]:
-            assert torch.equal(results[0][name], other[name]), name
+    laws.assert_reruns_are_bit_equal(problem, backend)
 
 
 @backends
@@ -368,25 +352,14 @@ def test_nothing_unwritten_is_read(backend, structure, trajectory):
     for B, d in ((3, 5), (17, 9), (2, 40)):
         for warm in (False, True):
             problem = Problem(structure, (B,), d, 3, warm=warm, trajectory=trajectory, device=device_of(backend))
-            clean = problem.run(backend, torch.float32)
-            with poisoned_memory():
-                poisoned = problem.run(backend, torch.float32)
-            for name in clean:
-                assert torch.equal(clean[name], poisoned[name]), name
+            laws.assert_nothing_unwritten_is_read(problem, backend)
 
 
 @backends
 @structures
 def test_nan_and_inf_stay_in_their_row_and_do_not_vanish(backend, structure):
-    for bad in (math.nan, math.inf):
-        problem = Problem(structure, (20,), 6, 5, device=device_of(backend))
-        clean = problem.run(backend, torch.float32)
-        problem.leaves["b"][4, 2] = bad
-        spoiled = problem.run(backend, torch.float32)
-        assert not spoiled["y"][4].isfinite().all()
-        others = [i for i in range(20) if i != 4]
-        for name in ("y", "b", "Q"):
-            assert torch.equal(spoiled[name][others], clean[name][others]), name
+    problem = Problem(structure, (20,), 6, 5, device=device_of(backend))
+    laws.assert_bad_values_stay_in_their_row(problem, backend, ("y", "b", "Q"))
 
 
 @backends
@@ -407,15 +380,8 @@ def test_backward_keeps_only_the_inputs(backend, structure, k):
         pytest.skip("interpreted, this many steps take minutes")
     problem = Problem(structure, (8,), 6, k, warm=False, device=device_of(backend))
     leaves = {n: x.requires_grad_() for n, x in problem.cast(torch.float32).items()}
-    kept = {}
-
-    def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        problem.call(backend, leaves)
-    assert sum(kept.values()) <= sum(x.untyped_storage().nbytes() for x in leaves.values())
+    held = sum(x.untyped_storage().nbytes() for x in leaves.values())
+    assert laws.bytes_kept_for_backward(lambda: problem.call(backend, leaves)) <= held
 
 
 @backends
