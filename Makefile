@@ -71,8 +71,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # the site, in build/site; `.venv/bin/mkdocs serve` shows it while it is written
-docs: $(VENV)/.experiments $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # incremental: only what changed is compiled again
 build: $(VENV)/.base

@@ -164,4 +164,9 @@ for _cls in (Diagonal, Spectral, Tikhonov):
         lambda x: ([getattr(x, field) for field in x.__dataclass_fields__], None),
         lambda children, _, cls=_cls: _unflatten(cls, children),  # type: ignore[misc]
         serialized_type_name=f"unrolled_kernels.{_cls.__name__}",
+        # torch.export names the inputs by these
+        flatten_with_keys_fn=lambda x: (
+            [(pytree.GetAttrKey(field), getattr(x, field)) for field in x.__dataclass_fields__],
+            None,
+        ),
     )
