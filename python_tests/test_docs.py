@@ -165,6 +165,8 @@ def test_site_builds(tmp_path):
         assert "arithmatex" not in text, name
         assert "&lt;!-- include" not in text, name
         assert "<!-- include" not in text, name
+        # Q* is no emphasis
+        assert not re.search(r"\w<em>", text), name
         # the site needs no network
         assert not re.findall(
             r'<(?:script|img|iframe)[^>]*src="?(?:https?:)?//|<link[^>]*href="?(?:https?:)?//', text

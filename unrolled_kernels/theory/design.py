@@ -25,7 +25,8 @@ class LayerCheck:
     """What ``check`` found, one value for each sample.
 
     Attributes:
-        mu, L: bounds of the spectrum of Q, ``[*batch]``.
+        mu: lower bound of the spectrum of Q, ``[*batch]``.
+        L: its upper bound, ``[*batch]``.
         largest_step_size: the upper end of the paper's stable region for this spectrum; None for ``UnrolledMomentum``.
         in_stable_region: bool ``[*batch]``, every step size is inside it; None for ``UnrolledMomentum``. Sufficient for
             ``stable`` only.
