@@ -1,15 +1,18 @@
 """What the site adds to MkDocs: files of the repository as parts of pages, and formulas as MathML.
 
 A page takes in a file by a line ``<!-- include README.md -->`` and one of its sections, up to the next heading, by
-``<!-- include README.md#limits-honestly -->``. MathML needs no script, so formulas are there without a network too.
+``<!-- include README.md#limits-honestly -->``. MathML needs no script, only a font that knows mathematics: STIX Two, by
+way of the package ziamath. So formulas look the same everywhere, without a network too.
 """
 
 import html
 import posixpath
 import re
+import shutil
 from pathlib import Path
 
 import griffe
+import ziamath
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +30,11 @@ def on_page_markdown(markdown, page, **_):
 def on_page_content(content, **_):
     display = {"span": "inline", "div": "block"}
     return FORMULA.sub(lambda match: mathml(html.unescape(match[2]), display[match[1]]), content)
+
+
+def on_post_build(config, **_):
+    font = Path(ziamath.__file__).parent / "fonts/STIXTwoMath-Regular.ttf"
+    shutil.copy(font, Path(config.site_dir) / "assets")
 
 
 class Sections(griffe.Extension):

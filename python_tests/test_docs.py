@@ -153,7 +153,7 @@ def test_links_and_files_exist(page):
 
 
 def test_site_builds(tmp_path):
-    for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+    for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml", "ziamath"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'unrolled-kernels[docs]'")
     result = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],

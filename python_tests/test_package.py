@@ -123,7 +123,7 @@ def wheel(sdist, tmp_path_factory):
 def empty_environment(wheel, tmp_path_factory):
     """A new environment with the wheel and what it says that it requires, and nothing else."""
     folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False)
+    venv.create(folder, symlinks=True, with_pip=False)
     result = pip("--python", folder / "bin/python", "install", "--no-deps", wheel)
     assert result.returncode == 0, result.stderr
     (site,) = folder.glob("lib/python*/site-packages")
