@@ -21,7 +21,7 @@ demo: $(VENV)/.base
 	$(BIN)/unrolled-kernels synthetic --preset quick --out runs/demo
 
 test: build $(VENV)/.experiments $(VENV)/.dev $(VENV)/.docs
-	$(BIN)/python -m pytest python_tests --numprocesses logical --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest python_tests --numprocesses logical --maxprocesses 8
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(patsubst %,python_tests/test_%.py,momentum rnn triton) -k triton \
 	  --numprocesses logical --maxprocesses 8
 

@@ -152,6 +152,21 @@ def test_links_and_files_exist(page):
             assert any((folder / code).exists() for folder in (ROOT, page.parent)), f"{name_of(page)}: {code}"
 
 
+def test_messages_to_be_looked_up_are_those_of_the_code():
+    """Each message of the troubleshooting page: its longest part without a value stands in the sources."""
+    sources = "".join(path.read_text() for path in [ROOT / "setup.py", *(ROOT / "unrolled_kernels").rglob("*.py")])
+    # a string that goes on in the next line
+    sources = re.sub(r'"\n\s*f?"', "", sources)
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 10
+    for message in messages:
+        parts = re.split(r"'[^']*'|\bon cpu\b|\[[^\]]*\]|torch\.\w+|pandas|…|\(\*|: |^\w+:", message)
+        part = max(parts, key=len).strip()
+        assert len(part) > 8, message
+        assert part in sources, f"{message!r}: {part!r}"
+
+
 def test_site_builds(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml", "ziamath"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'unrolled-kernels[docs]'")

@@ -70,11 +70,6 @@ def test_info_names_every_backend_and_the_way_to_it():
     assert "not built" in result.stdout
 
 
-# one process of `--dist loadgroup` makes the wheel for them all
-build_once = pytest.mark.xdist_group("wheel")
-needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler"
-)
 JUNK = (
     "build/x.o", "runs/demo/x.png", ".venv/x.py", "unrolled_kernels/_C.so", "unrolled_kernels/_build.json",
     "unrolled_kernels/__pycache__/x.pyc", "python_tests/__pycache__/x.pyc",
@@ -185,7 +180,6 @@ def installed(target, code=STEP):
     return subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, cwd=target)
 
 
-@build_once
 def test_the_sdist_is_the_repository_without_junk(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
@@ -193,7 +187,6 @@ def test_the_sdist_is_the_repository_without_junk(sdist):
     assert names - generated == repository()
 
 
-@build_once
 def test_installs_without_a_compiler(sdist, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -209,7 +202,6 @@ def test_installs_without_a_compiler(sdist, tmp_path):
     assert "not built: no C++ compiler was found: install one" in info.stdout
 
 
-@build_once
 def test_a_required_extension_that_cannot_be_built_is_an_error(sdist, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -219,9 +211,7 @@ def test_a_required_extension_that_cannot_be_built_is_an_error(sdist, tmp_path):
     assert "no C++ compiler was found" in result.stdout + result.stderr
 
 
-@build_once
-@needs_compiler
-def test_the_wheel_holds_the_package_and_no_libtorch(wheel, tmp_path):
+def check_contents(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
@@ -248,9 +238,7 @@ def test_the_wheel_holds_the_package_and_no_libtorch(wheel, tmp_path):
     assert re.search(r"aoti_torch_|torch_", symbols)
 
 
-@build_once
-@needs_compiler
-def test_the_wheel_says_what_it_is_and_requires(wheel, empty_environment):
+def check_metadata(wheel, empty_environment):
     (distribution,) = importlib.metadata.distributions(name="unrolled-kernels", path=[str(empty_environment.site)])
     metadata = distribution.metadata
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -268,15 +256,12 @@ def test_the_wheel_says_what_it_is_and_requires(wheel, empty_environment):
     for extra, requirements in extras.items():
         assert set(requirements_of(empty_environment.site, extra)) - base == names(requirements)
     # pip resolves the extra from what this environment has
-    pytest.importorskip("torchmetrics")
     result = pip("install", "--dry-run", f"unrolled-kernels[experiments] @ {wheel.as_uri()}")
     assert result.returncode == 0, result.stderr
     assert "does not provide the extra" not in result.stdout + result.stderr
 
 
-@build_once
-@needs_compiler
-def test_the_wheel_runs_with_what_it_requires_alone(empty_environment):
+def check_it_runs_alone(empty_environment):
     step = run_in(empty_environment, "python", "-c", STEP)
     assert step.stdout.split()[0] == "True", step.stderr
     assert "cpu" in step.stdout
@@ -301,6 +286,14 @@ def test_the_wheel_runs_with_what_it_requires_alone(empty_environment):
         assert option in helps.stdout
     info = run_in(empty_environment, "unrolled-kernels", "info")
     assert re.search(r"cpu +available", info.stdout), info.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_the_wheel_holds_says_and_requires_what_it_should(wheel, empty_environment, tmp_path):
+    """One test, for one build: several could be given to several processes."""
+    check_contents(wheel, tmp_path)
+    check_it_runs_alone(empty_environment)
+    check_metadata(wheel, empty_environment)
 
 
 USER = """
