@@ -13,14 +13,14 @@ export OMP_WAIT_POLICY ?= passive
 # the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
 export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 
-.PHONY: build-native demo test test-slow bench gpu gpu-sanitize gpu-profile lint build clean
+.PHONY: build-native demo test test-slow bench docs gpu gpu-sanitize gpu-profile lint build clean
 
 # the extension compiles while the packages install, for this processor alone where none is there yet
 demo: $(VENV)/.base
 	@$(MAKE) --no-print-directory -j2 $(if $(wildcard unrolled_kernels/_C*.so),build,build-native) $(VENV)/.experiments
 	$(BIN)/unrolled-kernels synthetic --preset quick --out runs/demo
 
-test: build $(VENV)/.experiments $(VENV)/.dev
+test: build $(VENV)/.experiments $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/python -m pytest python_tests --numprocesses logical --maxprocesses 8
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(patsubst %,python_tests/test_%.py,momentum rnn triton) -k triton \
 	  --numprocesses logical --maxprocesses 8
@@ -68,6 +68,11 @@ gpu-profile:
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# the site, in build/site; `.venv/bin/mkdocs serve` shows it while it is written
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # incremental: only what changed is compiled again
 build: $(VENV)/.base
@@ -93,7 +98,7 @@ $(VENV)/.base:
 REQUIREMENTS := import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*p["dependencies"], *p["optional-dependencies"][sys.argv[1]], sep="\n")
 
-$(VENV)/.experiments $(VENV)/.dev: $(VENV)/.%: $(VENV)/.base pyproject.toml
+$(VENV)/.experiments $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.base pyproject.toml
 	@echo "installing what the extra [$*] names"
 	@$(BIN)/python -c '$(REQUIREMENTS)' $* > $(VENV)/$*.txt
 	@$(PIP) -r $(VENV)/$*.txt

@@ -1,14 +1,22 @@
 """Import, build and install under what machines lack: a compiler, nvcc, triton, the extension, a GPU."""
 
+import importlib.metadata
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
+import types
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import unrolled_kernels as uk
 from unrolled_kernels import _backend
@@ -62,27 +70,105 @@ def test_info_names_every_backend_and_the_way_to_it():
     assert "not built" in result.stdout
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """What a source distribution holds, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("sources")
+JUNK = (
+    "build/x.o", "runs/demo/x.png", ".venv/x.py", "unrolled_kernels/_C.so", "unrolled_kernels/_build.json",
+    "unrolled_kernels/__pycache__/x.pyc", "python_tests/__pycache__/x.pyc",
+)  # fmt: skip
+
+
+def repository():
+    """The files of the repository that belong to its users."""
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
-    for name in files:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    return folder
+    files = {name for name in files if (ROOT / name).is_file() and not name.startswith(".")}
+    if not files:
+        pytest.skip("this is not a git checkout")
+    return files
 
 
-def install(sources, target, **environment):
-    """``pip install --no-build-isolation`` into the folder ``target``."""
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The source distribution of a checkout in which things lie about."""
+    folder, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("sdist")
+    for name in repository():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    for name in JUNK:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True)
+    (archive,) = out.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """The wheel that pip builds of it on a machine with a compiler alone: CPU kernels, for this processor only."""
+    out = tmp_path_factory.mktemp("wheel")
+    environment = {"UNROLLED_KERNELS_CUDA": "0", "UNROLLED_KERNELS_EXTENSION": "1", "UNROLLED_KERNELS_NATIVE": "1"}
+    result = pip("wheel", "--no-build-isolation", "--no-deps", "-w", out, sdist, **environment)
+    assert result.returncode == 0, result.stderr
+    (archive,) = out.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def empty_environment(wheel, tmp_path_factory):
+    """A new environment with the wheel and what it says that it requires, and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True, with_pip=False)
+    result = pip("--python", folder / "bin/python", "install", "--no-deps", wheel)
+    assert result.returncode == 0, result.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    provide(requirements_of(site), site)
+    return types.SimpleNamespace(folder=folder, site=site)
+
+
+def pip(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index",
-         "--disable-pip-version-check", "--target", str(target), str(sources)],
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments), "-q", "--no-index"],
         capture_output=True, text=True, env={**os.environ, **environment},
     )  # fmt: skip
+
+
+def requirements_of(site, extra=""):
+    (distribution,) = importlib.metadata.distributions(name="unrolled-kernels", path=[str(site)])
+    requirements = map(Requirement, distribution.requires)
+    return [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
+
+
+def provide(requirements, site):
+    """Link the packages that ``requirements`` name, and what they require in turn, into the folder ``site``."""
+    pending, seen = list(requirements), set()
+    while pending:
+        requirement = Requirement(pending.pop())
+        if requirement.name in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(requirement.name)
+        try:
+            distribution = importlib.metadata.distribution(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{requirement.name} is not installed here")
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+        pending += distribution.requires or ()
+
+
+def run_in(environment, *command):
+    """Run a command of an environment, with nothing of this one."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [environment.folder / "bin" / command[0], *command[1:]],
+        capture_output=True, text=True, cwd=environment.folder, env=own,
+    )  # fmt: skip
+
+
+def install(source, target, **environment):
+    """``pip install --no-build-isolation`` into the folder ``target``."""
+    return pip("install", "--no-build-isolation", "--no-deps", "--target", target, source, **environment)
 
 
 def installed(target, code=STEP):
@@ -94,11 +180,18 @@ def installed(target, code=STEP):
     return subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, cwd=target)
 
 
-def test_installs_without_a_compiler(sources, tmp_path):
+def test_the_sdist_is_the_repository_without_junk(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    generated = {name for name in names if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert names - generated == repository()
+
+
+def test_installs_without_a_compiler(sdist, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     target = tmp_path / "site"
-    result = install(sources, target, PATH=str(tools), CXX="")
+    result = install(sdist, target, PATH=str(tools), CXX="")
     assert result.returncode == 0, result.stderr
     record = json.loads((target / "unrolled_kernels/_build.json").read_text())
     assert not record["extension"]
@@ -109,35 +202,180 @@ def test_installs_without_a_compiler(sources, tmp_path):
     assert "not built: no C++ compiler was found: install one" in info.stdout
 
 
-def test_a_required_extension_that_cannot_be_built_is_an_error(sources, tmp_path):
+def test_a_required_extension_that_cannot_be_built_is_an_error(sdist, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     environment = {"PATH": str(tools), "CXX": "", "UNROLLED_KERNELS_EXTENSION": "1"}
-    result = install(sources, tmp_path / "site", **environment)
+    result = install(sdist, tmp_path / "site", **environment)
     assert result.returncode != 0
     assert "no C++ compiler was found" in result.stdout + result.stderr
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler")
-def test_installs_without_nvcc_and_imports(sources, tmp_path):
-    """A wheel built by pip on a machine with a compiler alone: CPU kernels inside, no libtorch of a given version."""
-    target = tmp_path / "site"
-    result = install(sources, target, UNROLLED_KERNELS_CUDA="0", UNROLLED_KERNELS_EXTENSION="1")
-    assert result.returncode == 0, result.stderr
-    step = installed(target)
-    assert step.stdout.split()[0] == "True", step.stderr
-    assert "cpu" in step.stdout
-    assert "cuda" not in step.stdout
-    (library,) = (target / "unrolled_kernels").glob("_C*.so")
-    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True).stdout
-    libraries = re.findall(r"NEEDED.*\[(.+?)\]", needed)
-    assert not [name for name in libraries if re.search(r"torch.*\d+\.\d+", name)], libraries
+def check_contents(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    own = {name for name in files if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in own} == {"unrolled_kernels"}
+    libraries = sorted(name for name in own if ".so" in name)
+    package = {name for name in repository() if name.startswith("unrolled_kernels/")}
+    assert own == package | {"unrolled_kernels/_build.json", *libraries}
+    assert "unrolled_kernels/py.typed" in own
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
+    (library,) = libraries
+    assert re.fullmatch(r"unrolled_kernels/_C\..*\.so", library)
+    dynamic = subprocess.run(["readelf", "-d", tmp_path / library], capture_output=True, text=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
+    assert needed
+    assert not [name for name in needed if re.search(r"torch.*\d+\.\d+", name)], needed
+    # where torch lies is nobody's business but the importing process's
+    assert not re.findall(r"R(?:UN)?PATH.*", dynamic)
     # every torch symbol is of the stable C interface: no C++ symbol of libtorch or c10
     symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True
+        ["nm", "-D", "--undefined-only", "-C", tmp_path / library], capture_output=True, text=True
     ).stdout
     assert not re.findall(r"(?:at|c10|torch)::", symbols)
     assert re.search(r"aoti_torch_|torch_", symbols)
+
+
+def check_metadata(wheel, empty_environment):
+    (distribution,) = importlib.metadata.distributions(name="unrolled-kernels", path=[str(empty_environment.site)])
+    metadata = distribution.metadata
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (metadata["Version"], metadata["Requires-Python"]) == (uk.__version__, project["requires-python"])
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# unrolled-kernels")
+    versions = re.findall(r"Python :: 3\.(\d+)", " ".join(metadata.get_all("Classifier")))
+    assert f">=3.{min(map(int, versions))}" == metadata["Requires-Python"]
+    extras = project["optional-dependencies"]
+    assert set(metadata.get_all("Provides-Extra")) == set(extras)
+    names = lambda requirements: {Requirement(r).name for r in requirements}
+    base = set(requirements_of(empty_environment.site))
+    assert {"numpy", "torch"} <= base <= {"numpy", "torch", "triton"}
+    for extra, requirements in extras.items():
+        assert set(requirements_of(empty_environment.site, extra)) - base == names(requirements)
+    # pip resolves the extra from what this environment has
+    result = pip("install", "--dry-run", f"unrolled-kernels[experiments] @ {wheel.as_uri()}")
+    assert result.returncode == 0, result.stderr
+    assert "does not provide the extra" not in result.stdout + result.stderr
+
+
+def check_it_runs_alone(empty_environment):
+    step = run_in(empty_environment, "python", "-c", STEP)
+    assert step.stdout.split()[0] == "True", step.stderr
+    assert "cpu" in step.stdout
+    assert "cuda" not in step.stdout
+    # the experiments want more, and say how to get it
+    command = run_in(empty_environment, "unrolled-kernels", "--help")
+    assert command.returncode == 1
+    assert re.search(r"needs \w+; get it with `pip install 'unrolled-kernels\[experiments\]'`", command.stderr)
+    provide(requirements_of(empty_environment.site, "experiments"), empty_environment.site)
+    command = run_in(empty_environment, "unrolled-kernels", "--help")
+    assert command.returncode == 0, command.stderr
+    subcommands = re.findall(r"^    (\w+)\b", command.stdout, re.MULTILINE)
+    assert subcommands == ["synthetic", "denoising", "theory", "info"]
+    code = (
+        "import sys\nfrom unrolled_kernels.experiments.cli import main\n"
+        "for name in sys.argv[1:]:\n    try: main([name, '--help'])\n    except SystemExit as end: assert not end.code"
+    )
+    helps = run_in(empty_environment, "python", "-c", code, *subcommands)
+    assert helps.returncode == 0, helps.stderr
+    assert re.findall(r"usage: unrolled-kernels (\w+)", helps.stdout) == subcommands
+    for option in ("--device", "--seeds", "--out"):
+        assert option in helps.stdout
+    info = run_in(empty_environment, "unrolled-kernels", "info")
+    assert re.search(r"cpu +available", info.stdout), info.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_the_wheel_holds_says_and_requires_what_it_should(wheel, empty_environment, tmp_path):
+    """One test, for one build: several could be given to several processes."""
+    check_contents(wheel, tmp_path)
+    check_it_runs_alone(empty_environment)
+    check_metadata(wheel, empty_environment)
+
+
+USER = """
+from typing import assert_type
+
+import torch
+
+import unrolled_kernels as uk
+import unrolled_kernels.functional as F
+from unrolled_kernels import Diagonal, Spectral, UnrolledGD, UnrolledMomentum, UnrolledNAG, UnrolledRNN
+from unrolled_kernels import schedules, theory
+from unrolled_kernels.annotations import Quadratic, Schedule
+
+q, b = torch.ones(3, 4), torch.ones(3, 4)
+
+
+def energy(dense: bool) -> Quadratic:
+    return torch.eye(4) if dense else Diagonal(q)
+
+
+assert_type(UnrolledNAG(5, mu=None, stable_region=(0.1, 1))(energy(True), b, y0=b), torch.Tensor)
+assert_type(UnrolledGD(num_steps=3, step_size=torch.ones(3))(Spectral(q, torch.eye(4)), b), torch.Tensor)
+assert_type(UnrolledMomentum.fista(3, 1.0), UnrolledMomentum)
+assert_type(UnrolledRNN(3, 4).contraction_factor(Diagonal(q)), torch.Tensor)
+assert_type(F.nesterov(q, b, 1.0, 0.1, 5, return_trajectory=True, backend="eager"), torch.Tensor)
+assert_type(F.rnn(Diagonal(q), b, UnrolledRNN(3, 4).weights, 3), torch.Tensor)
+assert_type(Diagonal(q).spectrum_bounds(), tuple[torch.Tensor, torch.Tensor])
+assert_type(schedules.chebyshev(3, 0.1, 1), Schedule)
+assert_type(uk.available_backends(), tuple[str, ...])
+assert_type(theory.recommend(0.1, 1.0, 10, "over").error_factor, float)
+assert_type(theory.stability("gd", 3, 1.0, 0.1).wrt_b, torch.Tensor)
+with uk.use_backend("eager"):
+    UnrolledGD("three")  # wrong: arg-type
+    UnrolledNAG(3)([[1.0]], b)  # wrong: arg-type
+    F.gradient_descent(q, b, 1.0)  # wrong: call-arg
+    Diagonal(q).inverse()  # wrong: attr-defined
+"""
+
+
+def test_types(tmp_path):
+    """mypy passes on the package, and knows its types in a program that imports it: what is right and what is not."""
+    pytest.importorskip("mypy")
+    program = tmp_path / "user.py"
+    program.write_text(USER)
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--hide-error-context", "unrolled_kernels", program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    errors = re.findall(r"^(\S+?):(\d+): error: .*\[([\w-]+)\]$", result.stdout, re.MULTILINE)
+    lines = enumerate(USER.splitlines(), start=1)
+    wrong = [(str(i), line.partition("# wrong: ")[2]) for i, line in lines if "# wrong: " in line]
+    assert [(line, code) for _, line, code in errors] == wrong, result.stdout + result.stderr
+    assert {name for name, *_ in errors} == {str(program)}
+
+
+def public_functions():
+    from unrolled_kernels import functional, schedules, testing, theory
+
+    for module in (uk, functional, schedules, testing, theory):
+        names = getattr(module, "__all__", None) or [n for n, x in vars(module).items() if inspect.isfunction(x)]
+        for name in names:
+            value = getattr(module, name)
+            if inspect.isfunction(value) and not name.startswith("_"):
+                yield f"{module.__name__}.{name}", value
+            elif inspect.isclass(value):
+                for method, function in vars(value).items():
+                    function = getattr(function, "__func__", function)
+                    if inspect.isfunction(function) and (method == "__init__" or not method.startswith("_")):
+                        yield f"{module.__name__}.{name}.{method}", function
+
+
+def test_every_public_function_is_annotated_and_documented():
+    seen = 0
+    for name, function in public_functions():
+        signature = inspect.signature(function)
+        bare = [
+            p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")
+        ]
+        assert not bare, f"{name}: {bare}"
+        assert signature.return_annotation is not signature.empty, name
+        assert function.__doc__ or name.rpartition(".")[2] in ("__init__", "extra_repr"), name
+        seen += 1
+    assert seen > 60
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")

@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -49,13 +50,13 @@ def unavailable_reason(name):
     return None
 
 
-def available_backends():
+def available_backends() -> tuple[str, ...]:
     """Names of the backends that can run here, among "eager", "cpu", "cuda" and "triton"."""
     return tuple(name for name in NAMES if unavailable_reason(name) is None)
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: str) -> Iterator[None]:
     """Run every call of this process in the block on backend ``name``, unless the call or the layer names its own.
 
     Args:
@@ -114,4 +115,4 @@ def _choose(backend, device_type):
 # torch.compile takes the answer as a constant of the graph, which it guards on the arguments (and it would look
 # through functools.cache, hence two functions). This is what
 # torch.compiler.assume_constant_result sets, without its import of the compiler, and with that of triton.
-_decide._dynamo_marked_constant = True
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from unrolled_kernels import _backend, _check
+from unrolled_kernels.annotations import Number, Quadratic, Weights
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
 from unrolled_kernels.ops.rnn.reference import pack
@@ -22,7 +23,16 @@ from unrolled_kernels.schedules import nesterov_momentum
 __all__ = ["gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
 
 
-def gradient_descent(Q, b, step_size, num_steps, *, y0=None, return_trajectory=False, backend=None):
+def gradient_descent(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_size: Number,
+    num_steps: int,
+    *,
+    y0: torch.Tensor | None = None,
+    return_trajectory: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Run ``num_steps`` gradient-descent steps on a batch of quadratic energies.
 
         y_{t+1} = y_t - step_size (Q y_t + b)                  (paper, Eq. 9)
@@ -49,7 +59,17 @@ def gradient_descent(Q, b, step_size, num_steps, *, y0=None, return_trajectory=F
     return _run(Q, b, ("step_size", step_size), None, None, num_steps, y0, return_trajectory, backend)
 
 
-def nesterov(Q, b, step_size, mu, num_steps, *, y0=None, return_trajectory=False, backend=None):
+def nesterov(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_size: Number,
+    mu: Number | None,
+    num_steps: int,
+    *,
+    y0: torch.Tensor | None = None,
+    return_trajectory: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Run ``num_steps`` of Nesterov's accelerated gradient method on a batch of quadratic energies.
 
         y_{t+1} = z_t - step_size (Q z_t + b),   z_{t+1} = y_{t+1} + β (y_{t+1} - y_t),   z_0 = y_0
@@ -77,7 +97,18 @@ def nesterov(Q, b, step_size, mu, num_steps, *, y0=None, return_trajectory=False
     return _run(Q, b, *names, num_steps, y0, return_trajectory, backend)
 
 
-def momentum(Q, b, step_sizes, momentum, extrapolation, num_steps, *, y0=None, return_trajectory=False, backend=None):
+def momentum(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_sizes: Number,
+    momentum: Number,
+    extrapolation: Number,
+    num_steps: int,
+    *,
+    y0: torch.Tensor | None = None,
+    return_trajectory: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Run ``num_steps`` of a first-order method with a free schedule on a batch of quadratic energies.
 
         m_t = y_t - y_{t-1},   y_{t+1} = y_t + β_t m_t - φ_t (Q (y_t + γ_t m_t) + b)
@@ -98,7 +129,16 @@ def momentum(Q, b, step_sizes, momentum, extrapolation, num_steps, *, y0=None, r
     return _run(Q, b, *names, num_steps, y0, return_trajectory, backend)
 
 
-def rnn(Q, b, weights, num_steps, *, y0=None, return_trajectory=False, backend=None):
+def rnn(
+    Q: Quadratic,
+    b: torch.Tensor,
+    weights: Weights,
+    num_steps: int,
+    *,
+    y0: torch.Tensor | None = None,
+    return_trajectory: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Run ``num_steps`` cells of a learned recurrent algorithm on a batch of quadratic energies.
 
         g_t = Q y_t + b,   h¹ = relu(W₁ y_t + W₂ g_t),   hˡ = relu(Wˡ hˡ⁻¹),   y_{t+1} = V hᴸ      (paper, Eq. 20)
@@ -142,7 +182,7 @@ def rnn(Q, b, weights, num_steps, *, y0=None, return_trajectory=False, backend=N
     return y if y.shape == final_shape else y.reshape(final_shape)
 
 
-def minimize(Q, b):
+def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
     """The exact minimizer -Q⁻¹b of the energy 1/2 yᵀQy + bᵀy, ``Opt`` of the paper (Sec. 2).
 
     Args:

@@ -1,16 +1,27 @@
 """The layers: modules that run k steps of an algorithm on the energy 1/2 yᵀQy + bᵀy that a network puts out."""
 
+from typing import TYPE_CHECKING, Self
+
 import torch
 from torch import nn
 
 from unrolled_kernels import _backend, _check, schedules
 from unrolled_kernels import functional as F
+from unrolled_kernels.annotations import Number, Quadratic
 
 __all__ = ["UnrolledGD", "UnrolledMomentum", "UnrolledNAG"]
 
 
 class _Unrolled(nn.Module):
     """What the layers share: depth, backend, and coefficients that are fixed numbers or learned parameters."""
+
+    _shown: tuple[str, ...] = ()
+
+    if TYPE_CHECKING:
+        # nn.Module's own call takes and returns Any
+        def __call__(
+            self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
+        ) -> torch.Tensor: ...
 
     def __init__(self, num_steps, backend):
         super().__init__()
@@ -29,7 +40,7 @@ class _Unrolled(nn.Module):
         else:
             setattr(self, name, float(value))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         shown = [f"num_steps={self.num_steps}"]
         for name in self._shown:
             value = getattr(self, name)
@@ -39,11 +50,11 @@ class _Unrolled(nn.Module):
             shown.append(f"{name}={value}")
         return ", ".join([*shown, f"backend={self.backend!r}"])
 
-    _shown = ()
-
 
 class _StepSize(_Unrolled):
     """A layer with one step size: fixed or learned, for all steps or per step, free or kept in a stable region."""
+
+    step_size: Number
 
     def __init__(self, num_steps, step_size, learn_step_size, per_step, stable_region, backend):
         super().__init__(num_steps, backend)
@@ -95,16 +106,25 @@ class UnrolledGD(_StepSize):
     _shown = ("step_size",)
 
     def __init__(
-        self, num_steps, step_size=1.0, *, learn_step_size=False, per_step=False, stable_region=None, backend="auto"
-    ):
+        self,
+        num_steps: int,
+        step_size: Number = 1.0,
+        *,
+        learn_step_size: bool = False,
+        per_step: bool = False,
+        stable_region: tuple[float, float] | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend)
 
     @staticmethod
-    def largest_stable_step(mu, L):
+    def largest_stable_step(mu: Number, L: Number) -> Number:
         """2/(μ+L), the upper end of the paper's stable region (Table 1) for a spectrum in [μ, L]."""
         return 2 / (mu + L)
 
-    def forward(self, Q, b, y0=None, return_trajectory=False):
+    def forward(
+        self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
+    ) -> torch.Tensor:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.gradient_descent``."""
         return F.gradient_descent(
             Q, b, self.step_size, self.num_steps, y0=y0, return_trajectory=return_trajectory, backend=self.backend
@@ -128,19 +148,20 @@ class UnrolledNAG(_StepSize):
     """
 
     _shown = ("step_size", "mu")
+    mu: Number | None
 
     def __init__(
         self,
-        num_steps,
-        step_size=1.0,
-        mu=0.1,
+        num_steps: int,
+        step_size: Number = 1.0,
+        mu: Number | None = 0.1,
         *,
-        learn_step_size=False,
-        learn_mu=False,
-        per_step=False,
-        stable_region=None,
-        backend="auto",
-    ):
+        learn_step_size: bool = False,
+        learn_mu: bool = False,
+        per_step: bool = False,
+        stable_region: tuple[float, float] | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend)
         if mu is None:
             if learn_mu:
@@ -156,11 +177,13 @@ class UnrolledNAG(_StepSize):
                 self._coefficient("mu", mu, learn=False)
 
     @staticmethod
-    def largest_stable_step(mu, L):
+    def largest_stable_step(mu: Number, L: Number) -> Number:
         """4/(μ+3L), the upper end of the paper's stable region (Table 1) for a spectrum in [μ, L]."""
         return 4 / (mu + 3 * L)
 
-    def forward(self, Q, b, y0=None, return_trajectory=False):
+    def forward(
+        self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
+    ) -> torch.Tensor:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.nesterov``."""
         return F.nesterov(
             Q,
@@ -190,8 +213,20 @@ class UnrolledMomentum(_Unrolled):
     """
 
     _shown = ("step_sizes", "momentum", "extrapolation")
+    step_sizes: Number
+    momentum: Number
+    extrapolation: Number
 
-    def __init__(self, num_steps, step_sizes, momentum, extrapolation, *, learnable=True, backend="auto"):
+    def __init__(
+        self,
+        num_steps: int,
+        step_sizes: Number,
+        momentum: Number,
+        extrapolation: Number,
+        *,
+        learnable: bool = True,
+        backend: str = "auto",
+    ) -> None:
         super().__init__(num_steps, backend)
         for name, value in (("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation)):
             _check.check_number(name, value)
@@ -207,31 +242,35 @@ class UnrolledMomentum(_Unrolled):
         return cls(len(phi), phi, beta, gamma, learnable=learnable, backend=backend)
 
     @classmethod
-    def gd(cls, num_steps, step_size, *, learnable=True, backend="auto"):
+    def gd(cls, num_steps: int, step_size: float, *, learnable: bool = True, backend: str = "auto") -> Self:
         """Start as gradient descent; see ``schedules.gd``."""
         return cls._start(schedules.gd(num_steps, step_size), learnable, backend)
 
     @classmethod
-    def nag(cls, num_steps, step_size, mu, *, learnable=True, backend="auto"):
+    def nag(cls, num_steps: int, step_size: float, mu: float, *, learnable: bool = True, backend: str = "auto") -> Self:
         """Start as Nesterov's method; see ``schedules.nag``."""
         return cls._start(schedules.nag(num_steps, step_size, mu), learnable, backend)
 
     @classmethod
-    def heavy_ball(cls, num_steps, step_size, momentum, *, learnable=True, backend="auto"):
+    def heavy_ball(
+        cls, num_steps: int, step_size: float, momentum: float, *, learnable: bool = True, backend: str = "auto"
+    ) -> Self:
         """Start as Polyak's heavy ball; see ``schedules.heavy_ball``."""
         return cls._start(schedules.heavy_ball(num_steps, step_size, momentum), learnable, backend)
 
     @classmethod
-    def fista(cls, num_steps, step_size, *, learnable=True, backend="auto"):
+    def fista(cls, num_steps: int, step_size: float, *, learnable: bool = True, backend: str = "auto") -> Self:
         """Start with FISTA's momentum; see ``schedules.fista``."""
         return cls._start(schedules.fista(num_steps, step_size), learnable, backend)
 
     @classmethod
-    def chebyshev(cls, num_steps, mu, L, *, learnable=True, backend="auto"):
+    def chebyshev(cls, num_steps: int, mu: float, L: float, *, learnable: bool = True, backend: str = "auto") -> Self:
         """Start as the Chebyshev semi-iteration on the spectrum [mu, L]; see ``schedules.chebyshev``."""
         return cls._start(schedules.chebyshev(num_steps, mu, L), learnable, backend)
 
-    def forward(self, Q, b, y0=None, return_trajectory=False):
+    def forward(
+        self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
+    ) -> torch.Tensor:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.momentum``."""
         return F.momentum(
             Q,

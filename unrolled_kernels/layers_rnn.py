@@ -1,10 +1,14 @@
 """The layer whose steps are learned: k cells of a recurrent network on the energy 1/2 yᵀQy + bᵀy."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import nn
 
 from unrolled_kernels import _check
 from unrolled_kernels import functional as F
+from unrolled_kernels.annotations import Quadratic, Weights
 from unrolled_kernels.layers import _check_region, _Unrolled
 
 __all__ = ["UnrolledRNN"]
@@ -41,15 +45,15 @@ class UnrolledRNN(_Unrolled):
 
     def __init__(
         self,
-        num_steps,
-        dim,
-        hidden_dims=(20, 20, 20),
+        num_steps: int,
+        dim: int,
+        hidden_dims: Sequence[int] = (20, 20, 20),
         *,
-        init="default",
-        step_size=1.0,
-        stable_region=None,
-        backend="auto",
-    ):
+        init: Literal["default", "gd"] = "default",
+        step_size: float = 1.0,
+        stable_region: tuple[float, float] | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__(num_steps, backend)
         self.dim, self.hidden_dims = _check_sizes(dim, hidden_dims)
         if init not in ("default", "gd"):
@@ -88,7 +92,7 @@ class UnrolledRNN(_Unrolled):
         self.V[:, : 2 * d] = signs.mT
 
     @property
-    def weights(self):
+    def weights(self) -> Weights:
         """``(W1, W2, [W^2 … W^L], V)`` as the cells use them, V scaled into the stable region if there is one."""
         weights = (self.W1, self.W2, list(self.W), self.V)
         if self.stable_region is None:
@@ -100,7 +104,7 @@ class UnrolledRNN(_Unrolled):
         scale = (_LARGEST_CONTRACTION / rnn_contraction(weights, mu=mu, L=L)).clamp(max=1)
         return (*weights[:3], self.V * scale)
 
-    def contraction_factor(self, Q):
+    def contraction_factor(self, Q: Quadratic) -> torch.Tensor:
         """c_φ = sup ‖V‖ ‖W₁ + W₂Q‖ Π_{l≥2} ‖Wˡ‖ over the batch, in spectral norms; see ``theory.rnn_contraction``.
 
         Where it is below 1, two starts approach each other by at least this factor a cell (paper, Sec. 6).
@@ -114,7 +118,9 @@ class UnrolledRNN(_Unrolled):
 
         return rnn_contraction(self.weights, Q=Q)
 
-    def forward(self, Q, b, y0=None, return_trajectory=False):
+    def forward(
+        self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
+    ) -> torch.Tensor:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.rnn``."""
         return F.rnn(
             Q, b, self.weights, self.num_steps, y0=y0, return_trajectory=return_trajectory, backend=self.backend

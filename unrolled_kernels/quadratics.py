@@ -19,24 +19,24 @@ class Diagonal:
 
     q: torch.Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_floating("q", self.q)
         if self.q.dim() < 1:
             raise ValueError("q: expected at least one dimension [*batch, d], got a scalar tensor")
 
-    def matvec(self, y):
+    def matvec(self, y: torch.Tensor) -> torch.Tensor:
         """Q y for y broadcastable with ``[*batch, d]``."""
         return self.q * y
 
-    def solve(self, y):
+    def solve(self, y: torch.Tensor) -> torch.Tensor:
         """Q⁻¹ y for y broadcastable with ``[*batch, d]``."""
         return y / self.q
 
-    def to_dense(self):
+    def to_dense(self) -> torch.Tensor:
         """Q as a ``[*batch, d, d]`` tensor."""
         return torch.diag_embed(self.q)
 
-    def spectrum_bounds(self):
+    def spectrum_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The smallest and the largest eigenvalue of each sample's Q, two tensors ``[*batch]``."""
         return self.q.amin(-1), self.q.amax(-1)
 
@@ -59,7 +59,7 @@ class Spectral:
     eigenvalues: torch.Tensor
     eigenvectors: torch.Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_floating("eigenvalues", self.eigenvalues)
         _check_floating("eigenvectors", self.eigenvectors)
         values, vectors = self.eigenvalues.shape, self.eigenvectors.shape
@@ -69,19 +69,19 @@ class Spectral:
                 f"got shape {list(vectors)}"
             )
 
-    def matvec(self, y):
+    def matvec(self, y: torch.Tensor) -> torch.Tensor:
         """Q y for y ``[*batch, d]``."""
         return _rotate(self.eigenvectors, self.eigenvalues * _rotate(self.eigenvectors.mT, y))
 
-    def solve(self, y):
+    def solve(self, y: torch.Tensor) -> torch.Tensor:
         """Q⁻¹ y for y ``[*batch, d]``."""
         return _rotate(self.eigenvectors, _rotate(self.eigenvectors.mT, y) / self.eigenvalues)
 
-    def to_dense(self):
+    def to_dense(self) -> torch.Tensor:
         """Q as a ``[*batch, d, d]`` tensor."""
         return (self.eigenvectors * self.eigenvalues.unsqueeze(-2)) @ self.eigenvectors.mT
 
-    def spectrum_bounds(self):
+    def spectrum_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The smallest and the largest eigenvalue of each sample's Q, two tensors ``[*batch]``."""
         return self.eigenvalues.amin(-1), self.eigenvalues.amax(-1)
 
@@ -104,29 +104,29 @@ class Tikhonov:
     f: torch.Tensor
     x: torch.Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_floating("f", self.f)
         _check_floating("x", self.x)
         if self.f.dim() < 1:
             raise ValueError("f: expected at least one dimension [*batch, d], got a scalar tensor")
 
-    def as_diagonal(self, b):
+    def as_diagonal(self, b: torch.Tensor) -> tuple[Diagonal, torch.Tensor]:
         """The same energy as a ``Diagonal`` and its linear term."""
         return Diagonal(1 + self.f * self.f), b - self.x
 
-    def matvec(self, y):
+    def matvec(self, y: torch.Tensor) -> torch.Tensor:
         """Q y for y broadcastable with ``[*batch, d]``."""
         return (1 + self.f * self.f) * y
 
-    def solve(self, y):
+    def solve(self, y: torch.Tensor) -> torch.Tensor:
         """Q⁻¹ y for y broadcastable with ``[*batch, d]``."""
         return y / (1 + self.f * self.f)
 
-    def to_dense(self):
+    def to_dense(self) -> torch.Tensor:
         """Q as a ``[*batch, d, d]`` tensor."""
         return torch.diag_embed(1 + self.f * self.f)
 
-    def spectrum_bounds(self):
+    def spectrum_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The smallest and the largest eigenvalue of each sample's Q, two tensors ``[*batch]``."""
         q = 1 + self.f * self.f
         return q.amin(-1), q.amax(-1)
@@ -162,6 +162,11 @@ for _cls in (Diagonal, Spectral, Tikhonov):
     pytree.register_pytree_node(
         _cls,
         lambda x: ([getattr(x, field) for field in x.__dataclass_fields__], None),
-        lambda children, _, cls=_cls: _unflatten(cls, children),
+        lambda children, _, cls=_cls: _unflatten(cls, children),  # type: ignore[misc]
         serialized_type_name=f"unrolled_kernels.{_cls.__name__}",
+        # torch.export names the inputs by these
+        flatten_with_keys_fn=lambda x: (
+            [(pytree.GetAttrKey(field), getattr(x, field)) for field in x.__dataclass_fields__],
+            None,
+        ),
     )

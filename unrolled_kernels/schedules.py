@@ -8,36 +8,38 @@ import math
 
 import torch
 
+from unrolled_kernels.annotations import Number, Schedule
 
-def gd(num_steps, step_size):
+
+def gd(num_steps: int, step_size: float) -> Schedule:
     """Gradient descent: β = γ = 0 (paper, Eq. 9)."""
     zero = _constant(num_steps, 0.0)
     return _constant(num_steps, step_size), zero, zero
 
 
-def nag(num_steps, step_size, mu):
+def nag(num_steps: int, step_size: float, mu: float) -> Schedule:
     """Nesterov's method for a μ-strongly convex energy: β = γ = (1-√(μφ))/(1+√(μφ)) (paper, Eq. 9)."""
     beta = _constant(num_steps, nesterov_momentum(float(step_size), float(mu)))
     return _constant(num_steps, step_size), beta, beta
 
 
-def heavy_ball(num_steps, step_size, momentum):
+def heavy_ball(num_steps: int, step_size: float, momentum: float) -> Schedule:
     """Polyak's heavy ball: constant β, γ = 0."""
     return _constant(num_steps, step_size), _constant(num_steps, momentum), _constant(num_steps, 0.0)
 
 
-def fista(num_steps, step_size):
+def fista(num_steps: int, step_size: float) -> Schedule:
     """FISTA's momentum (Beck, Teboulle 2009): β_t = γ_t = (s_t - 1)/s_{t+1}, s_0 = 1, s_{t+1} = (1+√(1+4s_t²))/2."""
     beta, s = [], 1.0
     for _ in range(num_steps):
         s_next = (1 + math.sqrt(1 + 4 * s * s)) / 2
         beta.append((s - 1) / s_next)
         s = s_next
-    beta = torch.tensor(beta, dtype=torch.float64)
-    return _constant(num_steps, step_size), beta, beta.clone()
+    momentum = torch.tensor(beta, dtype=torch.float64)
+    return _constant(num_steps, step_size), momentum, momentum.clone()
 
 
-def chebyshev(num_steps, mu, L):
+def chebyshev(num_steps: int, mu: float, L: float) -> Schedule:
     """Chebyshev semi-iteration on the spectrum [μ, L]: the smallest worst-case error of any k-step schedule.
 
     With θ = (L+μ)/2, δ = (L-μ)/2, ρ_0 = δ/θ and ρ_t = 1/(2θ/δ - ρ_{t-1}): φ_0 = 1/θ, β_0 = 0, φ_t = 2ρ_t/δ,
@@ -56,11 +58,11 @@ def chebyshev(num_steps, mu, L):
         phi.append(2 / (2 * theta - delta * rho))
         beta.append(rho_next * rho)
         rho = rho_next
-    phi, beta = (torch.tensor(x[:num_steps], dtype=torch.float64) for x in (phi, beta))
-    return phi, beta, torch.zeros_like(beta)
+    step_sizes, momentum = (torch.tensor(x[:num_steps], dtype=torch.float64) for x in (phi, beta))
+    return step_sizes, momentum, torch.zeros_like(momentum)
 
 
-def nesterov_momentum(step_size, mu):
+def nesterov_momentum(step_size: Number, mu: Number) -> Number:
     """β = (1-√(μφ))/(1+√(μφ)) for floats or tensors φ, μ (paper, Eq. 9)."""
     if isinstance(step_size, torch.Tensor) or isinstance(mu, torch.Tensor):
         # (1-r)/(1+r) = -tanh(log(r)/2): fewer operations to differentiate, which is what a small call waits for

@@ -1,17 +1,30 @@
 """What the tests, the benchmarks and a user's own checks share: problems to try and one rule for closeness."""
 
 import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
+from unrolled_kernels.annotations import Quadratic
 from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov
 
 STRUCTURES = ("dense", "diagonal", "spectral", "tikhonov")
 
 
 def random_quadratic(
-    structure, batch, d, *, mu=0.1, L=1.0, symmetric=True, shared=False, dtype=None, device=None, seed=0
-):
+    structure: str,
+    batch: Sequence[int],
+    d: int,
+    *,
+    mu: float = 0.1,
+    L: float = 1.0,
+    symmetric: bool = True,
+    shared: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> tuple[tuple[torch.Tensor, ...], Callable[..., Quadratic], torch.Tensor]:
     """A batch of quadratic energies with spectrum in [mu, L], the extremes included where d ≥ 2.
 
     Args:
@@ -34,19 +47,20 @@ def random_quadratic(
         eigenvalues[..., 0], eigenvalues[..., -1] = L, mu
     matrix_batch = () if shared else batch
     b = normal(*batch, d)
-    eigenvectors = (
-        None if structure in ("diagonal", "tikhonov") else torch.linalg.qr(normal(*matrix_batch, d, d))[0].contiguous()
-    )
+    rotation = lambda: torch.linalg.qr(normal(*matrix_batch, d, d))[0].contiguous()
+    tensors: tuple[torch.Tensor, ...]
+    make_Q: Callable[..., Quadratic]
     if structure == "diagonal":
         tensors, make_Q = (eigenvalues,), Diagonal
     elif structure == "tikhonov":
         tensors, make_Q = (eigenvalues.sqrt(), normal(*batch, d)), Tikhonov
     elif structure == "spectral":
-        tensors, make_Q = (eigenvalues, eigenvectors), Spectral
+        tensors, make_Q = (eigenvalues, rotation()), Spectral
     elif structure == "dense":
         values = eigenvalues[(0,) * len(batch)] if shared and eigenvalues.numel() else eigenvalues
         if shared and not eigenvalues.numel():
             values = torch.full((d,), mu, dtype=torch.float64)
+        eigenvectors = rotation()
         Q = (eigenvectors * values.unsqueeze(-2)) @ eigenvectors.mT
         if not symmetric:
             skew = normal(*matrix_batch, d, d) * (0.2 * mu / d)
@@ -58,7 +72,9 @@ def random_quadratic(
     return tuple(to(x) for x in tensors), make_Q, to(b)
 
 
-def assert_as_close_as_eager(actual, exact, eager, what="", scale=0.0):
+def assert_as_close_as_eager(
+    actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, what: str = "", scale: float = 0.0
+) -> None:
     """The one tolerance of the project: error ≤ 2 × (error of eager in the same dtype) + n eps · max|exact|.
 
     n = 1 for float16 and bfloat16, which are only stored, and 32 for float32 and float64, which are also accumulated
@@ -88,13 +104,14 @@ def assert_as_close_as_eager(actual, exact, eager, what="", scale=0.0):
 
 
 @contextlib.contextmanager
-def poisoned_memory():
+def poisoned_memory() -> Iterator[None]:
     """Fill freshly allocated tensors with NaN, so that reading what was never written shows."""
-    fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic: Any = torch.utils.deterministic
+    fill, mode = deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(mode)

@@ -4,11 +4,13 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from unrolled_kernels import _check
+from unrolled_kernels.annotations import Number, Quadratic, Steps
 from unrolled_kernels.theory.properties import check_spectrum, convergence_rate, stability
 
 REGIMES = ("under", "about_right", "over")
@@ -30,10 +32,10 @@ class Comparison(NamedTuple):
 
     left: float
     right: float
-    addends: tuple
+    addends: tuple[float, float]
 
     @property
-    def holds(self):
+    def holds(self) -> bool:
         return self.left <= self.right
 
 
@@ -54,13 +56,13 @@ class LocalRademacherBound(NamedTuple):
     covering_part: float
 
     @property
-    def regime(self):
+    def regime(self) -> str:
         """The case of Sec. 5 that the largest addend decides: ``"under"``, ``"about_right"`` or ``"over"``."""
         addends = {"under": 4.0, "about_right": self.convergence_part, "over": self.covering_part}
-        return max(addends, key=addends.get)
+        return max(addends, key=addends.__getitem__)
 
 
-def problem_constants(b, mu):
+def problem_constants(b: torch.Tensor, mu: float) -> Constants:
     """σ_b and M from the linear terms of the data (paper, Sec. 2).
 
         σ_b² = mean ‖b‖²/d,   M = max ‖b‖/μ
@@ -78,7 +80,9 @@ def problem_constants(b, mu):
     return Constants(b.square().mean().sqrt().item(), b.norm(dim=-1).max().item() / float(mu))
 
 
-def approximation_bound(q_error, convergence, *, mu, sigma_b, M):
+def approximation_bound(
+    q_error: Number, convergence: Number, *, mu: float, sigma_b: float, M: float
+) -> tuple[float, float]:
     """The right side of Lemma 4.1 for one model, in two addends (paper, Eq. 11).
 
         P ℓ ≤ σ_b μ⁻² P‖Q_θ - Q*‖_F + M Cvg(k, φ)
@@ -96,7 +100,9 @@ def approximation_bound(q_error, convergence, *, mu, sigma_b, M):
     return sigma_b / mu**2 * float(q_error), M * float(convergence)
 
 
-def representation_bound(squared_loss, convergence, *, L, sigma_b, M):
+def representation_bound(
+    squared_loss: Number, convergence: Number, *, L: float, sigma_b: float, M: float
+) -> tuple[float, float]:
     """The root of the right side of Lemma 4.2, in two addends (paper, Eq. 12).
 
         P‖Q_θ - Q*‖²_F ≤ σ_b⁻² L⁴ (√(P ℓ²) + M Cvg(k, φ))²
@@ -113,7 +119,17 @@ def representation_bound(squared_loss, convergence, *, L, sigma_b, M):
     return scale * math.sqrt(squared_loss), scale * M * float(convergence)
 
 
-def check_lemmas(losses, Q_theta, Q_star, convergence, *, mu, L, sigma_b, M):
+def check_lemmas(
+    losses: torch.Tensor,
+    Q_theta: Quadratic,
+    Q_star: Quadratic,
+    convergence: Number,
+    *,
+    mu: float,
+    L: float,
+    sigma_b: float,
+    M: float,
+) -> tuple[Comparison, Comparison]:
     """Both sides of Lemma 4.1 and Lemma 4.2 for a trained model, from its samples (paper, Eqs. 11 and 12).
 
     Both need b independent of x with E[bbᵀ] = σ_b² I; with the means of n samples they hold up to their deviations.
@@ -146,20 +162,20 @@ def check_lemmas(losses, Q_theta, Q_star, convergence, *, mu, L, sigma_b, M):
 
 
 def local_rademacher_bound(
-    num_samples,
-    radius,
-    log_covering,
+    num_samples: int,
+    radius: float,
+    log_covering: float,
     *,
-    stability,
-    convergence,
-    sensitivity,
-    step_size_range,
-    dim,
-    mu,
-    L,
-    sigma_b,
-    M,
-):
+    stability: Number,
+    convergence: Number,
+    sensitivity: Number,
+    step_size_range: float,
+    dim: int,
+    mu: float,
+    L: float,
+    sigma_b: float,
+    M: float,
+) -> LocalRademacherBound:
     """Theorem 5.1: a bound of the local Rademacher complexity of a model with an algorithm layer (Eqs. 15 and 16).
 
         √2 d n^{-1/2} Stab(k) √((Cvg(k) M + √r)² C_1 + C_2 + C_3 + 4)  +  Sens(k) B_Φ
@@ -209,7 +225,20 @@ def local_rademacher_bound(
     return LocalRademacherBound(perception + in_phi, perception, in_phi, C1, C2, C3, convergence_part, C2 + C3)
 
 
-def model_bound(algorithm, num_steps, step_size, *, num_samples, radius, log_covering, dim, mu, L, sigma_b, M):
+def model_bound(
+    algorithm: str,
+    num_steps: int,
+    step_size: float,
+    *,
+    num_samples: int,
+    radius: float,
+    log_covering: float,
+    dim: int,
+    mu: float,
+    L: float,
+    sigma_b: float,
+    M: float,
+) -> LocalRademacherBound:
     """``local_rademacher_bound`` of a model whose layer has a fixed step size (so Eq. 16 is zero).
 
     Args:
@@ -236,7 +265,14 @@ def model_bound(algorithm, num_steps, step_size, *, num_samples, radius, log_cov
     )
 
 
-def log_covering_bound(radius, *, stability, sensitivity, log_covering_Q, log_covering_step_size):
+def log_covering_bound(
+    radius: float,
+    *,
+    stability: Number,
+    sensitivity: Number,
+    log_covering_Q: Callable[[float], float],
+    log_covering_step_size: Callable[[float], float],
+) -> float:
     """The standard bound: the logarithm of the covering number of the losses (paper, Eq. 19); Cvg plays no role in it.
 
         N(ε, ℓ_F, L₂(P_n)) ≤ N(ε/(2 Stab(k)), Q, L₂(P_n)) · N(ε/(2 Sens(k)), Φ, ‖·‖)
@@ -257,7 +293,7 @@ def log_covering_bound(radius, *, stability, sensitivity, log_covering_Q, log_co
     return float(log_covering_Q(half(float(stability))) + log_covering_step_size(half(float(sensitivity))))
 
 
-def log_covering_parametric(radius, num_parameters, parameter_radius, lipschitz):
+def log_covering_parametric(radius: float, num_parameters: int, parameter_radius: float, lipschitz: float) -> float:
     """log N(ε) ≤ p log(1 + 2BG/ε): a class with p parameters in a ball of radius B, G-Lipschitz in them.
 
     Args:
@@ -274,7 +310,7 @@ def log_covering_parametric(radius, num_parameters, parameter_radius, lipschitz)
     return num_parameters * math.log1p(2 * parameter_radius * lipschitz / radius)
 
 
-def log_covering_interval(radius, low, high):
+def log_covering_interval(radius: float, low: float, high: float) -> float:
     """log N(ε) of the step sizes [low, high]: ⌈(high - low)/(2ε)⌉ intervals of half-width ε, at least one.
 
     Args:
@@ -289,7 +325,7 @@ def log_covering_interval(radius, low, high):
     return math.log(max(1, math.ceil((high - low) / (2 * radius))))
 
 
-def predicted_gap(algorithm, num_steps, regime, step_size, mu):
+def predicted_gap(algorithm: str, num_steps: Steps, regime: str, step_size: Number, mu: Number) -> torch.Tensor:
     """How the generalization gap moves with k, up to a constant factor (paper, Sec. 5 (i) to (iii)).
 
         under- and over-parameterized: Stab(k),   about right: Stab(k) Cvg(k)
@@ -309,7 +345,7 @@ def predicted_gap(algorithm, num_steps, regime, step_size, mu):
     return stab
 
 
-def predicted_order(num_steps, regime, step_size, mu):
+def predicted_order(num_steps: torch.Tensor, regime: str, step_size: Number, mu: Number) -> torch.Tensor:
     """Which of GD and NAG has the larger generalization gap at each k, by ``predicted_gap``.
 
     Args:

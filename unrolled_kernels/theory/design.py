@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from unrolled_kernels import _check, schedules
+from unrolled_kernels.annotations import Number, Quadratic
 from unrolled_kernels.layers import UnrolledGD, UnrolledMomentum, UnrolledNAG
 from unrolled_kernels.quadratics import Diagonal
 from unrolled_kernels.theory.bounds import check_regime, predicted_gap
@@ -24,7 +25,8 @@ class LayerCheck:
     """What ``check`` found, one value for each sample.
 
     Attributes:
-        mu, L: bounds of the spectrum of Q, ``[*batch]``.
+        mu: lower bound of the spectrum of Q, ``[*batch]``.
+        L: its upper bound, ``[*batch]``.
         largest_step_size: the upper end of the paper's stable region for this spectrum; None for ``UnrolledMomentum``.
         in_stable_region: bool ``[*batch]``, every step size is inside it; None for ``UnrolledMomentum``. Sufficient for
             ``stable`` only.
@@ -41,7 +43,7 @@ class LayerCheck:
     rate: torch.Tensor
     error_factor: torch.Tensor
 
-    def __str__(self):
+    def __str__(self) -> str:
         samples = self.stable.numel()
         if not samples:
             return "no samples"
@@ -49,7 +51,7 @@ class LayerCheck:
         unstable = int((~self.stable).sum())
         verdict = f"UNSTABLE on {unstable} of {samples} samples" if unstable else "stable"
         lines = [f"{verdict}: {spectrum}, error factor at most {self.error_factor.max():.4g}"]
-        if self.in_stable_region is not None:
+        if self.in_stable_region is not None and self.largest_step_size is not None:
             inside = int(self.in_stable_region.sum())
             largest = self.largest_step_size.min()
             lines.append(f"inside the paper's stable region (step sizes up to {largest:.4g}): {inside} of {samples}")
@@ -78,12 +80,14 @@ class Recommendation:
     stability: float
     reason: str
 
-    def make_layer(self):
+    def make_layer(self) -> UnrolledGD | UnrolledNAG:
         """The layer with this algorithm, step size and depth."""
         return make_layer(self.algorithm, self.num_steps, self.step_size, self.mu)
 
 
-def spectrum_bounds(Q, *, method="auto", tolerance=1e-3, max_steps=256):
+def spectrum_bounds(
+    Q: Quadratic, *, method: str = "auto", tolerance: float = 1e-3, max_steps: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Bounds [μ, L] of the spectrum of each sample's Q: exact, or for a large dense Q by Lanczos iteration.
 
     Lanczos with full reorthogonalisation from a fixed random start, all samples at once. Its extreme Ritz values lie
@@ -120,7 +124,7 @@ def spectrum_bounds(Q, *, method="auto", tolerance=1e-3, max_steps=256):
     return low.reshape(Q.shape[:-2]), high.reshape(Q.shape[:-2])
 
 
-def check(layer, Q):
+def check(layer: UnrolledGD | UnrolledNAG | UnrolledMomentum, Q: Quadratic) -> LayerCheck:
     """Is a layer safe on these energies, and how much of the error does it remove?
 
     The layer itself runs on the scalar energies λy²/2 for a grid of λ over [μ, L]: y_k/y_0 is there the factor p_k(λ)
@@ -150,7 +154,7 @@ def check(layer, Q):
         rate = _long_run_rate(grid, phi, beta, gamma, layer.num_steps)
     largest = inside = None
     if not isinstance(layer, UnrolledMomentum):
-        largest = layer.largest_stable_step(mu, L)
+        largest = torch.as_tensor(layer.largest_stable_step(mu, L))
         # the end belongs to the region, and the eigenvalues carry the rounding of their dtype
         inside = ((phi > 0) & (phi <= largest.unsqueeze(-1) * (1 + 1e-6)) & (mu > 0).unsqueeze(-1)).all(-1)
     # max() of a NaN is NaN, and NaN is not stable
@@ -158,7 +162,7 @@ def check(layer, Q):
     return LayerCheck(mu, L, largest, inside, stable, rate, factors.abs().amax(-1))
 
 
-def recommend(mu, L, num_steps, regime, *, tolerance=0.1):
+def recommend(mu: Number, L: Number, num_steps: int, regime: str, *, tolerance: float = 0.1) -> Recommendation:
     """Which algorithm, step size and depth suit a spectrum and a neural module (paper, Sec. 5).
 
     About right: the gap moves like Stab(k) Cvg(k), which falls with depth once it has peaked, so the whole budget is
@@ -184,10 +188,10 @@ def recommend(mu, L, num_steps, regime, *, tolerance=0.1):
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance: expected a number between 0 and 1, got {tolerance}")
-    steps = {algorithm: _MARGIN * stable_region(algorithm, mu, L)[1] for algorithm in ("gd", "nag")}
+    steps = {algorithm: _MARGIN * float(stable_region(algorithm, mu, L)[1]) for algorithm in ("gd", "nag")}
     if regime == "about_right":
         gaps = {name: predicted_gap(name, budget, regime, phi, mu).item() for name, phi in steps.items()}
-        algorithm, depth = min(gaps, key=gaps.get), budget
+        algorithm, depth = min(gaps, key=gaps.__getitem__), budget
         reason = (
             f"About right: the gap moves like Stab·Cvg, at {budget} steps {gaps['gd']:.3g} for GD and "
             f"{gaps['nag']:.3g} for NAG; deeper is better for both accuracy and gap once that product falls, so all "

@@ -5,11 +5,13 @@ float64 and returns the supremum after each of 0 … k steps.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from unrolled_kernels import _check
+from unrolled_kernels.annotations import Number
+from unrolled_kernels.layers import UnrolledGD, UnrolledNAG
 from unrolled_kernels.theory.properties import (
     LAYERS,
     Stability,
@@ -19,6 +21,7 @@ from unrolled_kernels.theory.properties import (
 )
 
 _TINY = 1e-6
+Device: TypeAlias = torch.device | str | None
 
 
 class Pairs(NamedTuple):
@@ -37,7 +40,9 @@ class Order(NamedTuple):
     rate: float
 
 
-def random_energies(num_samples, mu, L, *, dim=5, seed=0, device=None):
+def random_energies(
+    num_samples: int, mu: float, L: float, *, dim: int = 5, seed: int = 0, device: Device = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Energies 1/2 yᵀQy + bᵀy with spectrum in [μ, L] and random eigenvectors.
 
     Half of the spectra are uniform, a quarter has only the values μ and L, and an eighth each stays close to μ or to L.
@@ -60,7 +65,7 @@ def random_energies(num_samples, mu, L, *, dim=5, seed=0, device=None):
     return _dense(values, vectors).to(device), b.to(device)
 
 
-def random_pairs(num_pairs, mu, L, *, dim=5, seed=0, device=None):
+def random_pairs(num_pairs: int, mu: float, L: float, *, dim: int = 5, seed: int = 0, device: Device = None) -> Pairs:
     """Pairs of energies whose matrices do not commute, from almost equal to unrelated.
 
     Args:
@@ -87,7 +92,18 @@ def random_pairs(num_pairs, mu, L, *, dim=5, seed=0, device=None):
     return Pairs(*(x.to(device) for x in pairs))
 
 
-def measure_convergence(algorithm, num_steps, step_size, mu, L, *, dim=5, num_samples=1000, seed=0, device=None):
+def measure_convergence(
+    algorithm: str,
+    num_steps: int,
+    step_size: Number,
+    mu: float,
+    L: float,
+    *,
+    dim: int = 5,
+    num_samples: int = 1000,
+    seed: int = 0,
+    device: Device = None,
+) -> torch.Tensor:
     """The largest ‖y_t - y*‖ / ‖y_0 - y*‖ that a layer shows, to compare with ``convergence_rate``.
 
     The layer runs with b = 0, whose minimizer is 0: y_t is the error itself, to its last digit.
@@ -108,7 +124,18 @@ def measure_convergence(algorithm, num_steps, step_size, mu, L, *, dim=5, num_sa
     return (ys.norm(dim=-1) / start.norm(dim=-1)).amax(-1)
 
 
-def measure_stability(algorithm, num_steps, step_size, mu, L, *, dim=5, num_pairs=1000, seed=0, device=None):
+def measure_stability(
+    algorithm: str,
+    num_steps: int,
+    step_size: float,
+    mu: float,
+    L: float,
+    *,
+    dim: int = 5,
+    num_pairs: int = 1000,
+    seed: int = 0,
+    device: Device = None,
+) -> Stability:
     """The largest ‖Δy_t‖/(‖ΔQ‖₂ ‖b‖) and ‖Δy_t‖/‖Δb‖ that a layer shows, to compare with ``stability``.
 
     Args:
@@ -132,7 +159,7 @@ def measure_stability(algorithm, num_steps, step_size, mu, L, *, dim=5, num_pair
     return Stability(wrt_Q.amax(-1), wrt_b.amax(-1))
 
 
-def stability_ratio(algorithm, num_steps, step_size, mu, pairs):
+def stability_ratio(algorithm: str, num_steps: int, step_size: Number, mu: float, pairs: Pairs) -> torch.Tensor:
     """Both sides of Eq. 7 for pairs of energies: ‖Δy_t‖ / (wrt_Q ‖ΔQ‖₂ + wrt_b ‖Δb‖), at most 1 by the theory.
 
     Args:
@@ -155,7 +182,18 @@ def stability_ratio(algorithm, num_steps, step_size, mu, pairs):
     return (y - y2)[1:].norm(dim=-1) / right
 
 
-def ascend_stability_ratio(algorithm, num_steps, step_size, mu, L, *, dim=5, restarts=16, ascent_steps=80, seed=0):
+def ascend_stability_ratio(
+    algorithm: str,
+    num_steps: int,
+    step_size: float,
+    mu: float,
+    L: float,
+    *,
+    dim: int = 5,
+    restarts: int = 16,
+    ascent_steps: int = 80,
+    seed: int = 0,
+) -> float:
     """Search for pairs of energies that violate Eq. 7: gradient ascent on ``stability_ratio`` through the layers.
 
     Args:
@@ -187,8 +225,17 @@ def ascend_stability_ratio(algorithm, num_steps, step_size, mu, L, *, dim=5, res
 
 
 def measure_sensitivity(
-    algorithm, num_steps, smallest_step_size, mu, L, *, dim=5, num_samples=1000, seed=0, device=None
-):
+    algorithm: str,
+    num_steps: int,
+    smallest_step_size: float,
+    mu: float,
+    L: float,
+    *,
+    dim: int = 5,
+    num_samples: int = 1000,
+    seed: int = 0,
+    device: Device = None,
+) -> torch.Tensor:
     """The largest ‖y_t(φ) - y_t(φ')‖ / (|φ - φ'| ‖b‖) that a layer shows, to compare with ``sensitivity``.
 
     Args:
@@ -218,7 +265,7 @@ def measure_sensitivity(
     return ((y - y2).norm(dim=-1) / (phi[0] - phi[1]).abs().squeeze(-1)).amax(-1)
 
 
-def fit_order(num_steps, values):
+def fit_order(num_steps: torch.Tensor, values: torch.Tensor) -> Order:
     """Fit v = C k^power rate^k by least squares in log v, to read off an order in k such as O(k (1-s)^k).
 
     Args:
@@ -241,7 +288,15 @@ def fit_order(num_steps, values):
     return Order(power, math.exp(log_rate))
 
 
-def measured_orders(algorithm, step_size, mu, L, *, num_steps=(20, 60), device=None):
+def measured_orders(
+    algorithm: str,
+    step_size: float,
+    mu: float,
+    L: float,
+    *,
+    num_steps: tuple[int, int] = (20, 60),
+    device: Device = None,
+) -> dict[str, tuple[Order, float]]:
     """Fits of the layers' measured convergence, stability and sensitivity, beside the orders of Table 1.
 
     Stability is fitted by its distance from its limit, 1 - μ Stab.
@@ -271,11 +326,10 @@ def measured_orders(algorithm, step_size, mu, L, *, num_steps=(20, 60), device=N
     return {name: (order, rate) for name, order in fits.items()}
 
 
-def make_layer(algorithm, num_steps, step_size, mu):
+def make_layer(algorithm: str, num_steps: int, step_size: Number, mu: Number) -> UnrolledGD | UnrolledNAG:
     """The layer of an algorithm; μ goes to those that have one."""
     check_algorithm(algorithm)
-    extra = {"mu": mu} if algorithm == "nag" else {}
-    return LAYERS[algorithm](num_steps, step_size, **extra)
+    return UnrolledNAG(num_steps, step_size, mu) if algorithm == "nag" else UnrolledGD(num_steps, step_size)
 
 
 def _spectra(count, mu, L, dim, generator):

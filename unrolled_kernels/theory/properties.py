@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 
 from unrolled_kernels import _check
+from unrolled_kernels.annotations import Number, Quadratic, Steps, Weights
 from unrolled_kernels.layers import UnrolledGD, UnrolledNAG
 
 ALGORITHMS = ("gd", "nag")
-LAYERS = {"gd": UnrolledGD, "nag": UnrolledNAG}
+LAYERS: dict[str, type[UnrolledGD] | type[UnrolledNAG]] = {"gd": UnrolledGD, "nag": UnrolledNAG}
 
 
 class Stability(NamedTuple):
@@ -25,7 +26,7 @@ class Stability(NamedTuple):
     wrt_b: torch.Tensor
 
 
-def stable_region(algorithm, mu, L):
+def stable_region(algorithm: str, mu: Number, L: Number) -> tuple[float, Number]:
     """The paper's range of step sizes whose iterates stay bounded for any k (Table 1).
 
         GD: (0, 2/(μ+L)],   NAG: (0, 4/(μ+3L)]
@@ -45,7 +46,7 @@ def stable_region(algorithm, mu, L):
     return 0.0, LAYERS[algorithm].largest_stable_step(mu, L)
 
 
-def convergence_rate(algorithm, num_steps, step_size, mu):
+def convergence_rate(algorithm: str, num_steps: Steps, step_size: Number, mu: Number) -> torch.Tensor:
     """Cvg(k, φ): the largest ‖y_k - y*‖ / ‖y_0 - y*‖ of the class (paper, Eq. 6 and Table 1; constants derived).
 
         GD: (1 - φμ)^k,   NAG: (1 + ks)(1 - s)^k
@@ -69,7 +70,7 @@ def convergence_rate(algorithm, num_steps, step_size, mu):
     return (1 + k * s) * (1 - s) ** k
 
 
-def stability(algorithm, num_steps, step_size, mu, *, b_norm=1.0):
+def stability(algorithm: str, num_steps: Steps, step_size: Number, mu: Number, *, b_norm: Number = 1.0) -> Stability:
     """Stab(k, φ): how far y_k moves with the energy (paper, Eq. 7 and Table 1; constants derived).
 
         ‖Alg^k(Q, b) - Alg^k(Q', b')‖ ≤ wrt_Q ‖Q - Q'‖₂ + wrt_b ‖b - b'‖
@@ -110,7 +111,9 @@ def stability(algorithm, num_steps, step_size, mu, *, b_norm=1.0):
     return Stability(b_norm * wrt_Q, wrt_b)
 
 
-def sensitivity(algorithm, num_steps, smallest_step_size, mu, *, b_norm=1.0):
+def sensitivity(
+    algorithm: str, num_steps: Steps, smallest_step_size: Number, mu: Number, *, b_norm: Number = 1.0
+) -> torch.Tensor:
     """Sens(k): how far y_k moves with the step size (paper, Eq. 8 and Table 1; constants derived).
 
         ‖Alg_φ^k(Q, b) - Alg_φ'^k(Q, b)‖ ≤ Sens(k) |φ - φ'|      for φ, φ' in [c₀, largest stable step size]
@@ -134,7 +137,9 @@ def sensitivity(algorithm, num_steps, smallest_step_size, mu, *, b_norm=1.0):
     return b_norm * k * (k + 1) / 2 * (1 - (c0 * mu).sqrt()) ** before
 
 
-def rnn_contraction(weights, *, Q=None, mu=None, L=None):
+def rnn_contraction(
+    weights: Weights, *, Q: Quadratic | None = None, mu: Number | None = None, L: Number | None = None
+) -> torch.Tensor:
     """c_φ = sup_Q ‖V‖ ‖W₁ + W₂Q‖ Π_{l≥2} ‖Wˡ‖ of an RNN cell, stable where c_φ < 1 (paper, Sec. 6 and Table 2).
 
     The supremum is taken over given matrices, or bounded over all with spectrum in [μ, L]:
@@ -160,7 +165,7 @@ def rnn_contraction(weights, *, Q=None, mu=None, L=None):
     return _norm(W1 + W2 @ dense).amax() * math.prod(norms)
 
 
-def rnn_stability(weights, num_steps, *, mu, L, b_norm=1.0):
+def rnn_stability(weights: Weights, num_steps: Steps, *, mu: Number, L: Number, b_norm: Number = 1.0) -> Stability:
     """Stab(k, φ) of an RNN cell (paper, Table 2; constants derived).
 
         wrt_b = κ (1 - c^k)/(1 - c),   wrt_Q = κ² ‖b‖ ((1 - c^k)/(1 - c))²,   κ = ‖V‖ ‖W₂‖ Π_{l≥2} ‖Wˡ‖
@@ -181,7 +186,9 @@ def rnn_stability(weights, num_steps, *, mu, L, b_norm=1.0):
     return Stability(b_norm * growth**2, growth)
 
 
-def rnn_sensitivity(weights, num_steps, *, mu, L, radius=0.0, b_norm=1.0):
+def rnn_sensitivity(
+    weights: Weights, num_steps: Steps, *, mu: Number, L: Number, radius: float = 0.0, b_norm: Number = 1.0
+) -> torch.Tensor:
     """Sens(k) of an RNN cell near its weights φ (paper, Table 2; constants derived).
 
         ‖RNN_φ'^k(Q, b) - RNN_φ''^k(Q, b)‖ ≤ Sens(k) ‖φ' - φ''‖_F     for ‖φ' - φ‖_F, ‖φ'' - φ‖_F ≤ radius
@@ -211,7 +218,7 @@ def rnn_sensitivity(weights, num_steps, *, mu, L, radius=0.0, b_norm=1.0):
     return torch.stack(slopes).square().sum(0).sqrt() * growth
 
 
-def rnn_best_convergence_rate(num_steps, mu, L):
+def rnn_best_convergence_rate(num_steps: Steps, mu: Number, L: Number) -> torch.Tensor:
     """min_φ Cvg(k, φ) of an RNN is at most ((L-μ)/(L+μ))^k: its cell can be gradient descent (paper, Table 2).
 
     Hidden width 2d, W₁ = [I; -I], W₂ = -φ[I; -I], Wˡ = I, V = [I, -I] give the step y - φ(Qy + b). In the worst case an
@@ -291,7 +298,9 @@ def _steps(num_steps):
     return num_steps
 
 
-def _arguments(algorithm, num_steps, step_size, mu, name="step_size"):
+def _arguments(
+    algorithm: str, num_steps: Steps, step_size: Number, mu: Number, name: str = "step_size"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """k, φ, μ as floating-point tensors of one dtype on one device."""
     check_algorithm(algorithm)
     for argument, value in ((name, step_size), ("mu", mu)):
@@ -307,4 +316,5 @@ def _arguments(algorithm, num_steps, step_size, mu, name="step_size"):
         dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
     k = _steps(num_steps)
     placed = [x for x in (*tensors, k) if x.dim() > 0] or tensors or [k]
-    return tuple(torch.as_tensor(x, dtype=dtype, device=placed[0].device) for x in (k, step_size, mu))
+    place = lambda x: torch.as_tensor(x, dtype=dtype, device=placed[0].device)
+    return place(k), place(step_size), place(mu)

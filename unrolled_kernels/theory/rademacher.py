@@ -18,7 +18,7 @@ class Complexity(NamedTuple):
     standard_error: float
 
 
-def rademacher_complexity(losses, *, num_signs=10_000, seed=0):
+def rademacher_complexity(losses: torch.Tensor, *, num_signs: int | None = 10_000, seed: int = 0) -> Complexity:
     """The empirical Rademacher complexity of a finite set of models (paper, Sec. 5).
 
         R_n ℓ_F = E_σ max_m (1/n) Σ_i σ_i ℓ_m(x_i, b_i),   σ uniform on {±1}ⁿ
@@ -52,7 +52,14 @@ def rademacher_complexity(losses, *, num_signs=10_000, seed=0):
     return Complexity(suprema.mean().item(), (suprema.std() / num_signs**0.5).item())
 
 
-def local_rademacher_complexity(losses, radius, *, second_moments=None, num_signs=10_000, seed=0):
+def local_rademacher_complexity(
+    losses: torch.Tensor,
+    radius: float,
+    *,
+    second_moments: torch.Tensor | None = None,
+    num_signs: int | None = 10_000,
+    seed: int = 0,
+) -> Complexity:
     """The empirical Rademacher complexity of the models with P ℓ² ≤ r (paper, Eq. 14).
 
     Args:
@@ -79,7 +86,7 @@ def local_rademacher_complexity(losses, radius, *, second_moments=None, num_sign
     return rademacher_complexity(good, num_signs=num_signs, seed=seed)
 
 
-def cover(distances, radius):
+def cover(distances: torch.Tensor, radius: float) -> list[int]:
     """Centres of balls of a radius that cover a finite set, chosen greedily: farthest point first.
 
     Args:
