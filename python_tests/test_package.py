@@ -345,7 +345,8 @@ def test_types(tmp_path):
     lines = enumerate(USER.splitlines(), start=1)
     wrong = [(str(i), line.partition("# wrong: ")[2]) for i, line in lines if "# wrong: " in line]
     assert [(line, code) for _, line, code in errors] == wrong, result.stdout + result.stderr
-    assert {name for name, *_ in errors} == {str(program)}
+    # the cache remembers the folder of the run before
+    assert {Path(name).name for name, *_ in errors} == {program.name}
 
 
 def public_functions():
