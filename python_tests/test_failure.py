@@ -20,23 +20,36 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from unrolled_kernels.experiments import cli
+from unrolled_kernels.experiments.denoising.images import photographs
 from unrolled_kernels.experiments.pool import run_jobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMMANDS = {
-    "synthetic": "synthetic --depths 1 2 4 --hidden 0 8 --seeds 2 --epochs 600 --no-speed",
+    "synthetic": "synthetic --depths 1 2 4 --hidden 0 8 --seeds 1 --epochs 400 --no-speed",
     "learn-to-optimize": "synthetic --learn-to-optimize --depths 1 3 --seeds 1 --epochs 12 --learning-rates 1e-2",
     "denoising": (
-        "denoising --size 90 --crop 16 --batch-size 16 --depths 1 2 --algorithms gd --cases about-right --seeds 1 "
-        "--epochs 8 --checkpoint-seconds 0.01 --no-speed --no-baselines"
+        "denoising --size 32 --crop 16 --batch-size 4 --depths 2 --algorithms gd --cases about-right --seeds 1 "
+        "--epochs 8 --checkpoint-seconds 0.01 --no-speed --no-baselines --data IMAGES"
     ),
 }
 every_command = pytest.mark.parametrize("kind", COMMANDS)
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["unrolled_kernels.experiments.cli", "matplotlib.pyplot"])
+# and what the commands import on their way
+_LATE = ["torch._dynamo", "matplotlib.backends.backend_agg", "pyarrow.parquet", "skimage.metrics", "PIL.PngImagePlugin"]
+_context.set_forkserver_preload(["unrolled_kernels.experiments.cli", *_LATE])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """A folder of 24 small images, IMAGES in the commands."""
+    path = tmp_path_factory.mktemp("images")
+    for i, tile in enumerate(photographs(32)[::97][:24, 0]):
+        Image.fromarray((tile * 255).byte().numpy()).save(path / f"{i:02}.png")
+    COMMANDS["denoising"] = COMMANDS["denoising"].replace("IMAGES", str(path))
 
 
 def arguments(kind, out, workers=1):
@@ -111,7 +124,7 @@ def undisturbed(tmp_path_factory):
 
 
 @every_command
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids="{}kills".format)
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)], ids="{}kills".format)
 def test_killed_runs_end_with_the_same_table(undisturbed, tmp_path, kind, kills):
     """kill -9 at random times, the next run continuing each time; a run that ends before its kill begins anew."""
     whole, seconds = undisturbed(kind)
@@ -193,15 +206,18 @@ def last_line(log):
 @pytest.mark.parametrize(
     ("kind", "largest_file", "named"),
     [
-        ("synthetic", 100, "config.json"),
-        ("synthetic", 4000, "results.parquet"),
+        ("synthetic", 600, "config.json"),
+        ("synthetic", 3000, "results.parquet"),
         ("learn-to-optimize", 20000, "png"),
-        ("denoising", 3000, "checkpoints/dncnn-none-0-0.safetensors"),
+        ("denoising", 3000, "checkpoints/about-right-gd-2-0.safetensors"),
         ("denoising", 20000, "png"),
     ],
 )
 def test_full_disk_names_the_file(undisturbed, tmp_path, kind, largest_file, named):
-    """Writes that fail as on a full disk, from a limit on the size of files; with room the same command goes on."""
+    """Writes that fail as on a full disk, from a limit on the size of files; with room the same command goes on.
+
+    The limit holds for the log as well, which must fit.
+    """
     out, log = tmp_path / "run", tmp_path / "log"
     assert finish(start(arguments(kind, out), log, largest_file)) == 1
     message = last_line(log)
