@@ -93,13 +93,13 @@ class Trainer:
     def load(self, file):
         """Go on from ``file``, read by rank 0 alone; raises ValueError, which names it, if it does not fit."""
         tensors, progress = distributed.on_first_rank(lambda: checkpoint.read(file, self.trial))
+        checkpoint.load_model(file, self.trial, self.model, tensors)
         missing = {"epoch", "seconds", "losses", "scaler"} - set(progress or ())
         if missing:
             raise ValueError(
                 f"{file}: not the state of a training: {', '.join(sorted(missing))} missing; delete it to train its "
                 "model from the start"
             )
-        checkpoint.load_model(file, self.trial, self.model, tensors)
         checkpoint.load_optimizer(self.optimizer, tensors)
         self.epoch, self.seconds, self.losses = (progress[name] for name in ("epoch", "seconds", "losses"))
         if self.scaler.is_enabled():
