@@ -126,10 +126,7 @@ def _deepinv_gradient_descent(f, measured, step_size, num_steps):
     from deepinv.physics import Denoising
 
     class Weighted(Prior):
-        def __init__(self):
-            super().__init__()
-            self.explicit_prior = True
-
+        # not an "explicit" prior, which has a value too: the cost of every iterate is not part of the job
         def grad(self, y, *args, **kwargs):
             return f * f * y
 

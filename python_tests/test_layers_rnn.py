@@ -1,8 +1,5 @@
 """The module UnrolledRNN: what it starts as, what its stable region holds, and what it refuses."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 
@@ -108,26 +105,6 @@ def test_stable_region_leaves_what_is_inside(problem):
     with torch.no_grad():
         layer.V.mul_(1e-3)
     assert torch.equal(layer.weights[-1], layer.V)
-
-
-def test_save_copy_move(problem):
-    Q, b = problem
-    make = lambda: uk.UnrolledRNN(3, 5, (7, 6, 8), stable_region=(0.1, 1.0)).double()
-    layer, other = make(), make()
-    other.load_state_dict(layer.state_dict(), strict=True)
-    assert sorted(layer.state_dict()) == ["V", "W.0", "W.1", "W1", "W2"]
-    for same in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(same(Q, b), layer(Q, b))
-
-
-def test_half_storage_takes_float32_weights(problem):
-    Q, b = problem
-    layer = uk.UnrolledRNN(3, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(Q.float(), b.bfloat16())
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y, layer(Q.float(), b.bfloat16().float()))
-    assert layer(Q.bfloat16(), b.bfloat16()).dtype == torch.bfloat16
 
 
 def test_repr():

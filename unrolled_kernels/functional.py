@@ -5,6 +5,9 @@ coefficient (step size, μ, momentum, extrapolation) broadcasts to ``(*batch, nu
 ``(num_steps,)`` per step, ``(*batch, 1)`` per sample, ``(*batch, num_steps)`` both. Gradients of what was broadcast
 are summed. All functions are differentiable to second order and beyond in every tensor, and keep nothing for backward
 but their inputs.
+
+Under autocast all of them take float16, bfloat16 and float32 side by side, compute in float32, as torch's own sums do,
+and return float32.
 """
 
 import math
@@ -193,6 +196,9 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: as ``gradient_descent``. A singular dense Q raises ``torch.linalg.LinAlgError``.
     """
+    if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
+        with torch.autocast(b.device.type, enabled=False):
+            return minimize(_to_float32(Q), _to_float32(b))
     shape = _full_shape(Q, b)
     if isinstance(Q, Tikhonov):
         Q, b = Q.as_diagonal(b)

@@ -65,7 +65,8 @@ class _StepSize(_Unrolled):
         if stable_region is not None:
             self.max_step_size = self.largest_stable_step(*_check_region(stable_region))
             inside = torch.as_tensor(step_size, dtype=torch.float64)
-            if not bool(((inside > 0) & (inside < self.max_step_size)).all()):
+            # on the meta device there is no value to check
+            if not inside.is_meta and not bool(((inside > 0) & (inside < self.max_step_size)).all()):
                 raise ValueError(
                     f"step_size: expected a value inside the stable region (0, {self.max_step_size:.6g}) of "
                     f"stable_region={tuple(stable_region)}, got {step_size}"
@@ -77,12 +78,11 @@ class _StepSize(_Unrolled):
         self._coefficient("step_size", step_size, learn_step_size)
 
     def __getattr__(self, name):
-        # held in other coordinates, but read as what they are
-        parameters = self.__dict__.get("_parameters", {})
-        if name == "step_size" and "step_size_logit" in parameters:
-            return self.max_step_size * torch.sigmoid(parameters["step_size_logit"])
-        if name == "mu" and "mu_log" in parameters:
-            return parameters["mu_log"].exp()
+        # held in other coordinates, but read as what they are; looked up as attributes, which a parametrization is too
+        if name == "step_size" and hasattr(self, "step_size_logit"):
+            return self.max_step_size * torch.sigmoid(self.step_size_logit)
+        if name == "mu" and hasattr(self, "mu_log"):
+            return self.mu_log.exp()
         return super().__getattr__(name)
 
 

@@ -1,9 +1,12 @@
 """Independent jobs in worker processes, each of one thread: small models train fastest side by side on a CPU."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
+import signal
 import threading
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -15,7 +18,9 @@ def default_workers(device, processes=1):
 
 
 def run_jobs(jobs, *, workers, prepare, work, bar):
-    """Yield the result of each job as it finishes.
+    """Yield each job with its result as it finishes.
+
+    An interrupt, or an error in one job, raises KeyboardInterrupt in the others, which may save what they have.
 
     Args:
         jobs: a list, in the order in which they start.
@@ -24,6 +29,8 @@ def run_jobs(jobs, *, workers, prepare, work, bar):
         work: ``work(shared, job, on_progress)`` does one job and calls ``on_progress(count, **shown)`` now and then;
             picklable.
         bar: a tqdm bar that advances by each ``count`` and shows the last ``shown``.
+    Raises:
+        ChildProcessError: a worker was killed.
     """
 
     def advance(count, **shown):
@@ -34,12 +41,15 @@ def run_jobs(jobs, *, workers, prepare, work, bar):
     if workers <= 1:
         shared = prepare() if jobs else None
         for job in jobs:
-            yield work(shared, job, advance)
+            yield job, work(shared, job, advance)
         return
     context = multiprocessing.get_context("spawn")
-    progress = context.SimpleQueue()
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (prepare, work, progress)) as pool:
-        pending = {pool.submit(_work, job) for job in jobs}
+    progress, stop = context.SimpleQueue(), context.Event()
+    start = prepare, work, progress, stop
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
+        with _interrupts_ignored():
+            job_of = {pool.submit(_work, job): job for job in jobs}
+        pending = set(job_of)
         try:
             while pending:
                 finished, pending = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
@@ -47,18 +57,42 @@ def run_jobs(jobs, *, workers, prepare, work, bar):
                     count, shown = progress.get()
                     advance(count, **shown)
                 for future in finished:
-                    yield future.result()
+                    yield job_of[future], future.result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker process was killed, as happens where memory runs out; give the same command again to "
+                "continue from here, with fewer --workers if need be"
+            ) from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
-def _start_worker(prepare, work, progress):
+@contextlib.contextmanager
+def _interrupts_ignored():
+    """For the processes that start in the block, until they choose otherwise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+_working = False
+
+
+def _start_worker(prepare, work, progress, stop):
     global _worker
     # a killed run must not leave its workers behind
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_interrupt_when_set, args=(stop,), daemon=True).start()
+    signal.signal(signal.SIGINT, _interrupt)
     torch.set_num_threads(1)
-    _worker = prepare(), work, progress
+    _worker = prepare(), work, progress, stop
 
 
 def _exit_with_parent():
@@ -66,6 +100,27 @@ def _exit_with_parent():
     os._exit(1)
 
 
+def _interrupt_when_set(stop):
+    stop.wait()
+    signal.raise_signal(signal.SIGINT)
+
+
+def _interrupt(signum, frame):
+    # once a job: Ctrl-C reaches every process of a terminal, and the parent passes it on
+    global _working
+    if _working:
+        _working = False
+        raise KeyboardInterrupt
+
+
 def _work(job):
-    shared, work, progress = _worker
-    return work(shared, job, lambda count, **shown: progress.put((count, shown)))
+    global _working
+    shared, work, progress, stop = _worker
+    _working = True
+    try:
+        # the pool hands out one job more than there are workers
+        if stop.is_set():
+            raise KeyboardInterrupt
+        return work(shared, job, lambda count, **shown: progress.put((count, shown)))
+    finally:
+        _working = False

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+from safetensors import SafetensorError
+
+_UNFINISHED = ".unfinished-"
 
 
 class RunDirectory:
@@ -21,18 +24,22 @@ class RunDirectory:
         path: the directory; made if need be.
         config: the settings that decide the results, a dict that JSON can hold.
         environment: versions and the like, written down beside them and never compared.
+        columns: what every row of the table has.
         part: where several processes share the run, the name of this one's part of the table, kept in
             ``results-PART.parquet``. The process without one takes over the parts that an earlier run left behind.
     Raises:
         ValueError: the directory holds a run with other settings (the message names those that differ), or its
-            ``config.json`` is damaged.
+            ``config.json`` or its table is damaged.
         OSError: the directory cannot be made or written.
     """
 
-    def __init__(self, path, config, environment=None, part=None):
+    def __init__(self, path, config, environment=None, part=None, columns=()):
         self.path = Path(path)
         self.results_file = self.path / (f"results-{part}.parquet" if part else "results.parquet")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{self.path}: no directory can be made there ({error}); give another --out") from None
         self._lock = threading.Lock()
         config = json.loads(json.dumps(config))
         file = self.path / "config.json"
@@ -42,9 +49,12 @@ class RunDirectory:
             text = json.dumps({"settings": config, "environment": environment or {}}, indent=2)
             with atomic_path(file) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
-        self._rows = _read_rows(self.results_file)
+        # what a killed process was writing
+        for file in [] if part else [*self.path.glob(f"{_UNFINISHED}*"), *self.path.glob(f"*/{_UNFINISHED}*")]:
+            file.unlink(missing_ok=True)
+        self._rows = _read_rows(self.results_file, columns)
         for file in [] if part else sorted(self.path.glob("results-*.parquet")):
-            self.append(_read_rows(file))
+            self.append(_read_rows(file, columns))
             file.unlink()
 
     def results(self):
@@ -80,13 +90,17 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def atomic_path(file):
-    """A path to write to, which becomes ``file`` when the block ends without an error."""
-    file = Path(file)
-    # the same suffix: writers of images and tables choose the format by it
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-", suffix=file.suffix)
-    os.close(handle)
-    temporary = Path(temporary)
+    """A path to write to, which becomes ``file`` when the block ends without an error.
+
+    Raises:
+        OSError: it cannot be written; the message names ``file``.
+    """
+    file, temporary = Path(file), None
     try:
+        # the same suffix: writers of images and tables choose the format by it
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{_UNFINISHED}{file.stem}-", suffix=file.suffix)
+        os.close(handle)
+        temporary = Path(temporary)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -95,15 +109,25 @@ def atomic_path(file):
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{file}: cannot be written ({error}); whatever was finished is still there: make room, or make the "
+            "directory writable, and give the same command again"
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
-def _read_rows(file):
+def _read_rows(file, columns):
     if not file.exists():
         return []
     try:
-        return pd.read_parquet(file).to_dict("records")
+        table = pd.read_parquet(file)
+        missing = [name for name in columns if name not in table]
+        if missing:
+            raise ValueError(f"it has no columns {', '.join(missing)}")
+        return table.to_dict("records")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(
             f"{file}: not a readable results table (truncated, or of another kind): {error}; "
@@ -113,9 +137,13 @@ def _read_rows(file):
 
 def _read_config(file):
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not the settings of a run (truncated, or of another kind): {error!r}") from None
+        # a copy: what is no dict fails here
+        return dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: not the settings of a run (truncated, or of another kind): {error!r}; "
+            "restore it, or give another --out"
+        ) from None
 
 
 def _refuse_other_settings(file, there, asked):

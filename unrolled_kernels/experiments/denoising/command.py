@@ -107,8 +107,9 @@ def _run(arguments):
     settings |= {"seed": arguments.seed, **source, "device": device.type, "backend": arguments.backend}
     out = arguments.out or Path("runs") / f"denoising-{arguments.preset}"
     first = distributed.rank() == 0
+    columns = [field.name for field in dataclasses.fields(Trial)] + ["diverged"]
     opened = []
-    distributed.on_first_rank(lambda: opened.append(RunDirectory(out, settings, environment())))
+    distributed.on_first_rank(lambda: opened.append(RunDirectory(out, settings, environment(), columns=columns)))
     directory = opened[0] if first else None
     trials = grid.trials(arguments.seed)
     if first:

@@ -64,9 +64,11 @@ def train_grid(setup, trials, run_directory, *, workers=None, logs=None, show_pr
         total=len(trials) * epochs, initial=finished * epochs, unit="epoch", mininterval=1, disable=not show_progress
     ) as bar:
         bar.set_description(f"models {finished}/{len(trials)}")
-        for row in run_jobs(jobs, workers=workers, prepare=setup.task, work=train, bar=bar):
+        for (_, kept), row in run_jobs(jobs, workers=workers, prepare=setup.task, work=train, bar=bar):
             if run_directory is not None:
                 run_directory.append([row])
+                # not before its results are safe
+                kept.checkpoint.unlink(missing_ok=True)
             finished += 1
             bar.set_description(f"models {finished}/{len(trials)}")
     if run_directory is not None:

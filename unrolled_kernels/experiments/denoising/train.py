@@ -19,7 +19,7 @@ class Files:
     """Where the state of a model is kept, each may be None.
 
     Attributes:
-        checkpoint: of one in training; continued from where it is there, removed at the end.
+        checkpoint: of one in training; continued from where it is there.
         model: the weights of a finished one.
         logs: folder of TensorBoard logs.
     """
@@ -94,6 +94,12 @@ class Trainer:
         """Go on from ``file``, read by rank 0 alone; raises ValueError, which names it, if it does not fit."""
         tensors, progress = distributed.on_first_rank(lambda: checkpoint.read(file, self.trial))
         checkpoint.load_model(file, self.trial, self.model, tensors)
+        missing = {"epoch", "seconds", "losses", "scaler"} - set(progress or ())
+        if missing:
+            raise ValueError(
+                f"{file}: not the state of a training: {', '.join(sorted(missing))} missing; delete it to train its "
+                "model from the start"
+            )
         checkpoint.load_optimizer(self.optimizer, tensors)
         self.epoch, self.seconds, self.losses = (progress[name] for name in ("epoch", "seconds", "losses"))
         if self.scaler.is_enabled():
@@ -170,8 +176,6 @@ def train_one(task, trial, training, *, device="cpu", backend="auto", files=None
     row = trainer.result()
     if files.model is not None:
         checkpoint.save(files.model, trial, trainer.model, epoch=trainer.epoch)
-    if files.checkpoint is not None:
-        files.checkpoint.unlink(missing_ok=True)
     return row
 
 

@@ -36,8 +36,7 @@ def train_chunk(task, trials, training, *, checkpoint=None, checkpoint_seconds=1
         task: the data, on the device to train on.
         trials: models of one hidden size and optimizer.
         training: what all models share.
-        checkpoint: the file that keeps the state of unfinished training; continued from if it is there, removed at
-            the end.
+        checkpoint: the file that keeps the state of unfinished training; continued from if it is there.
         checkpoint_seconds: how often it is written.
         on_epochs: called now and then with the number of epochs done since the last call.
     Returns:
@@ -61,7 +60,4 @@ def train_chunk(task, trials, training, *, checkpoint=None, checkpoint_seconds=1
         if checkpoint is not None:
             ensemble.save(checkpoint)
         raise
-    rows = ensemble.results()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return rows
+    return ensemble.results()

@@ -115,7 +115,8 @@ def _run(arguments, shard):
         "trainer": trainer,
     }
     out = arguments.out or Path("runs") / f"{kind}-{arguments.preset}"
-    directory = shard.in_order(lambda: RunDirectory(out, settings, environment(), shard.part))
+    columns = [field.name for field in dataclasses.fields(trials[0])] + ["train", "test"]
+    directory = shard.in_order(lambda: RunDirectory(out, settings, environment(), shard.part, columns))
     first = shard.rank == 0
     if first:
         print(f"{len(trials)} models of {grid.epochs} epochs; results go to {directory.path}")

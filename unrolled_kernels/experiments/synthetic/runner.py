@@ -77,8 +77,10 @@ def train_grid(setup, trials, run_directory, *, workers=None, shard=None, show_p
     work = functools.partial(_train, setup)
     with tqdm(total=total * epochs, initial=finished * epochs, **bar_options) as bar:
         bar.set_description(f"{what} {finished}/{total}")
-        for rows in run_jobs(jobs, workers=workers, prepare=setup.task, work=work, bar=bar):
+        for (_, checkpoint), rows in run_jobs(jobs, workers=workers, prepare=setup.task, work=work, bar=bar):
             run_directory.append(rows)
+            # not before its results are safe
+            checkpoint.unlink(missing_ok=True)
             finished += len(rows)
             bar.set_description(f"{what} {finished}/{total}")
     shard.collect(run_directory, type(trials[0]))

@@ -1,0 +1,603 @@
+"""The layers among what else PyTorch has: compilers, precision, processes, transforms, what modules go through.
+
+Every layer on every structure of Q, against the same layer in eager torch or outside of what is tried.
+"""
+
+import copy
+import importlib.util
+import io
+import itertools
+import os
+import pickle
+import runpy
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import unrolled_kernels as uk
+import unrolled_kernels.functional as F
+from unrolled_kernels import available_backends
+from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LAYERS = {
+    "gd": lambda: uk.UnrolledGD(4, 0.5, learn_step_size=True),
+    "gd-stable": lambda: uk.UnrolledGD(4, 0.5, learn_step_size=True, per_step=True, stable_region=(0.1, 2.0)),
+    "nag": lambda: uk.UnrolledNAG(4, 0.4, 0.1, learn_step_size=True, learn_mu=True),
+    "nag-stable": lambda: uk.UnrolledNAG(4, torch.tensor([0.4]), learn_step_size=True, stable_region=(0.1, 2.0)),
+    "momentum": lambda: uk.UnrolledMomentum.heavy_ball(4, 0.5, 0.2),
+    "momentum-fixed": lambda: uk.UnrolledMomentum.fista(4, 0.5, learnable=False),
+    "rnn": lambda: uk.UnrolledRNN(3, 5, (7, 6)),
+    "rnn-stable": lambda: uk.UnrolledRNN(3, 5, (7, 6), stable_region=(0.1, 2.0)),
+}
+MAIN = "gd", "nag", "momentum", "rnn"
+STRUCTURED = {"diagonal": uk.Diagonal, "spectral": uk.Spectral, "tikhonov": uk.Tikhonov}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+main_layers = pytest.mark.parametrize("name", MAIN)
+every_structure = pytest.mark.parametrize("structure", STRUCTURES)
+
+
+class Model(nn.Module):
+    """A layer on Q of a structure, whose tensors are arguments: ``model(b, *tensors)``."""
+
+    def __init__(self, name, structure="dense"):
+        super().__init__()
+        self.layer = LAYERS[name]()
+        self.structure = structure
+
+    def forward(self, b, *tensors):
+        Q = STRUCTURED[self.structure](*tensors) if self.structure in STRUCTURED else tensors[0]
+        return self.layer(Q, b)
+
+
+def problem(structure="dense", batch=4, d=5, dtype=None, seed=0):
+    """b and the tensors of Q, leaves that need gradients."""
+    tensors, _, b = random_quadratic(structure, (batch,), d, dtype=dtype, seed=seed)
+    return [x.clone().requires_grad_() for x in (b, *tensors)]
+
+
+def in_eager(model):
+    """The same model in eager torch: what the fused one is compared with."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = "eager"
+    return model
+
+
+def weighted_loss(y):
+    """Weighs the entries unequally."""
+    return (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).reshape(y.shape)).square().sum()
+
+
+def value_and_gradients(run, inputs, parameters):
+    """The output, and the gradients of a loss."""
+    y = run(*inputs)
+    return [y.detach(), *torch.autograd.grad(weighted_loss(y), [*inputs, *parameters])]
+
+
+def of(model, inputs):
+    """``value_and_gradients`` of the model as it is."""
+    return value_and_gradients(model, inputs, list(model.parameters()))
+
+
+def exactly(name):
+    """Tolerances of no difference, where torch itself has none."""
+    # svdvals of what needs gradients is another LAPACK driver
+    return {"rtol": 1e-4, "atol": 1e-6} if name == "rnn-stable" else {"rtol": 0, "atol": 0}
+
+
+# compilers
+
+
+@main_layers
+@every_structure
+def test_compile_with_dynamic_sizes(name, structure):
+    """One graph for every size, forward and backward; the ops' own tests go down to the compiler's C++."""
+    torch._dynamo.reset()
+    model = Model(name, structure).double()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, d in ((3, 5), (6, 5), (9, 5)) if name == "rnn" else ((3, 5), (6, 7), (9, 11)):
+            inputs = problem(structure, batch, d, dtype=torch.float64)
+            actual = value_and_gradients(compiled, inputs, list(model.parameters()))
+            torch.testing.assert_close(actual, of(in_eager(model), inputs))
+
+
+@pytest.mark.parametrize("name", ["gd-stable", "nag-stable", "rnn-stable"])
+def test_compile_in_a_stable_region(name):
+    torch._dynamo.reset()
+    model, inputs = Model(name), problem()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    actual = value_and_gradients(compiled, inputs, list(model.parameters()))
+    torch.testing.assert_close(actual, of(in_eager(model), inputs))
+
+
+class All(nn.Module):
+    """Layers on structures of Q, each on its own inputs."""
+
+    def __init__(self, names_and_structures):
+        super().__init__()
+        self.models = nn.ModuleList(Model(*each) for each in names_and_structures)
+
+    def forward(self, problems):
+        return [model(*problems[model.structure]) for model in self.models]
+
+
+def exported(model, problems):
+    """The exported program with a dynamic batch."""
+    batch = torch.export.Dim("batch", min=2)
+    sizes = {structure: [{0: batch}] * len(inputs) for structure, inputs in problems.items()}
+    return torch.export.export(model, (problems,), dynamic_shapes=(sizes,))
+
+
+def of_every_structure(batch, seed=0):
+    return {s: [x.detach() for x in problem(s, batch, seed=seed)] for s in STRUCTURES}
+
+
+def test_export_save_load_and_another_batch():
+    model = All(itertools.product(MAIN, STRUCTURES))
+    program = exported(model, of_every_structure(3))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    ops = {str(node.target) for node in program.graph.nodes if "unrolled_kernels" in str(node.target)}
+    if "cpu" in available_backends():
+        assert len(ops) == 6, ops  # four structures of momentum, two of the RNN
+    for batch in (2, 3, 8):
+        problems = of_every_structure(batch, seed=batch)
+        torch.testing.assert_close(loaded(problems), in_eager(model)(problems))
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built")
+def test_exported_programs_train_with_the_eager_backend_only():
+    """torch.export keeps what a Function's forward calls and drops its backward: loud, never silently zero."""
+    model = All((name, "dense") for name in MAIN)
+    loss = lambda run, problems: sum(map(weighted_loss, run(problems)))
+    problems = {"dense": problem("dense", 6)}
+    with pytest.raises(RuntimeError, match=r"bypasses the layer's backward .* backend='eager'"):
+        loss(exported(model, problems).module(), problems).backward()
+    losses = [loss(run, problems) for run in (exported(in_eager(model), problems).module(), model)]
+    torch.testing.assert_close(*(torch.autograd.grad(x, problems["dense"]) for x in losses))
+
+
+def test_ahead_of_time_inductor_package(tmp_path):
+    """One shared library with every layer; where it is loaded, unrolled_kernels must have been imported."""
+    model = All(zip(MAIN, ("tikhonov", "spectral", "dense", "diagonal"), strict=True))
+    program = exported(model, of_every_structure(3))
+    # the package is compiled once here and runs once: no minutes for optimisation and precompiled headers
+    options = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp_cache_precompile_headers": False}
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2"), inductor_configs=options
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    for batch in (3, 7):
+        problems = of_every_structure(batch, seed=batch)
+        torch.testing.assert_close(loaded(problems), in_eager(model)(problems))
+
+
+# precision
+
+
+@every_structure
+@main_layers
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_autocast(name, structure, dtype):
+    """Under autocast a layer takes half and float32 alike, iterates in float32 and returns float32."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.model = nn.Linear(5, 5), Model(name, structure)
+
+        def forward(self, b, *tensors):
+            shift = self.linear(b)
+            assert shift.dtype == (dtype if torch.is_autocast_enabled("cpu") else b.dtype)
+            return self.model(shift, *tensors)
+
+    network = Network()
+    inputs = problem(structure)
+    with torch.autocast("cpu", dtype=dtype):
+        actual, eager = of(network, inputs), of(in_eager(network), inputs)
+        # what is iterated on is not rounded again
+        shift = network.linear(inputs[0]).detach()
+        y = network.model(shift, *inputs[1:])
+    assert torch.equal(y, network.model(shift.float(), *inputs[1:]))
+    exact = of(copy.deepcopy(network).double(), [x.detach().double().requires_grad_() for x in inputs])
+    assert actual[0].dtype == torch.float32
+    for i, (y, y_exact, y_eager) in enumerate(zip(actual, exact, eager, strict=True)):
+        # the linear layer's forward and backward round to half
+        assert_as_close_as_eager(y.to(dtype), y_exact, y_eager.to(dtype), what=f"{name}-{structure}-{i}")
+
+
+@every_structure
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_autocast_of_the_minimizer_and_of_mu(structure, dtype):
+    b, *tensors = problem(structure)
+    Q = STRUCTURED[structure](*tensors) if structure in STRUCTURED else tensors[0]
+    with torch.autocast("cpu", dtype=dtype):
+        y = F.minimize(Q, b.to(dtype))
+        iterated = uk.UnrolledNAG(4, 0.4, mu=None)(Q, b.to(dtype))
+    assert y.dtype == iterated.dtype == torch.float32
+    torch.testing.assert_close(y, F.minimize(Q, b.to(dtype).float()))
+    torch.testing.assert_close(iterated, uk.UnrolledNAG(4, 0.4, mu=None)(Q, b.to(dtype).float()))
+
+
+@main_layers
+@every_structure
+def test_stored_in_half(name, structure):
+    """Outside of autocast half goes in and half comes out, whatever the dtype of the layer's own parameters."""
+    model = Model(name, structure)
+    inputs = problem(structure)
+    half = [x.detach().bfloat16() for x in inputs]
+    rounded = [x.float() for x in half]
+    for same in (model, copy.deepcopy(model).bfloat16()):
+        y = same(*half)
+        assert y.dtype == torch.bfloat16
+        exact = copy.deepcopy(same).double()(*(x.double() for x in rounded))
+        assert_as_close_as_eager(y, exact, in_eager(same)(*half))
+
+
+# graphs and processes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device, and there is none")
+@main_layers
+@every_structure
+def test_cuda_graph(name, structure):
+    """Captured once, forward and backward; replayed on other numbers."""
+    model = Model(name, structure).cuda()
+    inputs = [x.detach().cuda().requires_grad_() for x in problem(structure)]
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), tuple(inputs))
+    for seed in (1, 2):
+        inputs = [x.detach().cuda().requires_grad_() for x in problem(structure, seed=seed)]
+        actual = value_and_gradients(graphed, inputs, list(graphed.parameters()))
+        torch.testing.assert_close(actual, of(model, inputs), rtol=0, atol=0)
+
+
+class Network(nn.Module):
+    """Something to train: every main layer behind a linear one, all their parameters shardable."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear = nn.Linear(5, 10)
+        # what FSDP shards has a dimension: [1] where a float would become a scalar
+        one = lambda value: torch.tensor([value])
+        self.layers = nn.ModuleList(
+            [
+                uk.UnrolledGD(4, one(0.5), learn_step_size=True),
+                uk.UnrolledNAG(4, one(0.4), one(0.1), learn_step_size=True, learn_mu=True),
+                LAYERS["momentum"](),
+                LAYERS["rnn"](),
+            ]
+        )
+
+    def forward(self, x):
+        q, b = self.linear(x).chunk(2, -1)
+        return sum(layer(uk.Diagonal(q.sigmoid() + 0.1), b) for layer in self.layers)
+
+
+def samples():
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(4))
+
+
+def train_in_a_process(rank, port, file):
+    """DDP and FSDP2 on half of the samples; rank 0 writes the gradients and what FSDP2 says of a scalar."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+
+    share = samples()[4 * rank : 4 * rank + 4]
+    gradients = {}
+    for kind, wrap in {"ddp": nn.parallel.DistributedDataParallel, "fsdp": fully_shard}.items():
+        model = Network()
+        parallel = wrap(model)
+        (model if parallel is None else parallel)(share).square().mean().backward()
+        whole = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
+        gradients[kind] = whole
+    scalar = nn.Sequential(nn.Linear(5, 5), LAYERS["gd"]())
+    with pytest.raises(ValueError, match="doesn't support scalar parameters") as refused:
+        fully_shard(scalar)
+    if rank == 0:
+        torch.save(gradients | {"refused": str(refused.value)}, file)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def distributed_gradients(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    file = tmp_path_factory.mktemp("distributed") / "gradients.pt"
+    torch.multiprocessing.spawn(train_in_a_process, (port, file), nprocs=2)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_have_the_gradients_of_one(distributed_gradients, kind):
+    model = Network()
+    model(samples()).square().mean().backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), distributed_gradients[kind], strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_fsdp_asks_for_a_dimension(distributed_gradients):
+    """A learned float is a scalar, which FSDP2 cannot shard; its message has the parameter and the way out."""
+    assert "Change step_size to a 1D tensor" in distributed_gradients["refused"]
+
+
+# autograd
+
+
+@every_layer
+@every_structure
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["hooks", "reentrant"])
+def test_activation_checkpointing(name, structure, use_reentrant):
+    model, inputs = Model(name, structure), problem(structure)
+    whole = lambda *x: checkpoint(model, *x, use_reentrant=use_reentrant)
+    y = whole(*inputs)
+    # re-entrant checkpoints work with backward() alone
+    weighted_loss(y).backward()
+    actual = [y.detach(), *(x.grad for x in [*inputs, *model.parameters()])]
+    torch.testing.assert_close(actual, of(model, inputs), **exactly(name))
+
+
+@main_layers
+@every_structure
+def test_func_transforms(name, structure):
+    """grad, vmap over grad (gradients of each sample) and jacrev through ``functional_call``; forward mode says no."""
+    model = Model(name, structure)
+    inputs = [x.detach() for x in problem(structure)]
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+
+    def function(model):
+        return lambda parameters, *x: torch.func.functional_call(model, parameters, x)
+
+    def results(model):
+        y = function(model)
+        loss = lambda *x: weighted_loss(y(*x))
+        argnums = tuple(range(len(inputs) + 1))
+        of_each = torch.func.vmap(torch.func.grad(loss, argnums), (None, *(0 for _ in inputs)))
+        return (
+            torch.func.grad(loss, argnums)(parameters, *inputs),
+            of_each(parameters, *inputs),
+            torch.func.jacrev(y, argnums)(parameters, *inputs),
+        )
+
+    torch.testing.assert_close(results(model), results(in_eager(model)))
+    if "cpu" in available_backends():
+        along = lambda b: function(model)(parameters, b, *inputs[1:])
+        for transform in (torch.func.jacfwd(along), torch.func.hessian(along)):
+            with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
+                transform(inputs[0])
+    along = lambda b: function(in_eager(model))(parameters, b, *inputs[1:])
+    torch.testing.assert_close(torch.func.jacfwd(along)(inputs[0]), torch.func.jacrev(along)(inputs[0]))
+
+
+@main_layers
+@every_structure
+def test_second_order_through_the_module(name, structure):
+    model = Model(name, structure).double()
+    inputs = problem(structure, batch=2, d=5, dtype=torch.float64)
+    if name == "rnn":
+        # no unit of the ReLUs within a finite difference of zero
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def function(*x):
+        own = dict(zip(names, x[len(inputs) :], strict=True))
+        return torch.func.functional_call(model, own, x[: len(inputs)])
+
+    assert torch.autograd.gradcheck(function, (*inputs, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (*inputs, *parameters), fast_mode=True)
+
+
+@every_layer
+@every_structure
+def test_hooks(name, structure):
+    """Hooks of modules, of tensors and of parameters see, and may change, what flows."""
+    model, inputs = Model(name, structure), problem(structure)
+    y, *gradients = of(model, inputs)
+    seen = {}
+    model.layer.register_forward_pre_hook(lambda module, args: (args[0], 2 * args[1]))
+    model.layer.register_forward_hook(lambda module, args, y: seen.setdefault("y", y) + 1.0)
+    model.register_full_backward_pre_hook(lambda module, grad: (2 * grad[0],))
+    model.register_full_backward_hook(lambda module, grad_in, grad_out: seen.update(inputs=grad_in, y_bar=grad_out[0]))
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.setdefault("parameters", []).append(p.grad.clone()))
+    # twice b, halved before: the same energy
+    halved = [inputs[0].detach().div(2).requires_grad_(), *inputs[1:]]
+    halved[0].register_hook(lambda grad: grad / 2)
+    shifted = model(*halved)
+    torch.testing.assert_close(shifted, y + 1.0)
+    # the pre-hook doubles this cotangent
+    cotangent = torch.autograd.grad(weighted_loss(y.requires_grad_()), y)[0] / 2
+    shifted.backward(cotangent)
+    torch.testing.assert_close(seen["y"], y)
+    torch.testing.assert_close(seen["y_bar"], 2 * cotangent)
+    torch.testing.assert_close([x.grad for x in halved], gradients[: len(inputs)])
+    torch.testing.assert_close(seen["inputs"], (2 * gradients[0], *gradients[1 : len(inputs)]))
+    by_size = lambda tensors: sorted(tensors, key=lambda x: (x.numel(), x.sum().item()))
+    torch.testing.assert_close(by_size(seen.get("parameters", [])), by_size(gradients[len(inputs) :]))
+
+
+@every_layer
+@every_structure
+def test_modes(name, structure):
+    """Deterministic algorithms, no_grad and inference_mode change no bit."""
+    model, inputs = Model(name, structure), problem(structure)
+    expected = of(model, inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(of(model, inputs), expected, **exactly(name))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = model(*inputs)
+        torch.testing.assert_close(y.clone(), expected[0], **exactly(name))
+        assert not y.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(model(*(x.clone() for x in inputs)), expected[0], **exactly(name))
+
+
+# what modules go through
+
+
+@every_layer
+def test_copies_are_the_same_layer(name):
+    """state_dict, deepcopy and pickle, of a layer that has run and been differentiated."""
+    model, other = Model(name), Model(name)
+    inputs = problem()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.9)
+    expected = of(model, inputs)
+    other.load_state_dict(model.state_dict(), strict=True)
+    saved = io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    saved.seek(0)
+    read = Model(name)
+    read.load_state_dict(torch.load(saved, weights_only=True))
+    layer = copy.deepcopy(model)
+    layer.layer = pickle.loads(pickle.dumps(model.layer))
+    for same in (other, read, layer, copy.deepcopy(model)):
+        torch.testing.assert_close(of(same, inputs), expected, rtol=0, atol=0)
+        assert repr(same.layer) == repr(model.layer)
+
+
+NAMES = {
+    "gd": ["step_size"],
+    "gd-stable": ["step_size_logit"],
+    "nag": ["mu_log", "step_size"],
+    "nag-stable": ["step_size_logit"],
+    "rnn": ["V", "W.0", "W1", "W2"],
+    "rnn-stable": ["V", "W.0", "W1", "W2"],
+    "momentum": ["extrapolation", "momentum", "step_sizes"],
+    "momentum-fixed": ["extrapolation", "momentum", "step_sizes"],
+}
+
+
+@every_layer
+def test_state_dict_is_strict(name):
+    layer = LAYERS[name]()
+    state = layer.state_dict()
+    assert sorted(state) == NAMES[name]
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"step"'):
+        layer.load_state_dict(state | {"step": torch.zeros(())})
+    for key in state:
+        rest = {k: v for k, v in state.items() if k != key}
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+            layer.load_state_dict(rest)
+        with pytest.raises(RuntimeError, match=f"size mismatch for {key}"):
+            layer.load_state_dict(state | {key: torch.zeros(17, 2)})
+
+
+@every_layer
+@every_structure
+def test_double(name, structure):
+    """A layer moves with its network, and a float64 energy is never met in float32."""
+    model = Model(name, structure).double()
+    assert all(x.dtype == torch.float64 for x in model.state_dict().values())
+    inputs = problem(structure, dtype=torch.float64)
+    actual = of(model, inputs)
+    assert all(x.dtype == torch.float64 for x in actual)
+    torch.testing.assert_close(actual, of(in_eager(model), inputs), rtol=1e-12, atol=1e-12)
+
+
+@every_layer
+@every_structure
+def test_meta_and_back(name, structure):
+    """Shapes without memory, then memory and weights: how models too large to be made twice are loaded."""
+    model, inputs = Model(name, structure), problem(structure)
+    with torch.device("meta"):
+        made = Model(name, structure)
+    moved = copy.deepcopy(model).to("meta")
+    for empty in (made, moved):
+        y = empty(*(x.detach().to("meta") for x in inputs))
+        assert y.device.type == "meta"
+        assert y.shape == inputs[0].shape
+        back = empty.to_empty(device="cpu")
+        back.load_state_dict(model.state_dict())
+        torch.testing.assert_close(of(back, inputs), of(model, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "momentum-fixed"])
+def test_parametrize(name):
+    """Any parameter may be a function of another: here each is twice itself."""
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+        def right_inverse(self, x):
+            return x / 2
+
+    model, inputs = Model(name), problem()
+    y, *gradients = of(model, inputs)
+    modules = [(module, key) for module in model.modules() for key, _ in list(module.named_parameters(recurse=False))]
+    for module, key in modules:
+        parametrize.register_parametrization(module, key, Twice())
+    actual = of(model, inputs)
+    torch.testing.assert_close(actual[0], y)
+    own = [p for _, p in model.named_parameters()]
+    assert len(own) == len(gradients) - len(inputs)
+    by_size = lambda tensors: sorted(tensors, key=lambda x: (x.numel(), x.sum().item()))
+    torch.testing.assert_close(actual[1 : len(inputs) + 1], gradients[: len(inputs)])
+    doubled = [2 * g for g in gradients[len(inputs) :]]
+    torch.testing.assert_close(by_size(actual[len(inputs) + 1 :]), by_size(doubled))
+    assert "learned" in repr(model.layer) or "rnn" in name
+
+
+@pytest.mark.parametrize("name", ["rnn", "rnn-stable"])
+def test_weight_and_spectral_norm_of_the_rnn(name):
+    model, inputs = Model(name), problem()
+    y = model(*inputs)
+    normed = copy.deepcopy(model)
+    for key in ("W1", "W2", "V"):
+        parametrizations.weight_norm(normed.layer, key)
+    torch.testing.assert_close(normed(*inputs), y)
+    torch.testing.assert_close(of(normed, inputs), of(in_eager(normed), inputs))
+    normed = copy.deepcopy(model)
+    for key in ("W1", "W2", "V"):
+        parametrizations.spectral_norm(normed.layer, key, n_power_iterations=50)
+    normed(*inputs)
+    normed.eval()
+    assert torch.linalg.matrix_norm(normed.layer.V, 2).item() == pytest.approx(1, rel=1e-4)
+    torch.testing.assert_close(of(normed, inputs), of(in_eager(normed), inputs))
+
+
+# other libraries
+
+
+def test_deepinv_example_restores():
+    """The layer as a proximal step is DeepInverse's own, diagonal and dense, and the model around it trains."""
+    if importlib.util.find_spec("deepinv") is None:
+        pytest.skip("deepinv is not installed (`pip install deepinv`)")
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "deepinv_physics.py"))
+    from deepinv.optim import L2
+    from deepinv.physics import Inpainting, LinearPhysics
+
+    matrix = torch.randn(50, 576) / 40
+    dense = {"A": lambda x, **_: x.flatten(1) @ matrix.mT}
+    dense["A_adjoint"] = lambda y, **_: (y @ matrix).reshape(-1, 1, 24, 24)
+    clean = example["images"](3)
+    for physics in (Inpainting((1, 24, 24), mask=0.5), LinearPhysics(**dense, tol=1e-6, max_iter=200)):
+        y, z = physics(clean), torch.randn_like(clean)
+        actual = example["UnrolledL2"](num_steps=30).prox(z, y, physics, gamma=2.0)
+        torch.testing.assert_close(actual, L2().prox(z, y, physics, gamma=2.0), rtol=1e-4, atol=1e-4)
+    noisy, restored = example["main"](steps=30)
+    assert restored < 0.3 * noisy
