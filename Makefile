@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 # the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
 export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 
-.PHONY: build-native demo test test-slow bench gpu gpu-sanitize gpu-profile lint build clean
+.PHONY: build-native demo test test-slow fuzz bench gpu gpu-sanitize gpu-profile lint build clean
 
 # the extension compiles while the packages install, for this processor alone where none is there yet
 demo: $(VENV)/.base
@@ -27,6 +27,12 @@ test: build $(VENV)/.experiments $(VENV)/.dev
 
 test-slow: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m pytest python_tests -m slow
+
+# problems that no run before has seen, as many as EXAMPLES says of each kind
+fuzz: EXAMPLES ?= 4000
+fuzz: build $(VENV)/.dev
+	UNROLLED_KERNELS_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest python_tests/test_fuzz.py --numprocesses logical \
+	  --maxprocesses 8
 
 bench: build $(VENV)/.experiments
 	$(BIN)/python -m benchmarks.momentum --record
