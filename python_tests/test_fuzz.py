@@ -111,8 +111,8 @@ class Short:
     """A dataclass whose repr leaves out what has its default: it is read when a test has failed."""
 
     def __repr__(self):
-        fields = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
-        shown = (f"{f.name}={x!r}" for f, x in fields if f.default is dataclasses.MISSING or x != f.default)
+        defaults = {f.name: {} if f.default_factory is dict else f.default for f in dataclasses.fields(self)}
+        shown = (f"{name}={getattr(self, name)!r}" for name, x in defaults.items() if getattr(self, name) != x)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def _repr_pretty_(self, printer, cycle):
