@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 # the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
 export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 
-.PHONY: build-native demo test test-slow bench docs gpu gpu-sanitize gpu-profile lint build clean
+.PHONY: build-native demo test test-slow fuzz bench docs gpu gpu-sanitize gpu-profile lint build clean
 
 # the extension compiles while the packages install, for this processor alone where none is there yet
 demo: $(VENV)/.base
@@ -28,6 +28,12 @@ test: build $(VENV)/.experiments $(VENV)/.dev $(VENV)/.docs
 test-slow: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m pytest python_tests -m slow
 
+# problems that no run before has seen, as many as EXAMPLES says of each kind
+fuzz: EXAMPLES ?= 4000
+fuzz: build $(VENV)/.dev
+	UNROLLED_KERNELS_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest python_tests/test_fuzz.py --numprocesses logical \
+	  --maxprocesses 8
+
 bench: build $(VENV)/.experiments
 	$(BIN)/python -m benchmarks.momentum --record
 	$(BIN)/python -m benchmarks.rnn --record
@@ -41,9 +47,13 @@ gpu gpu-sanitize gpu-profile: export UNROLLED_KERNELS_CUDA = 1
 gpu gpu-sanitize gpu-profile: export TORCH_CUDA_ARCH_LIST ?= $(GPU_ARCH)
 GPU_BUILD = UNROLLED_KERNELS_EXTENSION=1 $(PYTHON) setup.py --quiet build_ext --inplace
 
+# the tests that launch kernels on the GPU; side by side where pytest-xdist is there
+GPU_TESTS = $(patsubst %,python_tests/test_%.py,momentum rnn interoperability synthetic synthetic_rnn) \
+  -k "cuda or triton or gpu" $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8)
+
 gpu:
 	$(GPU_BUILD)
-	$(PYTHON) -m pytest python_tests
+	$(PYTHON) -m pytest $(GPU_TESTS)
 	$(PYTHON) -m benchmarks.momentum --device cuda --modes forward,backward,forward+backward --record
 	$(PYTHON) -m benchmarks.rnn --device cuda --modes forward,backward,forward+backward --record
 	$(PYTHON) -m benchmarks.training --device cuda --record

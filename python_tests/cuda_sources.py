@@ -1,22 +1,17 @@
 """The CUDA sources without a GPU: the compiler's report on them, and what they compute when executed on the CPU."""
 
-import fcntl
-import hashlib
 import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from native_sources import CSRC, NATIVE, cached, compiled
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
-EMULATION = ROOT / "python_tests" / "native" / "cuda_on_cpu"
-CACHE = ROOT / "build" / "test_cuda"
+EMULATION = NATIVE / "cuda_on_cpu"
 
 FAMILIES = ("momentum", "rnn")
 ARCHITECTURES = ("80", "90", "100", "120")
@@ -43,28 +38,6 @@ needs_emulation = pytest.mark.skipif(
     INCLUDE is None or not (INCLUDE / "cuda_fp16.h").exists() or shutil.which("g++") is None,
     reason="executing CUDA sources on the CPU takes g++ and the headers of a CUDA toolkit",
 )
-
-
-def cached(name, command, sources):
-    """The file that ``command(output)`` writes from ``sources``, and what it printed; kept by the hash of both."""
-    digest = hashlib.sha256(repr(command(Path("output"))).encode())
-    for path in sorted(sources):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    CACHE.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}-{digest.hexdigest()[:16]}"
-    output, log = CACHE / f"{stem}.out", CACHE / f"{stem}.log"
-    # tests run in several processes: one of them compiles, the others wait
-    with (CACHE / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (output.exists() and log.exists()):
-            for old in CACHE.glob(f"{name}-????????????????.*"):
-                old.unlink()
-            partial = CACHE / f"{stem}.partial"
-            run = subprocess.run(command(partial), capture_output=True, text=True)
-            assert run.returncode == 0, f"{' '.join(map(str, command(partial)))}\n{run.stdout}{run.stderr}"
-            log.write_text(run.stdout + run.stderr)
-            partial.rename(output)
-    return output, log.read_text()
 
 
 def headers(family):
@@ -118,16 +91,7 @@ def emulated(name, mode, sources, defines=()):
         *MODES[mode],
         *defines,
     ]
-    included = [*headers(name), *EMULATION.glob("*.h")]
-
-    def compile_source(source):
-        command = lambda output: ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
-        return cached(f"{name}-{mode}-{source.stem}", command, [*included, source])[0]
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_source, sources))
-    command = lambda output: ["g++", *MODES[mode], *map(str, objects), "-o", str(output)]
-    return cached(f"{name}-{mode}", command, objects)[0]
+    return compiled(f"{name}-{mode}", flags, sources, [*headers(name), *EMULATION.glob("*.h")])
 
 
 def environment(order, copies, **more):

@@ -391,6 +391,22 @@ def test_diverging_steps_overflow_as_eager_does(backend, structure):
 
 
 @backends
+@pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
+def test_zero_stays_zero_where_its_neighbours_diverge(backend, trajectory):
+    """No power of 1 - φq is formed on its own: it overflows, and 0 times that would be NaN."""
+    device = device_of(backend)
+    q, b = torch.full((2, 3), 1e3, device=device), torch.tensor([[0.0, 1.0, 1.0]] * 2, device=device)
+    b.requires_grad_()
+    y = F.gradient_descent(uk.Diagonal(q), b, 1.0, 30, return_trajectory=trajectory, backend=backend)
+    last = y[-1] if trajectory else y
+    assert (last[:, 0] == 0).all()
+    assert not last[:, 1:].isfinite().any()
+    (grad_b,) = torch.autograd.grad(last, b, torch.tensor([[1.0, 1.0, 0.0]] * 2, device=device))
+    assert not grad_b[:, :2].isfinite().any()
+    assert (grad_b[:, 2] == 0).all()
+
+
+@backends
 @structures
 @pytest.mark.parametrize("k", [3, 300])
 def test_backward_keeps_only_the_inputs(backend, structure, k):

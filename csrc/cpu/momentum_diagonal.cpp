@@ -183,7 +183,7 @@ class DiagonalTiles {
     e.k = p.k;
     e.momentum = p.beta.data;
     e.trajectory = p.trajectory;
-    e.closed_form = has_closed_form(p);
+    e.traceless = is_traceless(p);
     e.per_step = !constant_schedule(p);
     e.y = output(part, p.y, y_);
     e.row = row(part);
@@ -200,7 +200,7 @@ class DiagonalTiles {
     e.k = p.k;
     e.momentum = p.beta.data;
     e.trajectory = p.trajectory;
-    e.closed_form = has_closed_form(p);
+    e.traceless = is_traceless(p);
     e.per_step = !constant_schedule(p);
     e.grad_y = input(part, p.grad_y, p.d, y_);
     for (int64_t t = 1; t <= (p.trajectory ? p.k : 0); ++t) input(part, p.grad_y + t * p.B * p.d, p.d, y_ + t * row_);
@@ -230,7 +230,7 @@ template <typename Storage>
 MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
   const bool samples = samples_in_lanes(p);
   MomentumPlan plan{};
-  plan.variant = samples ? "samples in lanes" : has_closed_form(p) ? "elementwise, closed form" : "elementwise";
+  plan.variant = samples ? "samples in lanes" : is_traceless(p) ? "elementwise, no trace" : "elementwise";
   plan.lanes = lanes<compute_type<Storage>>;
   plan.tiles_per_sample = samples ? 1 : ceil_div(p.d, strip_elements);
   plan.tiles = samples ? ceil_div(p.B, plan.lanes) : p.B * plan.tiles_per_sample;

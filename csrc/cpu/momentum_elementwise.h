@@ -6,12 +6,12 @@
 //     p = phi lambda    m <- (beta m - phi b) - p z    z <- y + (1 + gamma) m    y <- y + m
 //                       ybar <- ybar - p s             s <- ybar + (beta - gamma p) s
 //
-// Gradient descent with one step size has closed forms. With c = 1 - phi lambda, S = sum_{j<k} c^j and S' = dS/dc,
+// Gradient descent with one step size needs no trace for its last iterate. With c = 1 - phi lambda and u = dy/dc
 //
-//     y_k = c^k y_0 - phi b S                  u := dy_k/dc = k c^{k-1} y_0 - phi b S'
-//     dlambda = -phi ybar u    db = -phi ybar S    dy_0 = c^k ybar    dphi = -ybar (lambda u + b S)
+//     u <- c u + y    y <- c y - phi b                             T <- T + P    P <- c P, from P = ybar
+//     dlambda = -phi ybar u    db = -phi T    dy_0 = P    dphi = -(lambda ybar u + b T)
 //
-// where S and S' come from S <- c S + 1 and S' <- c S' + S, which do not cancel for small phi lambda.
+// Powers of c alone would serve all b and ybar, but they overflow where states that are zero or small do not.
 #pragma once
 
 #include "cpu/momentum_schedule.h"
@@ -25,7 +25,7 @@ struct ElementwiseForward {
   const C *lambda, *b, *y0;  // y0 may be nullptr: zeros
   ScheduleView<C> schedule;
   int64_t k;
-  bool momentum, trajectory, closed_form;
+  bool momentum, trajectory, traceless;
   bool per_step;  // whether a coefficient varies over steps
   C* y;
   int64_t row;
@@ -36,7 +36,7 @@ struct ElementwiseBackward {
   const C *lambda, *b, *y0;
   ScheduleView<C> schedule;
   int64_t k;
-  bool momentum, trajectory, closed_form;
+  bool momentum, trajectory, traceless;
   bool per_step;  // whether a coefficient varies over steps
   const C* grad_y;
   int64_t row;    // of grad_y
@@ -98,32 +98,22 @@ UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p,
 }
 
 template <int N, typename C>
-UNROLLED_KERNELS_INLINE void closed_forward(const ElementwiseForward<C>& p, int64_t offset) {
+UNROLLED_KERNELS_INLINE void traceless_forward(const ElementwiseForward<C>& p, int64_t offset) {
   constexpr int64_t W = lanes<C>;
   const Vector<C> phi = p.schedule.template at<false>(0).phi, one = broadcast(C(1));
-  Vector<C> c[N], S[N], power[N];
+  Vector<C> c[N], b[N], y[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     c[n] = one - phi * load(p.lambda + offset + n * W);
-    S[n] = Vector<C>{};
-    power[n] = one;
+    b[n] = phi * load(p.b + offset + n * W);
+    y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
   }
   for (int64_t t = 0; t < p.k; ++t) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) S[n] = c[n] * S[n] + one;
-  }
-  if (p.y0) {
-    for (int64_t t = 0; t < p.k; ++t) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) power[n] *= c[n];
-    }
+    for (int n = 0; n < N; ++n) y[n] = c[n] * y[n] - b[n];
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) {
-    Vector<C> y = -(phi * S[n]) * load(p.b + offset + n * W);
-    if (p.y0) y += power[n] * load(p.y0 + offset + n * W);
-    store(p.y + offset + n * W, y);
-  }
+  for (int n = 0; n < N; ++n) store(p.y + offset + n * W, y[n]);
 }
 
 template <bool momentum, bool per_step, int N, typename C>
@@ -218,40 +208,48 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
 }
 
 template <int N, typename C>
-UNROLLED_KERNELS_INLINE void closed_backward(const ElementwiseBackward<C>& p, int64_t offset) {
+UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p, int64_t offset) {
   constexpr int64_t W = lanes<C>;
   const Vector<C> phi = p.schedule.template at<false>(0).phi, one = broadcast(C(1));
-  Vector<C> lambda[N], c[N], S[N], dS[N];
+  Vector<C> c[N], u[N];
+  {
+    Vector<C> b[N], y[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      c[n] = one - phi * load(p.lambda + offset + n * W);
+      b[n] = phi * load(p.b + offset + n * W);
+      y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
+      u[n] = Vector<C>{};
+    }
+    for (int64_t t = 0; t < p.k; ++t) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        u[n] = c[n] * u[n] + y[n];
+        y[n] = c[n] * y[n] - b[n];
+      }
+    }
+  }
+  Vector<C> T[N], P[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    lambda[n] = load(p.lambda + offset + n * W);
-    c[n] = one - phi * lambda[n];
-    S[n] = dS[n] = Vector<C>{};
+    T[n] = Vector<C>{};
+    P[n] = load(p.grad_y + offset + n * W);
+    u[n] *= P[n];
   }
   for (int64_t t = 0; t < p.k; ++t) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      dS[n] = c[n] * dS[n] + S[n];
-      S[n] = c[n] * S[n] + one;
+      T[n] += P[n];
+      P[n] *= c[n];
     }
-  }
-  Vector<C> power[N];  // c^{k-1}
-#pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) power[n] = one;
-  for (int64_t t = 1; t < p.k; ++t) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) power[n] *= c[n];
   }
   Vector<C> phi_sum{};
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    const Vector<C> grad = load(p.grad_y + offset + n * W), b = load(p.b + offset + n * W);
-    Vector<C> u = -(phi * b) * dS[n];
-    if (p.y0) u += C(p.k) * power[n] * load(p.y0 + offset + n * W);
-    phi_sum += grad * (lambda[n] * u + b * S[n]);
-    if (p.dlambda) store(p.dlambda + offset + n * W, -phi * grad * u);
-    store(p.db + offset + n * W, -phi * grad * S[n]);
-    store(p.dy0 + offset + n * W, c[n] * power[n] * grad);
+    phi_sum += load(p.lambda + offset + n * W) * u[n] + load(p.b + offset + n * W) * T[n];
+    if (p.dlambda) store(p.dlambda + offset + n * W, -phi * u[n]);
+    store(p.db + offset + n * W, -phi * T[n]);
+    store(p.dy0 + offset + n * W, P[n]);
   }
   if (p.sums.phi) p.sums.add_phi(0, -phi_sum);
 }
@@ -270,8 +268,8 @@ template <typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, int64_t vectors) {
   for_vectors<C>(vectors, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
-    if (p.closed_form) {
-      closed_forward<n>(p, offset);
+    if (p.traceless) {
+      traceless_forward<n>(p, offset);
     } else if (p.momentum) {
       p.per_step ? elementwise_forward<true, true, n>(p, offset) : elementwise_forward<true, false, n>(p, offset);
     } else {
@@ -284,8 +282,8 @@ template <typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseBackward<C>& p, int64_t vectors) {
   for_vectors<C>(vectors, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
-    if (p.closed_form) {
-      closed_backward<n>(p, offset);
+    if (p.traceless) {
+      traceless_backward<n>(p, offset);
     } else if (p.momentum) {
       p.per_step ? elementwise_backward<true, true, n>(p, offset) : elementwise_backward<true, false, n>(p, offset);
     } else {
@@ -296,7 +294,7 @@ UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseBackward<C>& p, 
 
 // gradient descent, one step size for all steps, final iterate only, at least one step
 template <typename Inputs>
-inline bool has_closed_form(const Inputs& p) {
+inline bool is_traceless(const Inputs& p) {
   return !p.beta.data && p.phi.step_stride == 0 && !p.trajectory && p.k > 0;
 }
 

@@ -104,7 +104,7 @@ class SpectralTiles {
       e.k = p.k;
       e.momentum = p.beta.data;
       e.trajectory = p.trajectory;
-      e.closed_form = has_closed_form(p);
+      e.traceless = is_traceless(p);
       e.per_step = !constant_schedule(p);
       e.grad_y = grad_h_;
       e.row = p.trajectory ? row_ : 0;
@@ -160,7 +160,7 @@ class SpectralTiles {
     e.k = p_.k;
     e.momentum = p_.beta.data;
     e.trajectory = p_.trajectory;
-    e.closed_form = has_closed_form(p_);
+    e.traceless = is_traceless(p_);
     e.per_step = !constant_schedule(p_);
     e.y = y;
     e.row = p_.trajectory ? row_ : 0;

@@ -1,0 +1,528 @@
+// Runs the CPU kernels, forward and backward, on every kind of problem, for the sanitizers to watch over.
+//
+//     driver FAMILY      momentum | rnn | synthetic_training
+//                        large: several chunks, for threads to share
+//                        huge: the last samples of tensors of more than 2^31 elements, in memory that is not there
+//
+// Every array has a heap allocation of its exact size, every other one off any alignment but its own. Outputs and the
+// kernels' scratch come full of NaN: an output that is not finite was not written, or made of what was not. Two threads
+// must give the bits that one gives.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include "cpu/chunks.h"
+#include "cpu/momentum_launch.h"
+#include "cpu/rnn_launch.h"
+#include "cpu/synthetic_training_kernel.h"
+
+// the scratch of for_chunks
+void* operator new(size_t bytes, std::align_val_t alignment) {
+  void* p = nullptr;
+  if (posix_memalign(&p, static_cast<size_t>(alignment), bytes)) abort();
+  return memset(p, 0xff, bytes);
+}
+void operator delete(void* p, std::align_val_t) noexcept { free(p); }
+
+using namespace unrolled_kernels;
+
+namespace {
+
+int64_t problems = 0;
+uint64_t state = 1;
+
+uint64_t draw(uint64_t limit) {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return (state >> 33) % limit;
+}
+bool flip() { return draw(2) == 1; }
+double uniform(double low, double high) { return low + (high - low) * static_cast<double>(draw(1 << 20)) / (1 << 20); }
+
+template <typename T>
+class Array {
+ public:
+  explicit Array(int64_t size) : size_(size), shift_(flip() ? 1 : 0) {
+    memory_ = static_cast<T*>(malloc((size_ + shift_) * sizeof(T)));
+    memset(static_cast<void*>(data()), 0xff, size_ * sizeof(T));
+  }
+  Array(int64_t size, double low, double high) : Array(size) {
+    for (int64_t i = 0; i < size; ++i) convert(uniform(low, high), data() + i);
+  }
+  Array(Array&& other) : memory_(other.memory_), size_(other.size_), shift_(other.shift_) { other.memory_ = nullptr; }
+  ~Array() { free(memory_); }
+
+  T* data() const { return memory_ + shift_; }
+  int64_t size() const { return size_; }
+
+ private:
+  T* memory_;
+  int64_t size_, shift_;
+};
+
+bool finite(double x) { return std::isfinite(x); }
+bool finite(half x) { return (x.bits & 0x7c00) != 0x7c00; }
+bool finite(bfloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
+
+// What a call writes; the pointers of the problem are set to it anew for every run.
+class Outputs {
+ public:
+  template <typename T>
+  void add(T*& pointer, int64_t size) {
+    const Array<T>* array = new Array<T>(size);
+    pointer = array->data();
+    const char* bytes = reinterpret_cast<const char*>(array->data());
+    check_.push_back([array] {
+      for (int64_t i = 0; i < array->size(); ++i) {
+        if (!finite(array->data()[i])) return false;
+      }
+      return true;
+    });
+    bytes_.push_back({bytes, size * static_cast<int64_t>(sizeof(T))});
+    free_.push_back([array] { delete array; });
+  }
+  ~Outputs() {
+    for (auto& f : free_) f();
+  }
+
+  bool written() const {
+    for (const auto& f : check_) {
+      if (!f()) return false;
+    }
+    return true;
+  }
+  bool operator==(const Outputs& other) const {
+    for (size_t i = 0; i < bytes_.size(); ++i) {
+      if (bytes_[i].size && memcmp(bytes_[i].data, other.bytes_[i].data, bytes_[i].size) != 0) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Bytes {
+    const char* data;
+    int64_t size;
+  };
+  std::vector<Bytes> bytes_;
+  std::vector<std::function<bool()>> check_;
+  std::vector<std::function<void()>> free_;
+};
+
+// Calls run(outputs), which adds its outputs and fills them, with one thread and with two.
+template <typename F>
+void check(const char* what, int64_t B, int64_t d, int64_t k, const F& run) {
+  ++problems;
+  Outputs one, two;
+  const uint64_t before = state;
+  torch::stable::num_threads = 1;
+  run(one);
+  state = before;
+  torch::stable::num_threads = 2;
+  run(two);
+  const char* error = !one.written() ? "an output is not finite" : !(one == two) ? "threads change the result" : nullptr;
+  if (!error) return;
+  fprintf(stderr, "%s, B = %ld, d = %ld, k = %ld: %s\n", what, static_cast<long>(B), static_cast<long>(d),
+          static_cast<long>(k), error);
+  exit(1);
+}
+
+enum class Kind { dense, shared_dense, diagonal, tikhonov, spectral, shared_spectral };
+constexpr Kind kinds[] = {Kind::dense, Kind::shared_dense, Kind::diagonal,
+                          Kind::tikhonov, Kind::spectral, Kind::shared_spectral};
+
+template <typename Storage>
+void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
+  using C = compute_type<Storage>;
+  const bool shared = kind == Kind::shared_dense || kind == Kind::shared_spectral;
+  const bool dense = kind == Kind::dense || kind == Kind::shared_dense;
+  const bool elementwise = kind == Kind::diagonal || kind == Kind::tikhonov;
+  const auto structure = dense ? Structure::dense : elementwise ? Structure::diagonal : Structure::spectral;
+  MomentumInputs<Storage> in{};
+  in.B = B, in.d = d, in.k = k, in.trajectory = flip();
+
+  const int64_t matrices = elementwise ? 0 : shared ? 1 : B;
+  const Array<Storage> matrix(matrices * d * d, 0, 0.5 / static_cast<double>(d));
+  if (!elementwise) in.matrix = matrix.data(), in.matrix_stride = matrices == 1 ? 0 : d * d;
+
+  // [B, d], or one row for all; the rows of some lie apart
+  std::vector<Array<Storage>> rows;
+  const auto add_rows = [&](const Storage*& data, int64_t& stride) {
+    stride = flip() || B <= 1 ? 0 : d + static_cast<int64_t>(draw(3));
+    rows.emplace_back(B == 0 ? 0 : (B - 1) * stride + d, 0.1, 0.9);
+    data = rows.back().data();
+  };
+  if (!dense) add_rows(in.eigenvalues, in.eigenvalues_stride);
+  if (kind == Kind::tikhonov) add_rows(in.observed, in.observed_stride);
+  add_rows(in.b, in.b_stride);
+  if (flip()) add_rows(in.y0, in.y0_stride);
+
+  std::vector<Array<C>> coefficients;
+  const bool per_sample = flip() && B != 1, per_step = flip() && k != 1;
+  int64_t schedule_size = 1;
+  const auto add_coefficient = [&](Coefficient<C>& c) {
+    schedule_size = (per_sample ? B : 1) * (per_step ? k : 1);
+    coefficients.emplace_back(schedule_size, 0.2, 0.6);
+    c = {coefficients.back().data(), per_sample ? (per_step ? k : 1) : 0, per_step ? 1 : 0};
+  };
+  add_coefficient(in.phi);
+  if (flip()) add_coefficient(in.beta), add_coefficient(in.gamma);
+
+  const int64_t y_size = (in.trajectory ? k + 1 : 1) * B * d;
+  check("momentum", B, d, k, [&](Outputs& outputs) {
+    MomentumForward<Storage> p{in, nullptr};
+    outputs.add(p.y, y_size);
+    momentum_cpu(structure, p);
+  });
+  const Array<Storage> grad_y(y_size, -1, 1);
+  check("momentum, backward", B, d, k, [&](Outputs& outputs) {
+    MomentumBackward<Storage> p{};
+    static_cast<MomentumInputs<Storage>&>(p) = in;
+    p.grad_y = grad_y.data();
+    if (!elementwise && flip()) outputs.add(p.d_matrix, matrices * d * d);
+    if (!dense && flip()) outputs.add(p.d_eigenvalues, B * d);
+    outputs.add(p.db, B * d);
+    outputs.add(p.dy0, B * d);
+    // as the op does it: no schedule without steps
+    if (k > 0 && flip()) {
+      outputs.add(p.dphi, schedule_size);
+      if (in.beta.data) outputs.add(p.dbeta, schedule_size), outputs.add(p.dgamma, schedule_size);
+    }
+    momentum_cpu(structure, p);
+  });
+}
+
+template <typename Storage>
+void rnn(int kind, int64_t B, int64_t d, int64_t k, std::initializer_list<int64_t> hidden_dims) {
+  using C = compute_type<Storage>;
+  RnnInputs<Storage> in{};
+  in.B = B, in.d = d, in.k = k, in.trajectory = flip();
+  for (const int64_t h : hidden_dims) in.hidden_dims[in.num_layers++] = h;
+  const Array<C> weights(rnn_weights_size(in), -0.1, 0.15);
+  in.weights = weights.data();
+  const int64_t matrices = kind == 0 ? B : kind == 1 ? 1 : 0;
+  const Array<Storage> matrix(matrices * d * d, 0, 0.5 / static_cast<double>(d));
+  if (kind < 2) in.matrix = matrix.data(), in.matrix_stride = matrices == 1 ? 0 : d * d;
+  const Array<Storage> q(B * d, 0.1, 0.9), b(B * d, 0.1, 0.9), y0(B * d, 0.1, 0.9);
+  if (kind == 2) in.eigenvalues = q.data(), in.eigenvalues_stride = B == 1 ? 0 : d;
+  in.b = b.data(), in.b_stride = flip() || B == 1 ? 0 : d;
+  if (flip()) in.y0 = y0.data(), in.y0_stride = B == 1 ? 0 : d;
+
+  const int64_t y_size = (in.trajectory ? k + 1 : 1) * B * d;
+  check("rnn", B, d, k, [&](Outputs& outputs) {
+    RnnForward<Storage> p{in, nullptr};
+    outputs.add(p.y, y_size);
+    rnn_cpu(p);
+  });
+  const Array<Storage> grad_y(y_size, -1, 1);
+  check("rnn, backward", B, d, k, [&](Outputs& outputs) {
+    RnnBackward<Storage> p{};
+    static_cast<RnnInputs<Storage>&>(p) = in;
+    p.grad_y = grad_y.data();
+    if (kind < 2 && flip()) outputs.add(p.d_matrix, matrices * d * d);
+    if (kind == 2 && flip()) outputs.add(p.d_eigenvalues, B * d);
+    outputs.add(p.db, B * d);
+    outputs.add(p.dy0, B * d);
+    if (flip()) outputs.add(p.d_weights, weights.size());
+    rnn_cpu(p);
+  });
+}
+
+template <typename C>
+void synthetic_training(int64_t M, int64_t n, int64_t h, int64_t batch_size) {
+  const int64_t P = synthetic_parameters(h), S = 2, E = 2;
+  const Array<C> start(M * P, -0.5, 0.5), samples(S * (synthetic_inputs + 2 * synthetic_outputs) * n, -1, 1);
+  const Array<C> fixed(M * n, 0, 1), learning_rates(M, 1e-3, 1e-2);
+  const Array<int64_t> sets(M), orders(E * S * n), num_steps(M);
+  const Array<bool> accelerated(M);
+  for (int64_t m = 0; m < M; ++m) {
+    sets.data()[m] = m % S, num_steps.data()[m] = static_cast<int64_t>(draw(8)), accelerated.data()[m] = flip();
+  }
+  for (int64_t i = 0; i < E * S * n; ++i) orders.data()[i] = n - 1 - i % n;
+  check("synthetic_training", M, n, h, [&](Outputs& outputs) {
+    SyntheticTraining<C> p{};
+    p.M = M, p.n = n, p.h = h, p.E = E, p.S = S;
+    outputs.add(p.theta, M * P), outputs.add(p.first_moment, M * P), outputs.add(p.second_moment, M * P);
+    outputs.add(p.best_theta, M * P), outputs.add(p.best_loss, M);
+    const Array<int64_t> best_epoch(M);
+    p.best_epoch = best_epoch.data();
+    memcpy(p.theta, start.data(), M * P * sizeof(C)), memcpy(p.best_theta, start.data(), M * P * sizeof(C));
+    for (int64_t i = 0; i < M * P; ++i) p.first_moment[i] = p.second_moment[i] = 0;
+    for (int64_t m = 0; m < M; ++m) p.best_loss[m] = static_cast<C>(1e30), p.best_epoch[m] = 0;
+    p.samples = samples.data(), p.fixed = fixed.data(), p.set_of_model = sets.data(), p.orders = orders.data();
+    p.num_steps = num_steps.data(), p.accelerated = accelerated.data(), p.learning_rates = learning_rates.data();
+    p.step_size = 1, p.momentum = 0.5, p.mu = 0.1, p.L = 1, p.weight_decay = 1e-4;
+    p.adam = flip(), p.batch_size = batch_size;
+    const auto kernel = UNROLLED_KERNELS_AT_ACTIVE_ISA(synthetic_training_kernel<C>());
+    struct {
+      int64_t chunks;
+      size_t scratch_bytes;
+    } plan{M, kernel.scratch_bytes(p)};
+    for_chunks(plan, [&](int64_t model, void* scratch) { kernel.train(p, model, scratch); });
+  });
+}
+
+// Arrays that take room only where they are written, and are zero elsewhere.
+class Virtual {
+ public:
+  Virtual() = default;
+  Virtual(const Virtual&) = delete;
+  ~Virtual() {
+    for (const auto& m : mapped_) munmap(m.data, m.bytes);
+  }
+
+  template <typename T>
+  T* take(int64_t elements) {
+    const size_t bytes = elements * sizeof(T);
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+      fprintf(stderr, "no %zu bytes of addresses\n", bytes);
+      exit(3);
+    }
+    mapped_.push_back({p, bytes});
+    return static_cast<T*>(p);
+  }
+
+ private:
+  struct Mapped {
+    void* data;
+    size_t bytes;
+  };
+  std::vector<Mapped> mapped_;
+};
+
+constexpr int64_t filled = 101, compared = 2;
+
+// One call on the last tiles of B samples, of which the last `filled` are the same whatever B is. In comes what points
+// to [copies, B, row]; out go the bytes of the last `compared` samples of what was written.
+class LastSamples {
+ public:
+  explicit LastSamples(int64_t B) : B_(B) { state = 7; }
+
+  template <typename T>
+  void input(const T*& pointer, int64_t row, double low, double high, int64_t copies = 1) {
+    T* const array = memory_.take<T>(copies * B_ * row);
+    for (int64_t c = 0; c < copies; ++c) {
+      for (int64_t i = (B_ - filled) * row; i < B_ * row; ++i) convert(uniform(low, high), array + c * B_ * row + i);
+    }
+    pointer = array;
+  }
+  template <typename T>
+  void output(T*& pointer, int64_t row, int64_t copies = 1) {
+    pointer = memory_.take<T>(copies * B_ * row);
+    for (int64_t c = 0; c < copies; ++c) {
+      results_.push_back({reinterpret_cast<const char*>(pointer + (c * B_ + B_ - compared) * row),
+                          compared * row * static_cast<int64_t>(sizeof(T))});
+    }
+  }
+  template <typename Plan, typename F>
+  void run(const Plan& plan, const F& f) const {
+    const std::unique_ptr<void, FreeAligned> scratch(::operator new(plan.scratch_bytes, std::align_val_t(64)));
+    f(plan.tiles - compared, plan.tiles, scratch.get());
+  }
+  std::vector<char> bytes() const {
+    std::vector<char> all;
+    for (const auto& r : results_) all.insert(all.end(), r.data, r.data + r.size);
+    return all;
+  }
+
+ private:
+  struct Result {
+    const char* data;
+    int64_t size;
+  };
+  int64_t B_;
+  Virtual memory_;
+  std::vector<Result> results_;
+};
+
+template <typename Storage>
+std::vector<char> last_of_momentum(Structure structure, bool tikhonov, int64_t B, int64_t d) {
+  LastSamples call(B);
+  MomentumBackward<Storage> p{};
+  p.B = B, p.d = d, p.k = 3, p.trajectory = true;
+  if (structure != Structure::diagonal) {
+    call.input(p.matrix, d * d, 0, 0.5 / static_cast<double>(d));
+    call.output(p.d_matrix, d * d);
+    p.matrix_stride = d * d;
+  }
+  if (structure != Structure::dense) {
+    call.input(p.eigenvalues, d, 0.1, 0.9);
+    call.output(p.d_eigenvalues, d);
+    p.eigenvalues_stride = d;
+  }
+  if (tikhonov) call.input(p.observed, d, 0.1, 0.9), p.observed_stride = d;
+  call.input(p.b, d, 0.1, 0.9), p.b_stride = d;
+  call.input(p.y0, d, 0.1, 0.9), p.y0_stride = d;
+  for (auto* c : {&p.phi, &p.beta, &p.gamma}) call.input(c->data, p.k, 0.2, 0.6), *c = {c->data, p.k, 1};
+  call.input(p.grad_y, d, -1, 1, p.k + 1);
+  call.output(p.db, d), call.output(p.dy0, d);
+  call.output(p.dphi, p.k), call.output(p.dbeta, p.k), call.output(p.dgamma, p.k);
+  MomentumForward<Storage> forward{p, nullptr};
+  call.output(forward.y, d, p.k + 1);
+
+  const auto kernels = momentum_kernels<Storage>(structure);
+  const MomentumPlan plan = kernels.plan(p, nullptr), backward_plan = kernels.plan(p, &p);
+  call.run(plan, [&](int64_t begin, int64_t end, void* scratch) {
+    kernels.forward(forward, plan, {begin, end, scratch, nullptr, nullptr});
+  });
+  std::vector<double> schedule(3 * p.k);
+  call.run(backward_plan, [&](int64_t begin, int64_t end, void* scratch) {
+    kernels.backward(p, backward_plan, {begin, end, scratch, schedule.data(), nullptr});
+  });
+  return call.bytes();
+}
+
+template <typename Storage>
+std::vector<char> last_of_rnn(bool dense, int64_t B, int64_t d) {
+  LastSamples call(B);
+  RnnBackward<Storage> p{};
+  p.B = B, p.d = d, p.k = 3, p.trajectory = true, p.num_layers = 1, p.hidden_dims[0] = 6;
+  const Array<compute_type<Storage>> weights(rnn_weights_size(p), -0.1, 0.15);
+  p.weights = weights.data();
+  if (dense) {
+    call.input(p.matrix, d * d, 0, 0.5 / static_cast<double>(d)), p.matrix_stride = d * d;
+    call.output(p.d_matrix, d * d);
+  } else {
+    call.input(p.eigenvalues, d, 0.1, 0.9), p.eigenvalues_stride = d;
+    call.output(p.d_eigenvalues, d);
+  }
+  call.input(p.b, d, 0.1, 0.9), p.b_stride = d;
+  call.input(p.y0, d, 0.1, 0.9), p.y0_stride = d;
+  call.input(p.grad_y, d, -1, 1, p.k + 1);
+  call.output(p.db, d), call.output(p.dy0, d);
+  RnnForward<Storage> forward{p, nullptr};
+  call.output(forward.y, d, p.k + 1);
+
+  const auto kernels = rnn_kernels<Storage>();
+  const RnnPlan plan = kernels.plan(p, nullptr), backward_plan = kernels.plan(p, &p);
+  call.run(plan, [&](int64_t begin, int64_t end, void* scratch) {
+    kernels.forward(forward, plan, {begin, end, scratch, nullptr, nullptr});
+  });
+  call.run(backward_plan, [&](int64_t begin, int64_t end, void* scratch) {
+    kernels.backward(p, backward_plan, {begin, end, scratch, nullptr, nullptr});
+  });
+  return call.bytes();
+}
+
+// last(B): the last samples of B. The same of so many that every array has more than 2^31 elements, and of few: B is a
+// multiple of every tile and a remainder.
+template <typename F>
+void check_huge(const char* what, int64_t multiple, const F& last) {
+  ++problems;
+  if (last(multiple + filled) == last(filled)) return;
+  fprintf(stderr, "%s: samples beyond 2^31 elements differ\n", what);
+  exit(1);
+}
+
+void huge() {
+  const auto every = [](auto storage) {
+    using Storage = decltype(storage);
+    // samples in lanes, and rows in lanes
+    for (const int64_t d : {5, 40}) {
+      const int64_t multiple = d == 5 ? int64_t(1) << 29 : int64_t(1) << 26;
+      for (const auto structure : {Structure::dense, Structure::diagonal, Structure::spectral}) {
+        check_huge("momentum", multiple, [&](int64_t B) { return last_of_momentum<Storage>(structure, false, B, d); });
+      }
+      check_huge("tikhonov", multiple,
+                 [&](int64_t B) { return last_of_momentum<Storage>(Structure::diagonal, true, B, d); });
+      for (const bool dense : {false, true}) {
+        check_huge("rnn", multiple, [&](int64_t B) { return last_of_rnn<Storage>(dense, B, d); });
+      }
+    }
+  };
+  every(float()), every(bfloat16());
+}
+
+// f(Storage()) for a storage type that is not float
+template <typename F>
+void with_other_storage(const F& f) {
+  switch (draw(3)) {
+    case 0: return f(double());
+    case 1: return f(half());
+    default: return f(bfloat16());
+  }
+}
+
+void every_momentum() {
+  // remainders of every vector width, in both layouts; beyond 2048 elements a diagonal sample is cut
+  for (const int64_t d : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 65, 2051, 4096}) {
+    for (const int64_t B : {0, 1, 3, 8, 19}) {
+      for (const Kind kind : kinds) {
+        const bool elementwise = kind == Kind::diagonal || kind == Kind::tikhonov;
+        if (elementwise ? B * d > 6200 : B * d * d > 6200) continue;
+        for (const int64_t k : {0, 1, 7}) {
+          momentum<float>(kind, B, d, k);
+          with_other_storage([&](auto storage) { momentum<decltype(storage)>(kind, B, d, k); });
+        }
+      }
+    }
+  }
+}
+
+void every_rnn() {
+  for (const int64_t d : {1, 2, 3, 5, 8, 17, 64}) {
+    for (const int64_t B : {0, 1, 3, 9, 17, 37}) {
+      if (B * d * d > 15000) continue;
+      for (const int64_t k : {0, 1, 7}) {
+        const auto run = [&](auto storage) {
+          using Storage = decltype(storage);
+          const int kind = static_cast<int>(draw(3));
+          switch (draw(5)) {
+            case 0: return rnn<Storage>(kind, B, d, k, {1});
+            case 1: return rnn<Storage>(kind, B, d, k, {5, 3});
+            case 2: return rnn<Storage>(kind, B, d, k, {10, 20, 20});
+            case 3: return rnn<Storage>(kind, B, d, k, {33, 2, 7});
+            default: return rnn<Storage>(kind, B, d, k, {3, 4, 5, 6, 7, 8});
+          }
+        };
+        run(float());
+        with_other_storage(run);
+      }
+    }
+  }
+  rnn<float>(0, 3, 5, 2, {128});
+}
+
+void every_synthetic_training() {
+  for (const int64_t h : {0, 1, 5, 16, 32}) {
+    for (const int64_t n : {1, 7, 30}) {
+      for (const int64_t batch_size : {1, 5, 50}) {
+        synthetic_training<float>(3, n, h, batch_size);
+        synthetic_training<double>(3, n, h, batch_size);
+      }
+    }
+  }
+}
+
+void large() {
+  for (int repetition = 0; repetition < 4; ++repetition) {
+    for (const Kind kind : kinds) {
+      const bool elementwise = kind == Kind::diagonal || kind == Kind::tikhonov;
+      momentum<float>(kind, 300, 5, 40);
+      momentum<float>(kind, 40, 33, 9);
+      momentum<bfloat16>(kind, 41, 17, 30);
+      if (elementwise) momentum<double>(kind, 3, 20001, 5);
+    }
+    for (int kind = 0; kind < 3; ++kind) rnn<float>(kind, 70, 6, 12, {10, 20});
+  }
+  synthetic_training<float>(8, 30, 16, 10);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const auto is = [&](const char* name) { return strcmp(arguments[1], name) == 0; };
+  if (is("momentum")) every_momentum();
+  if (is("rnn")) every_rnn();
+  if (is("synthetic_training")) every_synthetic_training();
+  if (is("large")) large();
+  if (is("huge")) huge();
+  printf("%ld\n", static_cast<long>(problems));
+}

@@ -1,0 +1,195 @@
+"""The CPU kernels as machine code: what they read and write, and what threads and forked processes make of them.
+
+The sanitizers watch the kernels in a program of their own, native/cpu/driver.cpp, where every array has its exact size.
+The extension itself, as it was built, runs on tensors beside which memory must not be touched.
+"""
+
+import concurrent.futures
+import ctypes
+import itertools
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from native_sources import CSRC, NATIVE, compiled
+
+import unrolled_kernels as uk
+import unrolled_kernels.functional as F
+from unrolled_kernels import available_backends
+from unrolled_kernels.testing import STRUCTURES, random_quadratic
+
+needs_extension = pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built")
+
+# as csrc/cpu/isa.cpp asks for them
+LEVELS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512vl", "avx512bw", "avx512dq"}}
+
+
+def _levels():
+    """The instruction sets that this machine runs, the widest last."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().partition("flags")[2].partition("\n")[0].split()) if cpuinfo.exists() else set()
+    return list(itertools.takewhile(lambda level: LEVELS[level] <= flags, LEVELS))
+
+
+# without the checks of every pointer, which take twice as long to compile and find less than the address sanitizer
+UNDEFINED = "signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow,bounds"
+MODES = {"address": [f"-fsanitize=address,{UNDEFINED}", "-fno-sanitize-recover=all"], "thread": ["-fsanitize=thread"]}
+FAMILIES = {"address": ["momentum", "rnn", "synthetic_training", "large", "huge"], "thread": ["large"]}
+# compiling is what takes long: one program every time, the others in test-slow
+SANITIZED = [
+    pytest.param(level, mode, family, marks=[] if (level, mode) == (_levels()[-1], "address") else pytest.mark.slow)
+    for level, mode in [*((level, "address") for level in _levels()), (_levels()[-1], "thread")]
+    for family in FAMILIES[mode]
+]
+
+
+def _driver(level, mode):
+    isa = list(LEVELS).index(level)
+    flags = [
+        "-std=c++17",
+        "-O0",
+        "-g1",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Wno-unused-parameter",
+        "-Wno-mismatched-new-delete",
+        "-Werror",
+        f"-DUNROLLED_KERNELS_ISA={isa}",
+        f"-DUNROLLED_KERNELS_ONLY_ISA={isa}",
+        f"-I{CSRC}",
+        # before the headers of torch, of which it replaces one
+        f"-I{NATIVE / 'cpu'}",
+        f"-isystem{Path(torch.__file__).parent / 'include'}",
+        *MODES[mode],
+    ]
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cpu/*.h"), *(NATIVE / "cpu").rglob("*.h")]
+    # what takes longest first
+    sources = sorted(CSRC.glob("cpu/*.cpp"), key=lambda path: -path.stat().st_size)
+    return compiled(f"cpu-{mode}-{level}", flags, [*sources, NATIVE / "cpu" / "driver.cpp"], headers)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
+@pytest.mark.parametrize(("level", "mode", "family"), SANITIZED)
+def test_sanitizers(level, mode, family):
+    options = {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    run = subprocess.run(
+        [_driver(level, mode), family], env=os.environ | options, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 0
+
+
+# the extension, in processes of their own: a fault or a hang ends them and not the tests
+
+
+def _python(call, **environment):
+    """Evaluates ``call``, of a function of this file, in a new process."""
+    code = f"import {Path(__file__).stem} as tests; tests.{call}"
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    folder = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout}{run.stderr}"
+
+
+_REGIONS = []  # for as long as the process runs
+
+
+def _guarded(x, at_end):
+    """A copy of x, the page after it (or before it) not accessible."""
+    page, size = mmap.PAGESIZE, x.numel() * x.element_size()
+    inside = -(-size // page) * page
+    region = mmap.mmap(-1, inside + 2 * page)
+    _REGIONS.append(region)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    for guard in (address, address + page + inside):
+        if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    if size == 0:
+        return x.clone()
+    offset = page + (inside - size if at_end else 0)
+    copy = torch.frombuffer(region, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
+    return copy.copy_(x.detach())
+
+
+def _touch_guards():
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    sizes = ((1, 1), (3, 5), (9, 7), (17, 3), (5, 17), (2, 33), (1, 66))
+    for structure, dtype, (B, d), at_end, shared in itertools.product(
+        STRUCTURES, dtypes, sizes, (True, False), (True, False)
+    ):
+        leaves, make_Q, b = random_quadratic(structure, (B,), d, shared=shared, dtype=dtype)
+        y0, g = torch.randn(2, B, d).to(dtype)
+        phi, beta = torch.rand(2, B, 3, dtype=torch.promote_types(dtype, torch.float32))
+        inputs = [_guarded(x, at_end).requires_grad_() for x in (*leaves, b, y0, phi, beta)]
+        *parts, b, y0, phi, beta = inputs
+        y = F.momentum(make_Q(*parts), b, phi, beta, beta, 3, y0=y0, backend="cpu")
+        torch.autograd.grad(y, inputs, _guarded(g, at_end))
+        if structure in ("dense", "diagonal"):
+            weights = [_guarded(0.1 * torch.randn(*s), at_end).to(phi.dtype) for s in ((6, d), (6, d), (5, 6), (d, 5))]
+            W1, W2, W3, V = weights
+            y = F.rnn(make_Q(*parts), b, (W1, W2, [W3], V), 3, y0=y0, backend="cpu")
+            torch.autograd.grad(y, [*parts, b, y0], _guarded(g, at_end))
+
+
+@needs_extension
+@pytest.mark.parametrize("level", _levels())
+def test_nothing_beside_a_tensor_is_read(level):
+    _python("_touch_guards()", UNROLLED_KERNELS_CPU_ISA=level)
+
+
+def _gradients(seed):
+    """y and the gradients of Q, b and the step size of a problem large enough for all threads."""
+    (Q,), _, b = random_quadratic("dense", (400,), 12, dtype=torch.float32, seed=seed)
+    layer = uk.UnrolledNAG(20, 0.9, learn_step_size=True, backend="cpu")
+    inputs = [Q.requires_grad_(), b.requires_grad_(), *layer.parameters()]
+    y = layer(*inputs[:2])
+    return [x.detach() for x in (y, *torch.autograd.grad(y.square().sum(), inputs))]
+
+
+class _Gradients(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, seed):
+        return _gradients(seed)
+
+
+def _use_after_fork():
+    torch.set_num_threads(2)
+    expected = [_gradients(seed) for seed in range(6)]
+    loader = torch.utils.data.DataLoader(
+        _Gradients(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for actual, wanted in zip(loader, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(actual, wanted, strict=True))
+
+
+@needs_extension
+def test_workers_forked_after_use():
+    """In the workers of a DataLoader the layer gives what it gave in the process that they were forked from.
+
+    They run one thread each. With more, whatever torch divides among threads hangs there: OpenMP outlives no fork.
+    """
+    _python("_use_after_fork()")
+
+
+def _use_in_two_threads():
+    torch.set_num_threads(2)
+    expected = [_gradients(seed) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for seed, actual in enumerate(pool.map(_gradients, [0, 1, 2, 3] * 20)):
+            assert all(torch.equal(x, y) for x, y in zip(actual, expected[seed % 4], strict=True))
+
+
+@needs_extension
+def test_two_threads_at_once():
+    _python("_use_in_two_threads()")
