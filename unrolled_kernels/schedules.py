@@ -64,10 +64,10 @@ def chebyshev(num_steps: int, mu: float, L: float) -> Schedule:
 
 def nesterov_momentum(step_size: Number, mu: Number) -> Number:
     """β = (1-√(μφ))/(1+√(μφ)) for floats or tensors φ, μ (paper, Eq. 9)."""
-    if isinstance(step_size, torch.Tensor) or isinstance(mu, torch.Tensor):
-        # (1-r)/(1+r) = -tanh(log(r)/2): fewer operations to differentiate, which is what a small call waits for
-        return (-0.25 * (step_size * mu).log()).tanh()
     product = step_size * mu
+    if isinstance(product, torch.Tensor):
+        # (1-r)/(1+r) = -tanh(log(r)/2): fewer operations to differentiate, which is what a small call waits for
+        return (-0.25 * product.log()).tanh()
     root = math.sqrt(product) if product >= 0 else math.nan
     return (1 - root) / (1 + root)
 
