@@ -51,8 +51,9 @@ def assert_same_state(a, b, rows=slice(None)):
 def test_loop_equals_torch_ops(task, hidden, optimizer, dtype):
     # the last minibatch of an epoch is smaller, and fills no vector
     training = Training(0, batch_size=30)
-    # 20 steps; each amplifies the rounding of the one before
-    run = functools.partial(trained, hidden=hidden, optimizer=optimizer, epochs=5, training=training)
+    # 12 steps: each amplifies the rounding of the one before, and with 32 hidden units 20 of them do so more than the
+    # tolerance can know from a single run of eager
+    run = functools.partial(trained, hidden=hidden, optimizer=optimizer, epochs=3, training=training)
     actual = run(task.to(dtype))
     exact, eager = (run(task.to(reference), backend="eager") for reference in (torch.float64, torch.float32))
     for name in ("theta", "best_theta", "best_loss"):
