@@ -58,6 +58,8 @@ def arguments(kind, out, workers=1):
 
 def _run(argv, log, largest_file):
     os.setsid()
+    # as in a terminal; what starts the tests in the background may have interrupts ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     # file descriptors and not sys.stderr: what libraries and other processes say counts too
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -82,7 +82,7 @@ def _interrupts_ignored():
         signal.signal(signal.SIGINT, previous)
 
 
-_working = False
+_working = _interrupted = False
 
 
 def _start_worker(prepare, work, progress, stop):
@@ -107,9 +107,9 @@ def _interrupt_when_set(stop):
 
 def _interrupt(signum, frame):
     # once a job: Ctrl-C reaches every process of a terminal, and the parent passes it on
-    global _working
+    global _working, _interrupted
     if _working:
-        _working = False
+        _working, _interrupted = False, True
         raise KeyboardInterrupt
 
 
@@ -122,5 +122,10 @@ def _work(job):
         if stop.is_set():
             raise KeyboardInterrupt
         return work(shared, job, lambda count, **shown: progress.put((count, shown)))
+    except Exception:
+        if _interrupted:
+            # some code that was interrupted, an import for instance, makes another error of it
+            raise KeyboardInterrupt from None
+        raise
     finally:
         _working = False
