@@ -6,24 +6,55 @@ import torch
 
 from unrolled_kernels.testing import poisoned_memory
 
-# the same values in other strides
-LAYOUTS = (
-    lambda x: torch.cat([x, x + 1, x], -1)[..., x.shape[-1] * 2 :],
-    lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    lambda x: x.repeat_interleave(2, 0)[::2],
-)
+
+def _transposed(x):
+    return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
 
 
-def _normal(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+def _sliced(x):
+    wide = torch.nn.functional.pad(x, (2, 1), value=math.nan)
+    return wide[..., 2 : 2 + x.shape[-1]]
 
 
-# from y to its cotangent: that of y.sum(), expanded in the last dimension, and transposed
-COTANGENTS = (
-    lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),
-    lambda y: _normal(*y.shape[:-1], 1).to(y).expand(y.shape),
-    lambda y: _normal(*y.shape[::-1]).to(y).permute(*range(y.dim())[::-1]),
-)
+def _every_other(x):
+    return torch.stack([x, torch.full_like(x, math.nan)], 1)[:, 0]
+
+
+def _interleaved(x):
+    return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
+
+
+def _offset(x):
+    storage = x.new_full((x.numel() + 4,), math.nan)
+    storage[3 : 3 + x.numel()] = x.flatten()
+    return storage[3 : 3 + x.numel()].view(x.shape)
+
+
+# strides: each returns the values of x elsewhere in memory, with NaN between
+LAYOUTS = {
+    "transposed": _transposed,
+    "sliced": _sliced,
+    "every_other": _every_other,
+    "interleaved": _interleaved,
+    "offset": _offset,
+}
+
+# from values to a cotangent of fewer: that of y.sum(), and ones expanded in a dimension
+COTANGENTS = {
+    "one_number": lambda g: torch.ones((), dtype=g.dtype, device=g.device).expand(g.shape),
+    "one_of_a_row": lambda g: g[..., :1].expand(g.shape),
+    "one_row": lambda g: g[..., :1, :].expand(g.shape) if g.dim() > 1 and g.shape[-2] else g,
+}
+
+
+def cotangents():
+    """Functions from y to a cotangent of it, in every layout: the same values at every call."""
+    for layout in (LAYOUTS | COTANGENTS).values():
+
+        def cotangent(y, layout=layout):
+            return layout(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
+
+        yield cotangent
 
 
 def assert_reruns_are_bit_equal(problem, backend):
@@ -58,17 +89,3 @@ def assert_bad_values_stay_in_their_row(problem, backend, names):
         others = [i for i in range(len(problem.leaves["b"])) if i != 4]
         for name in names:
             assert torch.equal(spoiled[name][others], clean[name][others]), name
-
-
-def bytes_kept_for_backward(call):
-    """Of the storages that autograd holds after ``call()``."""
-    kept = {}
-
-    def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = call()  # alive until counted, so that no address is given twice
-    del result
-    return sum(kept.values())

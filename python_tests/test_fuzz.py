@@ -9,25 +9,25 @@ import math
 import os
 from unittest import mock
 
+import laws
 import pytest
 import torch
 from conftest import BACKENDS, device_of
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-import unrolled_kernels as uk
 import unrolled_kernels.functional as F
-from unrolled_kernels.testing import assert_as_close_as_eager
+from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager
 
 EXAMPLES = int(os.environ.get("UNROLLED_KERNELS_FUZZ_EXAMPLES", "0"))
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULE = ("phi", "mu", "beta", "gamma")
 METHODS = {"gd": ("phi",), "nesterov": ("phi", "mu"), "momentum": ("phi", "beta", "gamma"), "rnn": ()}
-STRUCTURES = {
-    "dense": (("matrix",), lambda matrix: matrix),
-    "diagonal": (("q",), uk.Diagonal),
-    "spectral": (("eigenvalues", "vectors"), uk.Spectral),
-    "tikhonov": (("f", "observed"), uk.Tikhonov),
+PARTS = {
+    "dense": ("matrix",),
+    "diagonal": ("q",),
+    "spectral": ("eigenvalues", "vectors"),
+    "tikhonov": ("f", "observed"),
 }
 # elements of the matrices of a problem: what keeps thousands of problems cheap
 MOST_ELEMENTS = 10_000
@@ -49,39 +49,8 @@ def examples(number):
     )
 
 
-# strides: each layout returns the values of x elsewhere in memory
-
-
-def _transposed(x):
-    return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
-
-
-def _sliced(x):
-    wide = torch.nn.functional.pad(x, (2, 1), value=math.nan)
-    return wide[..., 2 : 2 + x.shape[-1]]
-
-
-def _every_other(x):
-    return torch.stack([x, torch.full_like(x, math.nan)], 1)[:, 0]
-
-
-def _interleaved(x):
-    return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
-
-
-def _offset(x):
-    storage = x.new_full((x.numel() + 4,), math.nan)
-    storage[3 : 3 + x.numel()] = x.flatten()
-    return storage[3 : 3 + x.numel()].view(x.shape)
-
-
-LAYOUTS = {
+LAYOUTS = laws.LAYOUTS | {
     "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
-    "transposed": _transposed,
-    "sliced": _sliced,
-    "every_other": _every_other,
-    "interleaved": _interleaved,
-    "offset": _offset,
     # one sample for all of the first dimension, where the values are alike
     "expanded": lambda x: x[:1].expand(x.shape) if x.dim() else x,
 }
@@ -95,12 +64,7 @@ EXTREMES = {
     "indefinite": lambda x, dtype: torch.where(torch.arange(x.shape[-1]) % 2 == 0, x, -x) if x.dim() else -x,
 }
 
-COTANGENTS = {
-    **LAYOUTS,
-    "one_number": lambda g: torch.ones((), dtype=g.dtype, device=g.device).expand(g.shape),
-    "one_of_a_row": lambda g: g[..., :1].expand(g.shape),
-    "one_row": lambda g: g[..., :1, :].expand(g.shape) if g.dim() > 1 and g.shape[-2] else g,
-}
+COTANGENTS = LAYOUTS | laws.COTANGENTS
 
 
 class Short:
@@ -192,9 +156,8 @@ class Problem(Short):
 
     def call(self, backend, tensors):
         """The result for ``tensors``, by name."""
-        parts, make_Q = STRUCTURES[self.structure]
         arguments = tensors | self.numbers
-        Q = make_Q(*(arguments[n] for n in parts))
+        Q = STRUCTURES[self.structure](*(arguments[n] for n in PARTS[self.structure]))
         options = {"y0": arguments.get("y0"), "return_trajectory": self.trajectory, "backend": backend}
         if self.method == "rnn":
             W1, W2, *inner, V = (x for n, x in arguments.items() if n.startswith("W"))
@@ -273,7 +236,7 @@ def problems(draw, methods=tuple(METHODS), least=0):
         return draw(st.sampled_from([batch, batch, (), (1,) * len(batch), (1, *batch[1:]) if batch else ()]))
 
     # Q and b together have the whole batch
-    parts, _ = STRUCTURES[structure]
+    parts = PARTS[structure]
     whole = draw(st.sampled_from([*parts[:1], "b"]))
     own = {name: batch if name == whole else some_of(batch) for name in (*parts, "b")}
     if structure == "tikhonov":

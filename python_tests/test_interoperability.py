@@ -37,7 +37,6 @@ LAYERS = {
     "rnn-stable": lambda: uk.UnrolledRNN(3, 5, (7, 6), stable_region=(0.1, 2.0)),
 }
 MAIN = "gd", "nag", "momentum", "rnn"
-STRUCTURED = {"diagonal": uk.Diagonal, "spectral": uk.Spectral, "tikhonov": uk.Tikhonov}
 every_layer = pytest.mark.parametrize("name", LAYERS)
 main_layers = pytest.mark.parametrize("name", MAIN)
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
@@ -52,8 +51,7 @@ class Model(nn.Module):
         self.structure = structure
 
     def forward(self, b, *tensors):
-        Q = STRUCTURED[self.structure](*tensors) if self.structure in STRUCTURED else tensors[0]
-        return self.layer(Q, b)
+        return self.layer(STRUCTURES[self.structure](*tensors), b)
 
 
 def problem(structure="dense", batch=4, d=5, dtype=None, seed=0):
@@ -221,7 +219,7 @@ def test_autocast(name, structure, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_autocast_of_the_minimizer_and_of_mu(structure, dtype):
     b, *tensors = problem(structure)
-    Q = STRUCTURED[structure](*tensors) if structure in STRUCTURED else tensors[0]
+    Q = STRUCTURES[structure](*tensors)
     with torch.autocast("cpu", dtype=dtype):
         y = F.minimize(Q, b.to(dtype))
         iterated = uk.UnrolledNAG(4, 0.4, mu=None)(Q, b.to(dtype))

@@ -6,7 +6,6 @@ import torch
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
 from unrolled_kernels import schedules
-from unrolled_kernels.ops.momentum.function import momentum
 from unrolled_kernels.testing import random_quadratic
 
 
@@ -241,22 +240,3 @@ def test_repr_says_what_is_learned():
     assert repr(uk.UnrolledGD(3, 0.5)) == "UnrolledGD(num_steps=3, step_size=0.5, backend='auto')"
     assert "step_size=0.5 (learned), mu=0.1" in repr(uk.UnrolledNAG(3, 0.5, learn_step_size=True))
     assert "step_size=[3] (learned)" in repr(uk.UnrolledGD(3, 0.5, learn_step_size=True, per_step=True))
-
-
-@pytest.mark.parametrize(("num_steps", "size", "backend", "expected"), [
-    (1, 8, None, "eager"),
-    (2, 8, None, "cpu"),
-    (1, 2**17, None, "cpu"),
-    (1, 8, "cpu", "cpu"),
-])  # fmt: skip
-@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
-def test_auto_takes_eager_for_one_small_elementwise_step(monkeypatch, num_steps, size, backend, expected):
-    """The crossover that the benchmarks measured; a backend that is named runs whatever the size."""
-    chosen = []
-    spy = lambda name, *args: chosen.append(name) or momentum(name, *args)
-    monkeypatch.setattr(F, "_momentum_op", spy)
-    q, b = torch.rand(1, size), torch.randn(1, size)
-    y = F.gradient_descent(uk.Diagonal(q), b, 0.1, num_steps, backend=backend)
-    # y_1 = -φ b, and y_2 = y_1 - φ (q y_1 + b)
-    torch.testing.assert_close(y, -0.1 * b if num_steps == 1 else -0.1 * b - 0.1 * (1 - 0.1 * q) * b)
-    assert chosen == [expected]

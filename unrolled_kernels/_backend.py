@@ -84,15 +84,9 @@ def check_name(name):
         raise ValueError(f"backend: {name!r} is not available here: {reason}")
 
 
-def resolve(backend, device, is_tiny=False):
-    """The backend that runs a call on ``device``: the call's own, else ``use_backend``'s, the environment's, "auto".
-
-    Args:
-        backend, device: of the call.
-        is_tiny: whether the call is so small that, where none is named, eager torch's few launches are the fastest.
-    """
-    chosen = _default if backend is None or backend == "auto" else backend
-    return "eager" if is_tiny and chosen == "auto" else _decide(chosen, device.type)
+def resolve(backend, device):
+    """The backend that runs a call on ``device``: the call's own, else ``use_backend``'s, the environment's, "auto"."""
+    return _decide(_default if backend is None or backend == "auto" else backend, device.type)
 
 
 def _decide(backend, device_type):

@@ -227,7 +227,7 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
             chosen = _backend.resolve(backend, b.device)
             return _momentum_op(chosen, num_steps, return_trajectory, None, Q, b, None, *schedule, None)
     shape = _full_shape(Q, b, y0)
-    chosen = _backend.resolve(backend, b.device, _is_tiny(Q, num_steps, shape))
+    chosen = _backend.resolve(backend, b.device)
     schedule = tuple(
         None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma)
     )
@@ -236,17 +236,6 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
     y = _momentum_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, *schedule, observed)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if y.shape == final_shape else y.reshape(final_shape)
-
-
-def _is_tiny(Q, num_steps, shape):
-    """Whether the op is one elementwise expression, over which a Function's own cost decides on the CPU.
-
-    Measured crossover, forward + backward in float32 on one core of an EPYC (family 25): eager torch is 10 to 25 %
-    faster for one step up to 2¹⁶ elements, and slower beyond, for two steps, and for every other structure.
-    """
-    if num_steps > 1 or not isinstance(Q, Diagonal) or torch.compiler.is_compiling():
-        return False
-    return Q.q.device.type == "cpu" and math.prod(shape) <= 2**16
 
 
 def _is_plain(Q, b):

@@ -9,7 +9,13 @@ import torch
 from unrolled_kernels.annotations import Quadratic
 from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov
 
-STRUCTURES = ("dense", "diagonal", "spectral", "tikhonov")
+# from the tensors of a structure to Q
+STRUCTURES: dict[str, Callable[..., Quadratic]] = {
+    "dense": lambda Q: Q,
+    "diagonal": Diagonal,
+    "spectral": Spectral,
+    "tikhonov": Tikhonov,
+}
 
 
 def random_quadratic(
@@ -49,13 +55,12 @@ def random_quadratic(
     b = normal(*batch, d)
     rotation = lambda: torch.linalg.qr(normal(*matrix_batch, d, d))[0].contiguous()
     tensors: tuple[torch.Tensor, ...]
-    make_Q: Callable[..., Quadratic]
     if structure == "diagonal":
-        tensors, make_Q = (eigenvalues,), Diagonal
+        tensors = (eigenvalues,)
     elif structure == "tikhonov":
-        tensors, make_Q = (eigenvalues.sqrt(), normal(*batch, d)), Tikhonov
+        tensors = (eigenvalues.sqrt(), normal(*batch, d))
     elif structure == "spectral":
-        tensors, make_Q = (eigenvalues, rotation()), Spectral
+        tensors = (eigenvalues, rotation())
     elif structure == "dense":
         values = eigenvalues[(0,) * len(batch)] if shared and eigenvalues.numel() else eigenvalues
         if shared and not eigenvalues.numel():
@@ -65,11 +70,11 @@ def random_quadratic(
         if not symmetric:
             skew = normal(*matrix_batch, d, d) * (0.2 * mu / d)
             Q = Q + skew - skew.mT
-        tensors, make_Q = (Q,), lambda Q: Q
+        tensors = (Q,)
     else:
-        raise ValueError(f"structure: expected one of {STRUCTURES}, got {structure!r}")
+        raise ValueError(f"structure: expected one of {tuple(STRUCTURES)}, got {structure!r}")
     to = lambda x: x.to(dtype=dtype, device=device)
-    return tuple(to(x) for x in tensors), make_Q, to(b)
+    return tuple(to(x) for x in tensors), STRUCTURES[structure], to(b)
 
 
 def assert_as_close_as_eager(
@@ -101,6 +106,20 @@ def assert_as_close_as_eager(
     slack = 32 if actual.dtype in (torch.float32, torch.float64) else 1
     bound = 2 * eager_error + slack * eps * max(exact.abs().max().item(), scale)
     assert error <= bound, f"{what}: error {error:.3e}, allowed {bound:.3e} (eager's own error {eager_error:.3e})"
+
+
+def bytes_kept_for_backward(call: Callable[[], Any]) -> int:
+    """Bytes of the storages that autograd holds between the passes of ``call()``, each counted once."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = call()  # alive until counted, so that no address is given twice
+    del result
+    return sum(kept.values())
 
 
 @contextlib.contextmanager

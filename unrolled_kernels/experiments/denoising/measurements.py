@@ -1,6 +1,7 @@
 """What the report says beyond the trained models: the speed of a training step, its memory, and the guard at work."""
 
 import dataclasses
+import functools
 import math
 import time
 
@@ -9,6 +10,7 @@ import torch
 from unrolled_kernels.experiments.denoising.grid import Training, Trial
 from unrolled_kernels.experiments.denoising.model import energy_layer
 from unrolled_kernels.experiments.denoising.train import Trainer
+from unrolled_kernels.testing import bytes_kept_for_backward
 
 _BATCH, _ROUNDS = 10, 5
 _DEPTHS = (3, 12, 48)
@@ -51,20 +53,11 @@ def saved_for_backward(task, backend="auto"):
     for name in ("eager", backend):
         table[name] = {}
         for num_steps in _DEPTHS:
-            # a storage that several tensors share counts once
-            kept = {}
-
-            def pack(tensor, kept=kept):
-                storage = tensor.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
             f, g = (clean.clone().requires_grad_() for _ in range(2))
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                # kept alive until counted, so that no address is given twice
-                y = energy_layer(f, g, clean, algorithm="gd", num_steps=num_steps, step_size=0.5, backend=name)
-            table[name][num_steps] = sum(kept.values())
-            del y
+            layer = functools.partial(
+                energy_layer, f, g, clean, algorithm="gd", num_steps=num_steps, step_size=0.5, backend=name
+            )
+            table[name][num_steps] = bytes_kept_for_backward(layer)
     return table
 
 
