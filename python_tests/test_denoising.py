@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 import unrolled_kernels as uk
-from unrolled_kernels.experiments import cli
-from unrolled_kernels.experiments.denoising import checkpoint, data, evaluation, images, measurements, train
+from unrolled_kernels.experiments import checkpoint, cli
+from unrolled_kernels.experiments.denoising import data, evaluation, images, measurements, train
 from unrolled_kernels.experiments.denoising.grid import PRESETS, Grid, Training, Trial, finished_trials
 from unrolled_kernels.experiments.denoising.model import CASES, DnCNN, StepSize, energy_layer, make_model
+from unrolled_kernels.experiments.denoising.weights import to_tensors
 from unrolled_kernels.testing import assert_as_close_as_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -315,7 +316,7 @@ def test_checkpoint_holds_the_whole_state(task, tmp_path, autocast):
         whole.train_epoch()
     for _ in range(2):
         first.train_epoch()
-    first.save(tmp_path / "state.safetensors")
+    checkpoint.write(tmp_path / "state.safetensors", GD.name, *first.state())
     second.load(tmp_path / "state.safetensors")
     assert second.epoch == 2
     for _ in range(4):
@@ -326,22 +327,27 @@ def test_checkpoint_holds_the_whole_state(task, tmp_path, autocast):
 
 
 def test_interrupted_run_ends_with_the_same_table(small_run, folder, tmp_path, monkeypatch, capsys):
-    whole, epochs = train.Trainer.train_epoch, []
+    whole, step, epochs = train.Trainer.train_epoch, train.Trainer.train_step, []
 
-    def interrupted(self):
-        # in the middle of the second model
-        epochs.append(self.epoch)
+    def interrupted(self, *batch):
+        loss = step(self, *batch)
+        # in the middle of an epoch of the second model, whose weights are then of no epoch
         if len(epochs) == 10:
             raise KeyboardInterrupt
+        return loss
+
+    def counted(self):
+        epochs.append(self.epoch)
         return whole(self)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(train.Trainer, "train_epoch", interrupted)
+    monkeypatch.setattr(train.Trainer, "train_epoch", counted)
+    monkeypatch.setattr(train.Trainer, "train_step", interrupted)
     assert cli.main(command(folder, out)) == 130
     assert len(pd.read_parquet(out / "results.parquet")) == 1
     assert len(list((out / "checkpoints").iterdir())) == 1
     epochs.clear()
-    monkeypatch.setattr(train.Trainer, "train_epoch", lambda self: epochs.append(self.epoch) or whole(self))
+    monkeypatch.setattr(train.Trainer, "train_step", step)
     assert cli.main(command(folder, out)) == 0
     assert epochs == [3, 4, 5]
     pd.testing.assert_frame_equal(table(out), table(small_run), check_exact=True)
@@ -438,7 +444,7 @@ def test_folder_without_usable_images_is_refused(folder, tmp_path, capsys):
 
 def test_damaged_or_foreign_checkpoint_names_the_file(task, tmp_path):
     file = tmp_path / "state.safetensors"
-    train.Trainer(task, GD, QUICK).save(file)
+    checkpoint.write(file, GD.name, *train.Trainer(task, GD, QUICK).state())
     other = dataclasses.replace(GD, num_steps=4)
     files = train.Files(checkpoint=file)
     with pytest.raises(
@@ -446,7 +452,7 @@ def test_damaged_or_foreign_checkpoint_names_the_file(task, tmp_path):
     ):
         train.train_one(task, other, QUICK, files=files)
     wider = make_model(Trial("over", "gd", 3, 0), QUICK)
-    checkpoint.save(file, GD, wider)
+    checkpoint.write(file, GD.name, to_tensors(wider), train.Trainer(task, GD, QUICK).state()[1])
     with pytest.raises(ValueError, match=r"state\.safetensors: a checkpoint of another model"):
         train.train_one(task, GD, QUICK, files=files)
     file.write_bytes(file.read_bytes()[:50])

@@ -17,7 +17,7 @@ import torch
 
 from unrolled_kernels import Spectral, use_backend
 from unrolled_kernels import functional as F
-from unrolled_kernels.experiments import cli
+from unrolled_kernels.experiments import checkpoint, cli
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
 from unrolled_kernels.experiments.synthetic import (
     chunks,
@@ -25,6 +25,7 @@ from unrolled_kernels.experiments.synthetic import (
     data,
     ensemble,
     figures,
+    fused,
     golden,
     grid,
     report,
@@ -32,7 +33,7 @@ from unrolled_kernels.experiments.synthetic import (
     train,
 )
 from unrolled_kernels.experiments.synthetic.evaluation import distance, spectrum_errors
-from unrolled_kernels.experiments.synthetic.grid import Training, Trial
+from unrolled_kernels.experiments.synthetic.grid import Training, Trial, fingerprint
 from unrolled_kernels.theory.bounds import predicted_gap
 from unrolled_kernels.theory.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.theory.properties import convergence_rate
@@ -273,23 +274,20 @@ def test_finished_run_trains_nothing_again(small_run, monkeypatch):
 
 
 def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypatch, capsys):
-    whole, started = chunks.train_chunk, []
+    whole, ensembles = fused.train, []
 
-    def interrupted(task, trials, training, *, checkpoint, on_epochs):
-        started.append(trials)
-
-        def interrupt(count):
-            # in the middle of the second chunk
-            if len(started) == 2 and count:
-                raise KeyboardInterrupt
-
-        return whole(task, trials, training, checkpoint=checkpoint, on_epochs=interrupt)
+    def interrupted(self, orders):
+        whole(self, orders)
+        ensembles.append(self)
+        # in the second chunk, after its second block of epochs and before they are counted
+        if len({id(one) for one in ensembles}) == 2 and self.epoch:
+            raise KeyboardInterrupt
 
     out = tmp_path / "run"
-    monkeypatch.setattr(runner, "train_chunk", interrupted)
+    monkeypatch.setattr(fused, "train", interrupted)
     assert cli.main(command(out)) == 130
     assert "continues" in capsys.readouterr().err
-    assert len(pd.read_parquet(out / "results.parquet")) == len(started[0])
+    assert len(pd.read_parquet(out / "results.parquet")) == len(ensembles[0].trials)
     assert len(list((out / "checkpoints").iterdir())) == 1
 
     resumed_at = []
@@ -300,7 +298,7 @@ def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypat
         resumed_at.append(self.epoch)
 
     monkeypatch.setattr(ensemble.Ensemble, "load", recorded)
-    monkeypatch.setattr(runner, "train_chunk", whole)
+    monkeypatch.setattr(fused, "train", whole)
     assert cli.main(command(out)) == 0
     assert resumed_at == [256]
     assert_same_table(out, small_run)
@@ -334,7 +332,7 @@ from unrolled_kernels.experiments.synthetic import chunks, data
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 task, file = data.generate(2, 1000), Path({str(file)!r})
 with use_backend("eager"):
-    chunks.train_chunk(task, {trials}, {training}, checkpoint=file, checkpoint_seconds=0)
+    chunks.train_chunk(task, {trials}, {training}, checkpoint_file=file, checkpoint_seconds=0)
 """
     run = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 300
@@ -346,7 +344,7 @@ with use_backend("eager"):
     run.wait()
     counts = []
     with use_backend("eager"):
-        resumed = chunks.train_chunk(task, trials, training, checkpoint=file, on_epochs=counts.append)
+        resumed = chunks.train_chunk(task, trials, training, checkpoint_file=file, on_epochs=counts.append)
         whole = chunks.train_chunk(task, trials, training)
     assert 0 < counts[0] < 1024
     names = [*TIMELESS, "qfro2_test"]
@@ -379,7 +377,7 @@ def test_checkpoint_holds_the_whole_state(task, tmp_path):
     orders = whole.minibatch_orders(0)
     whole.train(orders[:10])
     first.train(orders[:4])
-    first.save(tmp_path / "state.safetensors")
+    checkpoint.write(tmp_path / "state.safetensors", fingerprint(trials), *first.state())
     second = ensemble.Ensemble(task, trials, training)
     second.load(tmp_path / "state.safetensors")
     second.train(orders[second.epoch : 10])
@@ -477,12 +475,12 @@ def test_damaged_run_names_the_file(small_run, tmp_path, name, damage, capsys):
 def test_damaged_or_foreign_checkpoint_names_the_file(task, tmp_path):
     file = tmp_path / "state.safetensors"
     one, other = ([Trial(0, "adam", "gd", k, 100, 1e-2)] for k in (2, 3))
-    ensemble.Ensemble(task, one, Training(5)).save(file)
-    with pytest.raises(ValueError, match=r"state\.safetensors: a checkpoint of other models"):
-        chunks.train_chunk(task, other, Training(5), checkpoint=file)
+    checkpoint.write(file, fingerprint(one), *ensemble.Ensemble(task, one, Training(5)).state())
+    with pytest.raises(ValueError, match=r"state\.safetensors: a checkpoint of model \w+, expected"):
+        chunks.train_chunk(task, other, Training(5), checkpoint_file=file)
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"state\.safetensors: not a readable checkpoint \(truncated"):
-        chunks.train_chunk(task, one, Training(5), checkpoint=file)
+        chunks.train_chunk(task, one, Training(5), checkpoint_file=file)
 
 
 def test_damaged_reference_names_the_file(tmp_path, capsys):

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from unrolled_kernels import _backend
+from unrolled_kernels.experiments import checkpoint
 from unrolled_kernels.experiments.denoising import (
-    checkpoint,
     distributed,
     evaluation,
     figures,
@@ -24,6 +24,7 @@ from unrolled_kernels.experiments.denoising import (
 from unrolled_kernels.experiments.denoising.data import NOISE
 from unrolled_kernels.experiments.denoising.grid import AUTOCAST, PRESETS, SCHEDULES, Trial
 from unrolled_kernels.experiments.denoising.model import ALGORITHMS, CASES, PLAIN, STEP_SIZES, make_model
+from unrolled_kernels.experiments.denoising.weights import load_model
 from unrolled_kernels.experiments.options import (
     device_name,
     environment,
@@ -210,7 +211,7 @@ def _pictures(results, setup, directory, task):
     trial = Trial(row["case"], row["algorithm"], int(row["num_steps"]), int(row["seed"]))
     model = make_model(trial, setup.training)
     file = runner.model_file(directory, trial)
-    checkpoint.load_model(file, trial, model, checkpoint.read(file, trial)[0])
+    load_model(file, trial, model, checkpoint.read(file, trial.name)[0])
     clean, noisy = task.pairs(task.split(trial.seed)[1][:_SHOWN_IMAGES], trial.seed)
     restored = evaluation.restore(model, noisy)
     with torch.no_grad():

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from unrolled_kernels.experiments.denoising import checkpoint, distributed, evaluation
+from unrolled_kernels.experiments import checkpoint
+from unrolled_kernels.experiments.denoising import distributed, evaluation
 from unrolled_kernels.experiments.denoising.data import TrainingPairs
 from unrolled_kernels.experiments.denoising.grid import trial_columns
 from unrolled_kernels.experiments.denoising.model import PLAIN, count_parameters, make_model
+from unrolled_kernels.experiments.denoising.weights import load_model, load_optimizer, to_tensors
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,19 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.training.autocast))
 
-    def save(self, file):
-        """Write everything that training goes on from."""
-        progress = {"epoch": self.epoch, "seconds": self.seconds, "losses": self.losses}
+    def state(self):
+        """Everything that training goes on from: copies of tensors by name, and a dict of progress."""
+        progress = {"epoch": self.epoch, "seconds": self.seconds, "losses": list(self.losses)}
         progress["scaler"] = self.scaler.state_dict()
-        checkpoint.save(file, self.trial, self.model, self.optimizer, **progress)
+        return to_tensors(self.model, self.optimizer), progress
 
     def load(self, file):
         """Go on from ``file``, read by rank 0 alone; raises ValueError, which names it, if it does not fit."""
-        tensors, progress = distributed.on_first_rank(lambda: checkpoint.read(file, self.trial))
-        checkpoint.load_model(file, self.trial, self.model, tensors)
-        missing = {"epoch", "seconds", "losses", "scaler"} - set(progress or ())
-        if missing:
-            raise ValueError(
-                f"{file}: not the state of a training: {', '.join(sorted(missing))} missing; delete it to train its "
-                "model from the start"
-            )
-        checkpoint.load_optimizer(self.optimizer, tensors)
-        self.epoch, self.seconds, self.losses = (progress[name] for name in ("epoch", "seconds", "losses"))
+        expected = ("epoch", "seconds", "losses", "scaler")
+        tensors, progress = distributed.on_first_rank(lambda: checkpoint.read(file, self.trial.name, expected))
+        load_model(file, self.trial, self.model, tensors)
+        load_optimizer(self.optimizer, tensors)
+        self.epoch, self.seconds, self.losses = (progress[name] for name in expected[:3])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(progress["scaler"])
 
@@ -154,28 +151,21 @@ def train_one(task, trial, training, *, device="cpu", backend="auto", files=None
     if distributed.on_first_rank(lambda: files.checkpoint is not None and files.checkpoint.exists()):
         trainer.load(files.checkpoint)
         on_epoch(trainer.epoch)
-    saved = time.monotonic()
-    with _log(files.logs if first else None) as log:
-        try:
-            while trainer.epoch < training.epochs and not trainer.diverged:
-                loss = trainer.train_epoch()
-                psnr = -10 * math.log10(loss) if loss > 0 else math.inf
-                on_epoch(1, loss=f"{loss:.2e}", psnr=f"{psnr:.1f} dB")
-                log(trainer, loss, psnr)
-                if first and files.checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
-                    trainer.save(files.checkpoint)
-                    saved = time.monotonic()
-        except KeyboardInterrupt:
-            if first and files.checkpoint is not None:
-                trainer.save(files.checkpoint)
-            raise
+    file = files.checkpoint if first else None
+    with checkpoint.kept(file, trial.name, checkpoint_seconds) as keep, _log(files.logs if first else None) as log:
+        while trainer.epoch < training.epochs and not trainer.diverged:
+            loss = trainer.train_epoch()
+            keep(trainer.state)
+            psnr = -10 * math.log10(loss) if loss > 0 else math.inf
+            on_epoch(1, loss=f"{loss:.2e}", psnr=f"{psnr:.1f} dB")
+            log(trainer, loss, psnr)
     # a model that diverged takes part in the bar to the end
     on_epoch(training.epochs - trainer.epoch)
     if not first:
         return None
     row = trainer.result()
     if files.model is not None:
-        checkpoint.save(files.model, trial, trainer.model, epoch=trainer.epoch)
+        checkpoint.write(files.model, trial.name, to_tensors(trainer.model), {"epoch": trainer.epoch})
     return row
 
 

@@ -2,10 +2,11 @@
 
 import itertools
 import math
-import time
 
+from unrolled_kernels.experiments import checkpoint
 from unrolled_kernels.experiments.synthetic.data import epoch_blocks
 from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
+from unrolled_kernels.experiments.synthetic.grid import fingerprint
 
 
 def make_chunks(trials, models_per_chunk):
@@ -29,14 +30,14 @@ def make_chunks(trials, models_per_chunk):
     return chunks
 
 
-def train_chunk(task, trials, training, *, checkpoint=None, checkpoint_seconds=120, on_epochs=lambda count: None):
+def train_chunk(task, trials, training, *, checkpoint_file=None, checkpoint_seconds=120, on_epochs=lambda count: None):
     """Train the models of one chunk together.
 
     Args:
         task: the data, on the device to train on.
         trials: models of one hidden size and optimizer.
         training: what all models share.
-        checkpoint: the file that keeps the state of unfinished training; continued from if it is there.
+        checkpoint_file: what keeps the state of unfinished training; continued from if it is there.
         checkpoint_seconds: how often it is written.
         on_epochs: called now and then with the number of epochs done since the last call.
     Returns:
@@ -45,19 +46,12 @@ def train_chunk(task, trials, training, *, checkpoint=None, checkpoint_seconds=1
         ValueError: the checkpoint is damaged or belongs to other models; the message names it.
     """
     ensemble = Ensemble(task, trials, training)
-    if checkpoint is not None and checkpoint.exists():
-        ensemble.load(checkpoint)
+    if checkpoint_file is not None and checkpoint_file.exists():
+        ensemble.load(checkpoint_file)
         on_epochs(ensemble.epoch)
-    saved = time.monotonic()
-    try:
+    with checkpoint.kept(checkpoint_file, fingerprint(trials), checkpoint_seconds) as keep:
         for block, rows in epoch_blocks(ensemble.epoch, training.epochs):
             ensemble.train(ensemble.minibatch_orders(block)[rows])
+            keep(ensemble.state)
             on_epochs(rows.stop - rows.start)
-            if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
-                ensemble.save(checkpoint)
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        if checkpoint is not None:
-            ensemble.save(checkpoint)
-        raise
     return ensemble.results()

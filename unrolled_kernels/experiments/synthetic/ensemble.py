@@ -19,12 +19,10 @@ import math
 import time
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from unrolled_kernels import Diagonal
 from unrolled_kernels import functional as F
-from unrolled_kernels.experiments.run_directory import atomic_path
+from unrolled_kernels.experiments import checkpoint
 from unrolled_kernels.experiments.synthetic import evaluation, fused
 from unrolled_kernels.experiments.synthetic.data import DIM, MU, X_DIM, L
 from unrolled_kernels.experiments.synthetic.grid import fingerprint, trial_columns
@@ -279,26 +277,14 @@ class Ensemble:
 
     # -- checkpoints
 
-    def save(self, file):
-        """Write the state of training to ``file``."""
-        metadata = {"epoch": str(self.epoch), "seconds": str(self.seconds), "trials": fingerprint(self.trials)}
-        with atomic_path(file) as temporary:
-            save_file({name: getattr(self, name).cpu() for name in _STATE}, temporary, metadata)
+    def state(self):
+        """Everything that training goes on from: copies of tensors by name, and a dict of progress."""
+        tensors = {name: getattr(self, name).clone() for name in _STATE}
+        return tensors, {"epoch": self.epoch, "seconds": self.seconds}
 
     def load(self, file):
         """Continue from ``file``; raises ValueError, which names it, if it is damaged or of other models."""
-        try:
-            with safe_open(file, "pt") as saved:
-                metadata = saved.metadata() or {}
-                state = {name: saved.get_tensor(name) for name in _STATE}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file}: not a readable checkpoint (truncated, or of another kind): {error}; "
-                "delete it to train its models from the start"
-            ) from None
-        if metadata.get("trials") != fingerprint(self.trials):
-            raise ValueError(f"{file}: a checkpoint of other models; delete it to train these from the start")
-        for name, tensor in state.items():
-            getattr(self, name).copy_(tensor)
-        self.epoch = int(metadata["epoch"])
-        self.seconds = float(metadata["seconds"])
+        state, progress = checkpoint.read(file, fingerprint(self.trials), (*_STATE, "epoch", "seconds"))
+        for name in _STATE:
+            getattr(self, name).copy_(state[name])
+        self.epoch, self.seconds = progress["epoch"], progress["seconds"]

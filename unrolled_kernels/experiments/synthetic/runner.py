@@ -77,10 +77,10 @@ def train_grid(setup, trials, run_directory, *, workers=None, shard=None, show_p
     work = functools.partial(_train, setup)
     with tqdm(total=total * epochs, initial=finished * epochs, **bar_options) as bar:
         bar.set_description(f"{what} {finished}/{total}")
-        for (_, checkpoint), rows in run_jobs(jobs, workers=workers, prepare=setup.task, work=work, bar=bar):
+        for (_, file), rows in run_jobs(jobs, workers=workers, prepare=setup.task, work=work, bar=bar):
             run_directory.append(rows)
             # not before its results are safe
-            checkpoint.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
             finished += len(rows)
             bar.set_description(f"{what} {finished}/{total}")
     shard.collect(run_directory, type(trials[0]))
@@ -95,7 +95,7 @@ def _chunks(setup, trials, shards):
 
 
 def _train(setup, task, job, on_epochs):
-    trials, checkpoint = job
+    trials, file = job
     with use_backend(setup.backend):
         if setup.trainer in _ONE_BY_ONE:
             return [_ONE_BY_ONE[setup.trainer](task, trials[0], setup.training, on_epochs)]
@@ -103,6 +103,6 @@ def _train(setup, task, job, on_epochs):
             task,
             trials,
             setup.training,
-            checkpoint=checkpoint,
+            checkpoint_file=file,
             on_epochs=lambda count: on_epochs(count * len(trials)),
         )
