@@ -83,10 +83,13 @@ class Timing:
 def interleave(functions, device, *, rounds=30, min_seconds=0.02, max_seconds=20.0):
     """Time ``{name: call}`` in turns, so that a noisy moment falls on all of them alike.
 
+    A turn begins with a call that is not timed: the first one after another function's finds the caches cold, and
+    threads of that function's that still spin (4 ms more for 10 ms after JAX's), so it would tell who comes after whom.
+
     Args:
         functions: each is called without arguments, several times a round if it is short.
         device: "cpu" or "cuda".
-        min_seconds: length of a turn: the first calls after another function's find the caches cold.
+        min_seconds: length of a turn.
         rounds: turns for each function, fewer for one that would take more than ``max_seconds`` in all.
     Returns:
         ``{name: Timing}``.
@@ -106,10 +109,11 @@ def interleave(functions, device, *, rounds=30, min_seconds=0.02, max_seconds=20
         run(call, 2)
         once = run(call, 1)
         repeats[name] = max(1, int(min_seconds / max(once, 1e-7)))
-        allowed[name] = max(3, min(rounds, int(max_seconds / max(once * repeats[name], 1e-9))))
+        allowed[name] = max(3, min(rounds, int(max_seconds / max(once * (repeats[name] + 1), 1e-9))))
     for i in range(rounds):
         for name, call in functions.items():
             if i < allowed[name]:
+                run(call, 1)
                 samples[name].append(run(call, repeats[name]))
     return {name: _timing(values) for name, values in samples.items()}
 
