@@ -2,12 +2,14 @@
 //
 //     Q            [B or 1, d, d], 1 where one matrix serves the batch; its gradient is then summed over the batch
 //     q, b, y0     [B, d], expanded where they are shared; y0 None is zero
-//     weights      [P] in the compute dtype, packed as in rnn.h
+//     weights      W1 [h_1, d], W2 [h_1, d], W^2 [h_2, h_1] ... W^L [h_L, h_{L-1}], V [d, h_L] in the compute dtype
 //     y, grad_y    [B, d], or [k+1, B, d] with trajectory
 //
-// Strides are free. A gradient that is not needed comes back as an empty tensor, [0].
+// Strides are free. A gradient that is not needed comes back as an empty tensor, [0], those of the weights as none.
+// Kernels have the weights, and their gradient, packed: one matrix after the other (rnn.h).
 #include "rnn.h"
 
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -22,9 +24,23 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// Copies n elements of `size` bytes between contiguous tensors of one device and dtype, from and to an element of each.
+void copy_elements(const Tensor& from, int64_t first, Tensor& to, int64_t to_first, int64_t n, size_t size) {
+  if (n == 0) return;
+  if (from.is_cpu()) {
+    std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + to_first * size,
+                static_cast<const char*>(from.const_data_ptr()) + first * size, n * size);
+    return;
+  }
+  Tensor from_flat = torch::stable::flatten(from), to_flat = torch::stable::flatten(to);
+  Tensor target = torch::stable::narrow(to_flat, 0, to_first, n);
+  torch::stable::copy_(target, torch::stable::narrow(from_flat, 0, first, n));
+}
+
 // The tensors behind one call: as they came, or copied where a kernel needs other strides.
 struct Arguments {
   OptionalTensor eigenvalues, matrix, b, y0, weights;
+  std::vector<std::pair<int64_t, int64_t>> weight_sizes;  // rows and columns of W1, W2, W^2 ... W^L, V
   std::vector<int64_t> hidden_dims;
   int64_t k;
   bool trajectory;
@@ -32,8 +48,8 @@ struct Arguments {
   int64_t B, d;
 
   Arguments(const Tensor* eigenvalues_, const Tensor* matrix_, const Tensor& b_, const OptionalTensor& y0_,
-            const Tensor& weights_, std::vector<int64_t> hidden_dims_, int64_t k, bool trajectory)
-      : hidden_dims(std::move(hidden_dims_)), k(k), trajectory(trajectory), storage(b_.scalar_type()) {
+            const std::vector<Tensor>& weights_, int64_t k, bool trajectory)
+      : k(k), trajectory(trajectory), storage(b_.scalar_type()) {
     STD_TORCH_CHECK(b_.dim() == 2, "b: expected [B, d]");
     STD_TORCH_CHECK(k >= 0, "num_steps: expected a non-negative number");
     B = b_.size(0);
@@ -48,24 +64,27 @@ struct Arguments {
                       "matrix: expected [B or 1, d, d] in the dtype of b");
       matrix = with_contiguous_samples(*matrix_);
     }
-    STD_TORCH_CHECK(!hidden_dims.empty() && hidden_dims.size() <= max_rnn_layers, "hidden_dims: expected 1 to ",
-                    max_rnn_layers, " widths, got ", hidden_dims.size());
-    for (const int64_t width : hidden_dims) {
-      STD_TORCH_CHECK(width >= 0 && width <= max_rnn_width, "hidden_dims: expected widths up to ", max_rnn_width,
-                      ", got ", width);
+    check_weights(weights_);
+    int64_t size = 0;
+    for (const auto& [rows, columns] : weight_sizes) size += rows * columns;
+    weights = allocate(b_, compute_scalar_type(storage), {size});
+    int64_t first = 0;
+    for (const Tensor& W : weights_) {
+      const Tensor contiguous = W.is_contiguous() ? W : torch::stable::contiguous(W);
+      copy_elements(contiguous, 0, *weights, first, W.numel(), compute_size());
+      first += W.numel();
     }
-    RnnInputs<float> sizes{};
-    fill_sizes(sizes);
-    STD_TORCH_CHECK(weights_.dim() == 1 && weights_.size(0) == rnn_weights_size(sizes) &&
-                        weights_.scalar_type() == compute_scalar_type(storage),
-                    "weights: expected [P] in the compute dtype, P = ", rnn_weights_size(sizes));
-    weights = weights_.is_contiguous() ? weights_ : torch::stable::contiguous(weights_);
   }
+
+  size_t compute_size() const { return storage == ScalarType::Double ? sizeof(double) : sizeof(float); }
 
   template <typename Storage>
   void fill(RnnInputs<Storage>& p) const {
-    fill_sizes(p);
+    p.B = B;
+    p.d = d;
     p.k = k;
+    p.num_layers = static_cast<int>(hidden_dims.size());
+    for (size_t l = 0; l < hidden_dims.size(); ++l) p.hidden_dims[l] = hidden_dims[l];
     p.weights = data<compute_type<Storage>>(*weights);
     p.matrix = matrix ? data<Storage>(*matrix) : nullptr;
     p.matrix_stride = matrix ? batch_stride(*matrix) : 0;
@@ -79,12 +98,21 @@ struct Arguments {
   }
 
  private:
-  template <typename Storage>
-  void fill_sizes(RnnInputs<Storage>& p) const {
-    p.B = B;
-    p.d = d;
-    p.num_layers = static_cast<int>(hidden_dims.size());
-    for (size_t l = 0; l < hidden_dims.size(); ++l) p.hidden_dims[l] = hidden_dims[l];
+  void check_weights(const std::vector<Tensor>& weights_) {
+    const size_t layers = weights_.size() - 2;
+    STD_TORCH_CHECK(weights_.size() > 2 && layers <= max_rnn_layers, "weights: expected W1, W2, W^2 ... W^L, V with L "
+                    "from 1 to ", max_rnn_layers, ", got ", weights_.size(), " matrices");
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      const Tensor& W = weights_[i];
+      STD_TORCH_CHECK(W.dim() == 2, "weights: expected matrices");
+      const int64_t rows = i == layers + 1 ? d : i == 1 ? hidden_dims[0] : W.size(0);
+      const int64_t columns = i < 2 ? d : hidden_dims.back();
+      STD_TORCH_CHECK(W.size(0) == rows && W.size(1) == columns && W.scalar_type() == compute_scalar_type(storage),
+                      "weights: expected [", rows, ", ", columns, "] in the compute dtype for matrix ", i);
+      STD_TORCH_CHECK(rows <= max_rnn_width, "weights: expected widths up to ", max_rnn_width, ", got ", rows);
+      weight_sizes.emplace_back(rows, columns);
+      if (i != 1 && i <= layers) hidden_dims.push_back(rows);
+    }
   }
   Tensor rows(const char* name, const Tensor& x) const {
     STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == B && x.size(1) == d && x.scalar_type() == storage, name,
@@ -115,10 +143,10 @@ Tensor run_forward(const Arguments& args) {
   return y;
 }
 
-using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 // Gradients of Q (of whichever structure), b, y0 and the weights.
-FourTensors run_backward(const Tensor& grad_y_, const Arguments& args, bool needs_Q, bool needs_weights) {
+Gradients run_backward(const Tensor& grad_y_, const Arguments& args, bool needs_Q, bool needs_weights) {
   const Tensor& b = *args.b;
   const Tensor grad_y = grad_y_.is_contiguous() ? grad_y_ : torch::stable::contiguous(grad_y_);
   STD_TORCH_CHECK(grad_y.numel() == args.B * args.d * (args.trajectory ? args.k + 1 : 1) &&
@@ -140,35 +168,40 @@ FourTensors run_backward(const Tensor& grad_y_, const Arguments& args, bool need
     p.d_weights = mutable_data<compute_type<Storage>>(d_weights);
     launch(b, p);
   });
-  return {d_Q, db, dy0, d_weights};
+  std::vector<Tensor> matrices;
+  int64_t first = 0;
+  for (const auto& [rows, columns] : args.weight_sizes) {
+    if (!needs_weights) break;
+    matrices.push_back(allocate(b, compute_scalar_type(args.storage), {rows, columns}));
+    copy_elements(d_weights, first, matrices.back(), 0, rows * columns, args.compute_size());
+    first += rows * columns;
+  }
+  return {d_Q, db, dy0, std::move(matrices)};
 }
 
-Tensor rnn_dense(const Tensor& Q, const Tensor& b, const OptionalTensor& y0, const Tensor& weights,
-                 std::vector<int64_t> hidden_dims, int64_t num_steps, bool trajectory) {
-  return run_forward({nullptr, &Q, b, y0, weights, std::move(hidden_dims), num_steps, trajectory});
+Tensor rnn_dense(const Tensor& Q, const Tensor& b, const OptionalTensor& y0, std::vector<Tensor> weights,
+                 int64_t num_steps, bool trajectory) {
+  return run_forward({nullptr, &Q, b, y0, weights, num_steps, trajectory});
 }
 
-Tensor rnn_diagonal(const Tensor& q, const Tensor& b, const OptionalTensor& y0, const Tensor& weights,
-                    std::vector<int64_t> hidden_dims, int64_t num_steps, bool trajectory) {
-  return run_forward({&q, nullptr, b, y0, weights, std::move(hidden_dims), num_steps, trajectory});
+Tensor rnn_diagonal(const Tensor& q, const Tensor& b, const OptionalTensor& y0, std::vector<Tensor> weights,
+                    int64_t num_steps, bool trajectory) {
+  return run_forward({&q, nullptr, b, y0, weights, num_steps, trajectory});
 }
 
-FourTensors rnn_dense_backward(const Tensor& grad_y, const Tensor& Q, const Tensor& b, const OptionalTensor& y0,
-                               const Tensor& weights, std::vector<int64_t> hidden_dims, int64_t num_steps,
-                               bool trajectory, bool needs_Q, bool needs_weights) {
-  return run_backward(grad_y, {nullptr, &Q, b, y0, weights, std::move(hidden_dims), num_steps, trajectory}, needs_Q,
-                      needs_weights);
+Gradients rnn_dense_backward(const Tensor& grad_y, const Tensor& Q, const Tensor& b, const OptionalTensor& y0,
+                             std::vector<Tensor> weights, int64_t num_steps, bool trajectory, bool needs_Q,
+                             bool needs_weights) {
+  return run_backward(grad_y, {nullptr, &Q, b, y0, weights, num_steps, trajectory}, needs_Q, needs_weights);
 }
 
-FourTensors rnn_diagonal_backward(const Tensor& grad_y, const Tensor& q, const Tensor& b, const OptionalTensor& y0,
-                                  const Tensor& weights, std::vector<int64_t> hidden_dims, int64_t num_steps,
-                                  bool trajectory, bool needs_q, bool needs_weights) {
-  return run_backward(grad_y, {&q, nullptr, b, y0, weights, std::move(hidden_dims), num_steps, trajectory}, needs_q,
-                      needs_weights);
+Gradients rnn_diagonal_backward(const Tensor& grad_y, const Tensor& q, const Tensor& b, const OptionalTensor& y0,
+                                std::vector<Tensor> weights, int64_t num_steps, bool trajectory, bool needs_q,
+                                bool needs_weights) {
+  return run_backward(grad_y, {&q, nullptr, b, y0, weights, num_steps, trajectory}, needs_q, needs_weights);
 }
 
-#define UNROLLED_KERNELS_REST \
-  "Tensor b, Tensor? y0, Tensor weights, int[] hidden_dims, int num_steps, bool trajectory"
+#define UNROLLED_KERNELS_REST "Tensor b, Tensor? y0, Tensor[] weights, int num_steps, bool trajectory"
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("rnn_dense", TORCH_BOX(&rnn_dense));
@@ -184,9 +217,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
   m.def("rnn_dense(Tensor Q, " UNROLLED_KERNELS_REST ") -> Tensor");
   m.def("rnn_diagonal(Tensor q, " UNROLLED_KERNELS_REST ") -> Tensor");
   m.def("rnn_dense_backward(Tensor grad_y, Tensor Q, " UNROLLED_KERNELS_REST
-        ", bool needs_Q, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+        ", bool needs_Q, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
   m.def("rnn_diagonal_backward(Tensor grad_y, Tensor q, " UNROLLED_KERNELS_REST
-        ", bool needs_q, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+        ", bool needs_q, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unrolled_kernels, CPU, m) { unrolled_kernels::register_kernels(m); }

@@ -19,6 +19,8 @@ from cuda_sources import (
 from cuda_sources import spread as spread_rows
 
 from unrolled_kernels.ops.rnn import manual
+from unrolled_kernels.ops.rnn.native import hidden_dims_of
+from unrolled_kernels.ops.rnn.reference import weight_shapes
 from unrolled_kernels.testing import assert_as_close_as_eager, random_quadratic
 
 pytestmark = needs_emulation
@@ -33,27 +35,29 @@ class Emulation:
         self.executable = emulated("rnn", mode, [CSRC / "cuda" / "rnn.cu", EMULATION / "rnn_driver.cpp"])
         self.environment, self.shift = environment(order, copies, **more), shift
 
-    def forward(self, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory):
+    def forward(self, eigenvalues, matrix, b, y0, weights, k, trajectory):
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
-        return self._run(False, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory, [y])[0]
+        return self._run(False, eigenvalues, matrix, b, y0, weights, k, trajectory, [y])[0]
 
-    def backward(self, grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory, *needs):
+    def backward(self, grad_y, eigenvalues, matrix, b, y0, weights, k, trajectory, *needs):
         needs_eigenvalues, needs_matrix, needs_weights = needs
+        packed = _pack(weights)
         outputs = [
             poisoned(matrix.shape, b.dtype) if needs_matrix else None,
             poisoned(b.shape, b.dtype) if needs_eigenvalues else None,
             poisoned(b.shape, b.dtype),
             poisoned(b.shape, b.dtype),
-            poisoned(weights.shape, weights.dtype) if needs_weights else None,
+            poisoned(packed.shape, packed.dtype) if needs_weights else None,
         ]
         rest = [grad_y, *outputs]
-        outputs = self._run(True, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory, rest)
-        d_matrix, d_eigenvalues, db, dy0, d_weights = (
-            (weights if i == 4 else b).new_empty(0) if x is None else x for i, x in enumerate(outputs)
-        )
-        return d_eigenvalues, d_matrix, db, dy0, d_weights
+        outputs = self._run(True, eigenvalues, matrix, b, y0, weights, k, trajectory, rest)
+        *grads, d_weights = outputs
+        d_matrix, d_eigenvalues, db, dy0 = (b.new_empty(0) if x is None else x for x in grads)
+        d_weights = [] if d_weights is None else d_weights.split([W.numel() for W in weights])
+        return d_eigenvalues, d_matrix, db, dy0, *(g.view(W.shape) for g, W in zip(d_weights, weights, strict=False))
 
-    def _run(self, backward, eigenvalues, matrix, b, y0, weights, hidden_dims, k, trajectory, rest):
+    def _run(self, backward, eigenvalues, matrix, b, y0, weights, k, trajectory, rest):
+        hidden_dims = hidden_dims_of(weights)
         numbers = [
             int(backward),
             list(DTYPES.values()).index(b.dtype),
@@ -66,9 +70,13 @@ class Emulation:
             *hidden_dims,
             *[0] * (MAX_LAYERS - len(hidden_dims)),
         ]
-        arrays = [matrix, eigenvalues, b, y0, weights, *rest]
+        arrays = [matrix, eigenvalues, b, y0, _pack(weights), *rest]
         arrays += [None] * (11 - len(arrays))
         return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
+
+
+def _pack(weights):
+    return torch.cat([W.reshape(-1) for W in weights])
 
 
 def _problem(structure, B, d, hidden_dims, k, *, warm=True, trajectory=False, seed=0):
@@ -81,43 +89,41 @@ def _problem(structure, B, d, hidden_dims, k, *, warm=True, trajectory=False, se
     eigenvalues = leaves[0] if structure == "diagonal" else None
     matrix = None if structure == "diagonal" else leaves[0].reshape(-1, d, d)
     normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
-    ins, outs = (d, d, *hidden_dims), (hidden_dims[0], *hidden_dims, d)
     # of a size that keeps states and adjoints of the size of b over the steps
-    weights = torch.cat([normal(n * m) * (1.2 / m) ** 0.5 for n, m in zip(outs, ins, strict=True)])
+    weights = [normal(n, m) * (1.2 / m) ** 0.5 for n, m in weight_shapes(hidden_dims, d)]
     y0 = normal(B, d) if warm else None
     grad = normal(*((k + 1, B, d) if trajectory else (B, d)))
-    tensors = (grad, eigenvalues, matrix, b, y0, weights)
-    return [x if x is None else x.bfloat16().double().contiguous() for x in tensors]
+    rounded = lambda x: x if x is None else x.bfloat16().double().contiguous()
+    return [*map(rounded, (grad, eigenvalues, matrix, b, y0)), [rounded(W) for W in weights]]
 
 
-def _run(implementation, tensors, hidden_dims, k, dtype, needs=(True, True, True)):
+def _run(implementation, tensors, k, dtype, needs=(True, True, True)):
     """y, and the gradients by name."""
     compute = torch.promote_types(dtype, torch.float32)
-    grad, eigenvalues, matrix, b, y0, weights = (
-        x if x is None else x.to(compute if i == 5 else dtype) for i, x in enumerate(tensors)
-    )
-    call = (eigenvalues, matrix, b, y0, weights, hidden_dims, k, grad.dim() == 3)
+    grad, eigenvalues, matrix, b, y0 = (x if x is None else x.to(dtype) for x in tensors[:5])
+    weights = [W.to(compute) for W in tensors[5]]
+    call = (eigenvalues, matrix, b, y0, weights, k, grad.dim() == 3)
     needs = (needs[0] and eigenvalues is not None, needs[1] and matrix is not None, needs[2])
-    names = ("d_eigenvalues", "d_matrix", "db", "dy0", "d_weights")
-    grads = implementation.backward(grad, *call, *needs)
-    return dict(y=implementation.forward(*call), **dict(zip(names, grads, strict=True)))
+    d_eigenvalues, d_matrix, db, dy0, *d_weights = implementation.backward(grad, *call, *needs)
+    results = {"y": implementation.forward(*call), "d_eigenvalues": d_eigenvalues, "d_matrix": d_matrix}
+    return results | {"db": db, "dy0": dy0} | {f"d_weights {i}": g for i, g in enumerate(d_weights)}
 
 
-def _check(emulation, tensors, hidden_dims, k, dtype, needs=(True, True, True)):
+def _check(emulation, tensors, k, dtype, needs=(True, True, True)):
     """The executed kernels against the float64 reference; returns what they computed."""
-    actual = _run(emulation, tensors, hidden_dims, k, dtype, needs)
-    exact = _run(manual, tensors, hidden_dims, k, torch.float64, needs)
-    eager = _run(manual, tensors, hidden_dims, k, torch.float32 if dtype == torch.float64 else dtype, needs)
+    actual = _run(emulation, tensors, k, dtype, needs)
+    exact = _run(manual, tensors, k, torch.float64, needs)
+    eager = _run(manual, tensors, k, torch.float32 if dtype == torch.float64 else dtype, needs)
     for name in exact:
         assert_as_close_as_eager(actual[name], exact[name], eager[name], what=name)
     return actual
 
 
-def _in_every_order(tensors, hidden_dims, k, dtype, **options):
+def _in_every_order(tensors, k, dtype, **options):
     """Right, and bit-equal whatever the order of the threads."""
-    first = _check(Emulation(**options), tensors, hidden_dims, k, dtype)
+    first = _check(Emulation(**options), tensors, k, dtype)
     for order, copies in ORDERS[1:]:
-        again = _run(Emulation(order=order, copies=copies, **options), tensors, hidden_dims, k, dtype)
+        again = _run(Emulation(order=order, copies=copies, **options), tensors, k, dtype)
         for name in first:
             assert torch.equal(first[name], again[name]), f"{name}: the order of the threads shows ({order})"
 
@@ -127,7 +133,7 @@ def _in_every_order(tensors, hidden_dims, k, dtype, **options):
 @pytest.mark.parametrize("B", [11, 71])
 @pytest.mark.parametrize(("d", "hidden_dims"), [(5, (10, 20, 20)), (3, (7,)), (13, (6, 33))], ids=str)
 def test_tiles(structure, B, d, hidden_dims):
-    _in_every_order(_problem(structure, B, d, hidden_dims, 3, seed=d), hidden_dims, 3, torch.float32)
+    _in_every_order(_problem(structure, B, d, hidden_dims, 3, seed=d), 3, torch.float32)
 
 
 @structures
@@ -136,7 +142,7 @@ def test_tiles(structure, B, d, hidden_dims):
 def test_dtypes(structure, dtype, trajectory):
     for B, d, hidden_dims, k in ((19, 5, (10, 20, 20), 4), (2, 17, (9, 3, 4, 5, 6, 7), 2)):
         tensors = _problem(structure, B, d, hidden_dims, k, trajectory=trajectory, seed=3)
-        _check(Emulation(order="7", copies="late"), tensors, hidden_dims, k, DTYPES[dtype])
+        _check(Emulation(order="7", copies="late"), tensors, k, DTYPES[dtype])
 
 
 @structures
@@ -145,14 +151,14 @@ def test_edges(structure, trajectory):
     for k, B, (d, hidden_dims, warm) in itertools.product((0, 1, 7), (0, 1, 3), ((1, (1,), True), (6, (2, 9), False))):
         tensors = _problem(structure, B, d, hidden_dims, k, warm=warm, trajectory=trajectory, seed=5)
         for dtype in (torch.float32, torch.float64):
-            _check(Emulation(), tensors, hidden_dims, k, dtype)
+            _check(Emulation(), tensors, k, dtype)
 
 
 @structures
 def test_largest(structure):
     """d = 64 and widths of 128: the weights stay in global memory, whose L2 serves them."""
     hidden_dims = (128, 128, 128)
-    _check(Emulation(), _problem(structure, 3, 64, hidden_dims, 2), hidden_dims, 2, torch.float32)
+    _check(Emulation(), _problem(structure, 3, 64, hidden_dims, 2), 2, torch.float32)
 
 
 @structures
@@ -161,7 +167,7 @@ def test_what_does_not_fit_in_shared_memory(structure):
     hidden_dims = (12, 20)
     for limit in (34000, 20000, 14000, 9000, 3000):
         tensors = _problem(structure, 18, 9, hidden_dims, 6, seed=4)
-        _in_every_order(tensors, hidden_dims, 6, torch.float32, CUDA_ON_CPU_SHARED_MEMORY=str(limit))
+        _in_every_order(tensors, 6, torch.float32, CUDA_ON_CPU_SHARED_MEMORY=str(limit))
 
 
 @structures
@@ -173,22 +179,22 @@ def test_strides_and_alignment(structure, dtype):
     eigenvalues, matrix, b, y0 = operands
     expanded = [eigenvalues, matrix, b[:1].expand(5, 7), y0[:1].expand(5, 7)]
     for case in (spread, expanded):
-        _check(Emulation(shift=1), [grad, *case, weights], hidden_dims, 3, DTYPES[dtype])
+        _check(Emulation(shift=1), [grad, *case, weights], 3, DTYPES[dtype])
 
 
 @structures
 def test_gradients_that_are_not_needed(structure):
     for needs in itertools.product((True, False), repeat=3):
         tensors = _problem(structure, 9, 6, (5, 8), 4, seed=2)
-        _check(Emulation(), tensors, (5, 8), 4, torch.float32, needs)
+        _check(Emulation(), tensors, 4, torch.float32, needs)
 
 
 def test_nan_stays_in_its_row():
     for structure, B in itertools.product(("dense", "diagonal"), (9, 70)):
         tensors = _problem(structure, B, 6, (5, 8), 3, seed=8)
-        clean = _run(Emulation(), tensors, (5, 8), 3, torch.float32)
+        clean = _run(Emulation(), tensors, 3, torch.float32)
         tensors[3][1, 3] = torch.nan
-        spoiled = _run(Emulation(), tensors, (5, 8), 3, torch.float32)
+        spoiled = _run(Emulation(), tensors, 3, torch.float32)
         others = [i for i in range(B) if i != 1]
         assert spoiled["y"][1].isnan().all()
         for name in ("y", "db", "dy0"):
@@ -197,7 +203,7 @@ def test_nan_stays_in_its_row():
 
 def test_sizes_beyond_the_kernels_are_refused():
     with pytest.raises(AssertionError, match="at most 8192 expected; use backend='eager'"):
-        _run(Emulation(), _problem("diagonal", 1, 1, (8193,), 1), (8193,), 1, torch.float32)
+        _run(Emulation(), _problem("diagonal", 1, 1, (8193,), 1), 1, torch.float32)
 
 
 @structures
@@ -206,7 +212,7 @@ def test_sanitizers(structure, mode):
     hidden_dims = (7, 12, 9)
     for B, trajectory in itertools.product((1, 10, 71), (False, True)):
         tensors = _problem(structure, B, 5, hidden_dims, 3, trajectory=trajectory, seed=9)
-        _check(Emulation(mode, order="7", copies="late", shift=1), tensors, hidden_dims, 3, torch.float32)
+        _check(Emulation(mode, order="7", copies="late", shift=1), tensors, 3, torch.float32)
     for limit in (12000, 2000):
         tensors = _problem(structure, 18, 6, hidden_dims, 4)
-        _check(Emulation(mode, CUDA_ON_CPU_SHARED_MEMORY=str(limit)), tensors, hidden_dims, 4, torch.float32)
+        _check(Emulation(mode, CUDA_ON_CPU_SHARED_MEMORY=str(limit)), tensors, 4, torch.float32)

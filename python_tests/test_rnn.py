@@ -10,7 +10,7 @@ from conftest import BACKENDS, device_of, interpreted
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
 from unrolled_kernels.ops.rnn import native
-from unrolled_kernels.ops.rnn.reference import pack, weight_shapes
+from unrolled_kernels.ops.rnn.reference import weight_shapes
 from unrolled_kernels.testing import assert_as_close_as_eager, bytes_kept_for_backward, random_quadratic
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -141,7 +141,7 @@ def test_sizes(backend, structure, dtype, d):
 @pytest.mark.parametrize("dtype", ["f64", "f32"])
 @pytest.mark.parametrize(
     "hidden_dims",
-    [(1,), (6,), (33, 2), (2, 11, 5, 17), (3, 4, 5, 6, 7, 8), (128, 16), (129,), (4, 4, 4, 4, 4, 4, 4)],
+    [(1,), (6,), (33, 2), (2, 11, 5, 17), (3, 4, 5, 6, 7, 8), (128, 16), (70, 95), (129,), (4, 4, 4, 4, 4, 4, 4)],
     ids=lambda h: "-".join(map(str, h)),
 )
 def test_widths_and_depths(backend, structure, dtype, hidden_dims):
@@ -151,12 +151,12 @@ def test_widths_and_depths(backend, structure, dtype, hidden_dims):
 
 
 @backends
-@pytest.mark.parametrize("k", [40, 150])
-def test_many_steps(backend, k):
-    """More steps than backward treats in one go."""
+@pytest.mark.parametrize(("k", "hidden_dims"), [(40, (20, 20, 20)), (150, (20, 20, 20)), (40, (90, 70))], ids=str)
+def test_many_steps(backend, k, hidden_dims):
+    """More steps than backward treats in one go, of few weights and of many."""
     if interpreted(backend):
         pytest.skip("interpreted, this many steps take minutes")
-    problem = Problem("dense", (50,), 6, k, (20, 20, 20), trajectory=True, device=device_of(backend))
+    problem = Problem("dense", (50,), 6, k, hidden_dims, trajectory=True, device=device_of(backend))
     compare(problem, backend, torch.float32)
 
 
@@ -221,14 +221,12 @@ def test_second_order_needs_no_first_order_copy(backend, structure):
 def _canonical(structure, k, B, device, *, permuted=False, trajectory=False):
     """Arguments of the raw ops, optionally with every layout a user's tensors may have."""
     problem = Problem(structure, (B,), 5, k, (6, 4), device=device)
-    Q, b, y0, *matrices = problem.leaves.values()
+    Q, b, y0, *weights = problem.leaves.values()
     grad = torch.randn((k + 1, B, 5) if trajectory else (B, 5), dtype=torch.float64, device=device)
-    weights = pack(matrices)
     if permuted:
         turn = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        Q, b, y0, grad = map(turn, (Q, b, y0, grad))
-        weights = weights.repeat_interleave(2)[::2]
-    return grad, (Q, b, y0, weights, (6, 4), k, trajectory)
+        Q, b, y0, grad, *weights = map(turn, (Q, b, y0, grad, *weights))
+    return grad, (Q, b, y0, weights, k, trajectory)
 
 
 @native_backends
@@ -375,7 +373,7 @@ def test_relu_passes_nothing_at_zero(backend):
 @structures
 @pytest.mark.parametrize("k", [3, 100])
 def test_backward_keeps_only_the_inputs(backend, structure, k):
-    """Bytes that autograd holds between the passes: those of the inputs and the packed weights, whatever k is."""
+    """Bytes that autograd holds between the passes: those of the inputs, whatever k is."""
     if interpreted(backend) and k > 3:
         pytest.skip("interpreted, this many steps take minutes")
     problem = Problem(structure, (8,), 6, k, warm=False, device=device_of(backend))

@@ -126,10 +126,10 @@ def compile_rnn_ops(structure, d, hidden_dims, dtype=torch.float32, *, trajector
     B, k = 64, 10
     empty = lambda *shape: torch.empty(shape, dtype=dtype)
     Q = {"dense": empty(B, d, d), "shared": empty(1, d, d), "diagonal": empty(B, d)}[structure]
-    num_weights = sum(rows * columns for rows, columns in weight_shapes(hidden_dims, d))
-    weights = torch.empty(num_weights, dtype=torch.promote_types(dtype, torch.float32))
+    compute = torch.promote_types(dtype, torch.float32)
+    weights = [torch.empty(shape, dtype=compute) for shape in weight_shapes(hidden_dims, d)]
     grad_y = empty(k + 1, B, d) if trajectory else empty(B, d)
-    rest = (Q, empty(B, d), empty(B, d), weights, hidden_dims, k, trajectory)
+    rest = (Q, empty(B, d), empty(B, d), weights, k, trajectory)
     name = "diagonal" if structure == "diagonal" else "dense"
     getattr(torch.ops.unrolled_kernels, f"rnn_{name}_triton")(*rest)
     getattr(torch.ops.unrolled_kernels, f"rnn_{name}_triton_backward")(grad_y, *rest, True, True)

@@ -56,25 +56,24 @@ def check_tensors(tensors):
 
 
 def check_weights(weights):
-    """``(W1, W2, [W^2 … W^L], V)`` whose shapes chain; returns ``{name: matrix}`` in this order."""
+    """``(W1, W2, [W^2 … W^L], V)`` whose shapes chain; returns the matrices in this order."""
     try:
         W1, W2, inner, V = weights
-        inner = list(inner)
+        matrices = (W1, W2, *inner, V)
     except (TypeError, ValueError):
         raise TypeError(f"weights: expected (W1, W2, [W^2 … W^L], V), got {type(weights).__name__}") from None
-    matrices = {"W1": W1, "W2": W2} | {f"W^{i + 2}": W for i, W in enumerate(inner)} | {"V": V}
-    for name, W in matrices.items():
+    for i, W in enumerate(matrices):
         if not isinstance(W, torch.Tensor) or W.dim() != 2:
             got = f"shape {list(W.shape)}" if isinstance(W, torch.Tensor) else type(W).__name__
-            raise ValueError(f"weights: expected a matrix for {name}, got {got}")
+            raise ValueError(f"weights: expected a matrix for {_weight_name(i, matrices)}, got {got}")
     width, d = W1.shape
-    for name, W in matrices.items():
-        rows = d if name == "V" else width if name in ("W1", "W2") else W.shape[0]
-        columns = d if name in ("W1", "W2") else width
+    for i, W in enumerate(matrices):
+        rows = width if i < 2 else d if i == len(matrices) - 1 else W.shape[0]
+        columns = d if i < 2 else width
         if W.shape != (rows, columns):
             raise ValueError(
-                f"weights: expected shape {[rows, columns]} for {name}, which follows W1 of shape {list(W1.shape)} in "
-                f"the chain W1, W2 [h_1, d], W^l [h_l, h_(l-1)], V [d, h_L]; got {list(W.shape)}"
+                f"weights: expected shape {[rows, columns]} for {_weight_name(i, matrices)}, which follows W1 of shape "
+                f"{list(W1.shape)} in the chain W1, W2 [h_1, d], W^l [h_l, h_(l-1)], V [d, h_L]; got {list(W.shape)}"
             )
         width = rows
     return matrices
@@ -82,16 +81,23 @@ def check_weights(weights):
 
 def check_weight_tensors(matrices, d, b):
     """The matrices of ``check_weights`` fit a state of size d, and b in dtype (or its compute dtype) and device."""
-    if matrices["V"].shape[0] != d:
+    if matrices[-1].shape[0] != d:
         raise ValueError(
             f"weights: expected W1, W2 [h_1, d] and V [d, h_L] with d = {d} to fit b of shape {list(b.shape)}, got "
-            f"d = {matrices['V'].shape[0]}"
+            f"d = {matrices[-1].shape[0]}"
         )
-    for name, W in matrices.items():
-        if W.dtype not in (b.dtype, torch.promote_types(b.dtype, torch.float32)):
+    dtypes, device = (b.dtype, torch.promote_types(b.dtype, torch.float32)), b.device
+    for i, W in enumerate(matrices):
+        if W.dtype not in dtypes:
+            name = _weight_name(i, matrices)
             raise ValueError(f"dtype: b has {b.dtype} but {name} of weights has {W.dtype}; convert one of them")
-        if W.device != b.device:
-            raise ValueError(f"device: b is on {b.device} but {name} of weights is on {W.device}; move one of them")
+        if W.device != device:
+            name = _weight_name(i, matrices)
+            raise ValueError(f"device: b is on {device} but {name} of weights is on {W.device}; move one of them")
+
+
+def _weight_name(i, matrices):
+    return ("W1", "W2", *(f"W^{i}" for i in range(2, len(matrices) - 1)), "V")[i]
 
 
 def check_flag(name, value):

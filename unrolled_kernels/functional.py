@@ -19,7 +19,6 @@ from unrolled_kernels import _backend, _check
 from unrolled_kernels.annotations import Number, Quadratic, Weights
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
-from unrolled_kernels.ops.rnn.reference import pack
 from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
@@ -163,10 +162,10 @@ def rnn(
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
         with torch.autocast(b.device.type, enabled=False):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
-            W1, W2, *inner, V = map(_to_float32, matrices.values())
+            W1, W2, *inner, V = map(_to_float32, matrices)
             weights = (W1, W2, inner, V)
             return rnn(Q, b, weights, num_steps, y0=y0, return_trajectory=return_trajectory, backend=backend)
-    shape = _full_shape(Q, b, y0)
+    shape = tuple(b.shape) if y0 is None and _is_plain(Q, b) else _full_shape(Q, b, y0)
     _check.check_weight_tensors(matrices, shape[-1], b)
     chosen = _backend.resolve(backend, b.device)
     if isinstance(Q, Tikhonov):
@@ -178,9 +177,8 @@ def rnn(
     eigenvalues, b, y0 = (_reshape(x, shape, flat) for x in (eigenvalues, b, y0))
     matrix = None if matrix is None else _flatten_matrix(matrix, shape[:-1])
     compute = torch.promote_types(b.dtype, torch.float32)
-    hidden_dims = tuple(W.shape[0] for name, W in matrices.items() if name not in ("W2", "V"))
-    packed = pack([W.to(compute) for W in matrices.values()])
-    y = _rnn_op(chosen, hidden_dims, num_steps, return_trajectory, eigenvalues, matrix, b, y0, packed)
+    matrices = tuple(W if W.dtype == compute else W.to(compute) for W in matrices)
+    y = _rnn_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, matrices)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if y.shape == final_shape else y.reshape(final_shape)
 

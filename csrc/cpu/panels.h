@@ -3,9 +3,10 @@
 // A panel holds n elements of S groups of W samples: element i of group s is the vector at data + s plane + i W.
 //
 //     panel_product     out[r] = sum_j M[r, j] x[j]             M scalars shared by all samples, or a matrix of each
-//     outer_sums        sum[i, j] += sum_n a_n[i] z_n[j]        lane by lane
+//     outer_sums        sum[i, j] += sum_n a_n[i] z_n[j]        lane by lane: a vector for each [i, j]
+//     row_outer_sums    the same over the samples too           j in lanes: z as rows, a row of vectors for each i
 //
-// A block of R rows and S groups takes R + S loads for R S multiply-adds, one of outer_sums I + J for I J.
+// A block of R rows and S groups takes R + S loads for R S multiply-adds, one of the outer sums I + J for I J.
 #pragma once
 
 #include "cpu/simd.h"
@@ -166,6 +167,55 @@ UNROLLED_KERNELS_NOINLINE void outer_sums(const OuterOperands<C>& o, int64_t row
     for_constant_blocks<outer_columns>(columns, [&](int64_t j0, auto J) {
       outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, columns,
                                                           out + (i0 * columns + j0) * lanes<C>);
+    });
+  });
+}
+
+// Operands of row_outer_sums: sample s of group g has element i of a at a + g a_step + i W + s, and its z, a row, at
+// z + (g W + s) z_step.
+template <typename C>
+struct RowOuterOperands {
+  const C *a, *z;
+  int64_t a_step, z_step, groups;
+};
+
+template <int I, int J, typename C>
+inline void row_outer_block(const RowOuterOperands<C>& o, int64_t i0, int64_t j0, int64_t row, C* out) {
+  constexpr int W = lanes<C>;
+  Vector<C> sum[I][J];
+#pragma GCC unroll 5
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 5
+    for (int j = 0; j < J; ++j) sum[i][j] = load(out + i * row + j * W);
+  }
+  const C *a = o.a + i0 * W, *z = o.z + j0 * W;
+  for (int64_t g = 0; g < o.groups; ++g, a += o.a_step) {
+    for (int s = 0; s < W; ++s, z += o.z_step) {
+      Vector<C> zj[J];
+#pragma GCC unroll 5
+      for (int j = 0; j < J; ++j) zj[j] = load(z + j * W);
+#pragma GCC unroll 5
+      for (int i = 0; i < I; ++i) {
+        const Vector<C> ai = broadcast(a[i * W + s]);
+#pragma GCC unroll 5
+        for (int j = 0; j < J; ++j) sum[i][j] += ai * zj[j];
+      }
+    }
+  }
+#pragma GCC unroll 5
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 5
+    for (int j = 0; j < J; ++j) store(out + i * row + j * W, sum[i][j]);
+  }
+}
+
+// out [rows, columns] += the sums; rows of `columns` vectors, of which the last may hold what belongs to no column
+template <typename C>
+UNROLLED_KERNELS_NOINLINE void row_outer_sums(const RowOuterOperands<C>& o, int64_t rows, int64_t columns, C* out) {
+  const int64_t row = columns * lanes<C>;
+  for_constant_blocks<outer_columns>(columns, [&](int64_t j0, auto J) {
+    for_constant_blocks<outer_rows>(rows, [&](int64_t i0, auto I) {
+      row_outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, row, out + i0 * row + j0 * lanes<C>);
     });
   });
 }

@@ -5,7 +5,8 @@
 //
 // Backward replays the cells and keeps what the weights were applied to, [y; g], h^1 ... h^L, for all k steps, in the
 // chunk's scratch. Adjoints are kept for a segment of steps that fits the second-level cache; then each weight gradient
-// takes the whole segment in one go, and its accumulators, one vector a weight, are loaded and stored once for it.
+// takes the whole segment in one go, and its accumulators, one vector a weight, are loaded and stored once for it. Where
+// so many vectors leave that cache, the accumulators are rows of scalars, and activations are transposed to rows first.
 //
 // float32, (B, d, k) = (1000, 5, 20), widths 10-20-20, one core of an EPYC with AVX2: 60 to 64 % of the FMA peak, both
 // passes together. What is lost is at the ends of blocks: their sums are 5 to 20 products long.
@@ -26,8 +27,9 @@ struct Layer {
   int64_t in, out;
   int64_t x, h;        // where what it is applied to and what it gives stand in an activation row
   int64_t adjoint;     // where the adjoint of what it gives stands in an adjoint row
-  C *rows, *columns;   // the matrix and its transpose
-  C* gradient;         // [out, in] vectors
+  const C* rows;       // the matrix
+  C* columns;          // its transpose
+  C* gradient;         // [out, in] vectors, or scalars in rows of whole vectors
 };
 
 // one matrix for more than one sample: its gradient is a sum over the batch
@@ -74,8 +76,10 @@ class Tile {
                                  int64_t segment)
       : p_(p), shared_(shares_matrix(p)), segment_(segment), arena_(scratch) {
     const int L = p.num_layers;
+    gradients_in_rows_ = rnn_weights_size(p) * W * static_cast<int64_t>(sizeof(C)) > accumulators_bytes;
     activations_ = 2 * p.d;
     adjoints_ = 0;
+    int64_t weights = 0;
     for (int l = 0; l <= L; ++l) {
       Layer<C>& layer = layers_[l];
       layer.in = l == 0 ? 2 * p.d : p.hidden_dims[l - 1];
@@ -85,10 +89,13 @@ class Tile {
       layer.adjoint = adjoints_;
       adjoints_ += layer.out;
       if (l < L) activations_ += layer.out;
-      layer.rows = arena_.take<C>(layer.in * layer.out);
+      layer.rows = p.weights + weights;
       layer.columns = arena_.take<C>(layer.in * layer.out);
-      layer.gradient = backward && backward->d_weights ? take(1, padded(layer.in * layer.out)) : nullptr;
+      layer.gradient = backward && backward->d_weights ? arena_.take<C>(gradient_elements(layer)) : nullptr;
+      weights += layer.in * layer.out;
     }
+    first_rows_ = arena_.take<C>(layers_[0].in * layers_[0].out);
+    layers_[0].rows = first_rows_;
     input_adjoint_ = adjoints_;  // of [y; g]
     adjoints_ += 2 * p.d;
     b_ = panel(p.d);
@@ -105,6 +112,8 @@ class Tile {
     sums_ = arena_.take<C>(padded(max(p.d * p.d, largest_layer())));
     if (!backward) return;
     adjoint_rows_ = take(S * segment, adjoints_);
+    // a product may read up to a vector behind the last row
+    if (gradients_in_rows_) inputs_ = arena_.take<C>((S * segment * W + 1) * padded(activations_));
     db_ = panel(p.d);
     grad_ = panel(p.d);
     if (backward->d_eigenvalues) d_eigenvalues_ = panel(p.d);
@@ -116,17 +125,11 @@ class Tile {
 
   // What the tiles of a chunk share.
   UNROLLED_KERNELS_NOINLINE void begin_chunk() {
-    const C* weights = p_.weights;
+    interleave(p_.weights, layers_[0].out, p_.d, first_rows_);
     for (int l = 0; l <= p_.num_layers; ++l) {
       const Layer<C>& layer = layers_[l];
-      if (l == 0) {
-        interleave(weights, layer.out, p_.d, layer.rows);
-      } else {
-        copy_elements(layer.rows, weights, layer.in * layer.out);
-      }
       transpose_scalars(layer.rows, layer.out, layer.in, layer.columns);
-      if (layer.gradient) fill_zero(layer.gradient, padded(layer.in * layer.out) * W);
-      weights += layer.in * layer.out;
+      if (layer.gradient) fill_zero(layer.gradient, gradient_elements(layer));
     }
     if (shared_) {
       C* row = sums_;
@@ -184,7 +187,13 @@ class Tile {
     for (int l = 0; d_weights && l <= p_.num_layers; ++l) {
       const Layer<C>& layer = layers_[l];
       const int64_t elements = layer.in * layer.out;
-      sum_lanes_of(layer.gradient, padded(elements), sums_);
+      if (gradients_in_rows_) {
+        for (int64_t i = 0; i < layer.out; ++i) {
+          copy_elements(sums_ + i * layer.in, layer.gradient + i * padded(layer.in), layer.in);
+        }
+      } else {
+        sum_lanes_of(layer.gradient, padded(elements), sums_);
+      }
       if (l == 0) {
         stack(sums_, layer.out, p_.d, d_weights);
       } else {
@@ -200,6 +209,9 @@ class Tile {
 
  private:
   static int64_t padded(int64_t n) { return ceil_div(n, W) * W; }
+  int64_t gradient_elements(const Layer<C>& layer) const {
+    return gradients_in_rows_ ? layer.out * padded(layer.in) : padded(layer.in * layer.out) * W;
+  }
   int64_t largest_layer() const {
     int64_t size = 0;
     for (int l = 0; l <= p_.num_layers; ++l) size = max(size, layers_[l].in * layers_[l].out);
@@ -324,8 +336,9 @@ class Tile {
   // Gradients of the weights and of Q from the segment of `steps` steps that begins with step `first`.
   void add_gradients(int64_t first, int64_t steps) {
     const P x = row(first), a = adjoint_row(0);
+    if (layers_[0].gradient && gradients_in_rows_) add_gradients_in_rows(x, a, steps);
     OuterOperands<C> o{nullptr, nullptr, a.plane, x.plane, S * steps};  // groups follow each other as steps do
-    for (int l = 0; layers_[0].gradient && l <= p_.num_layers; ++l) {
+    for (int l = 0; layers_[0].gradient && !gradients_in_rows_ && l <= p_.num_layers; ++l) {
       const Layer<C>& layer = layers_[l];
       o.a = a.rows(layer.adjoint).data;
       o.z = x.rows(layer.x).data;
@@ -343,15 +356,30 @@ class Tile {
     }
   }
 
+  void add_gradients_in_rows(P x, P a, int64_t steps) {
+    const int64_t row = padded(activations_), groups = S * steps;
+    for (int64_t g = 0; g < groups; ++g) {
+      C* rows = inputs_ + g * W * row;
+      store_lanes(x.data + g * x.plane, activations_, W, rows, row, rows + W * row);
+    }
+    for (int l = 0; l <= p_.num_layers; ++l) {
+      const Layer<C>& layer = layers_[l];
+      const RowOuterOperands<C> o{a.rows(layer.adjoint).data, inputs_ + layer.x, a.plane, row, groups};
+      row_outer_sums(o, layer.out, ceil_div(layer.in, W), layer.gradient);
+    }
+  }
+
+  static constexpr int64_t accumulators_bytes = 192 * 1024;
+
   const RnnInputs<Storage>& p_;
-  bool shared_;
+  bool shared_, gradients_in_rows_;
   int64_t segment_, first_ = 0;
   Arena arena_;
   Layer<C> layers_[max_rnn_layers + 1];
   int64_t activations_, adjoints_, input_adjoint_;  // vectors of a row of one group, and where [y; g]'s adjoint stands
   P b_, y_, eigenvalues_{}, db_{}, grad_{}, d_eigenvalues_{};
   C *matrix_ = nullptr, *transposed_ = nullptr, *activation_rows_, *adjoint_rows_ = nullptr, *d_matrix_ = nullptr;
-  C* sums_;
+  C *first_rows_, *inputs_ = nullptr, *sums_;
 };
 
 // Calls f with a null pointer to the Tile that suits: two groups of samples, or one where they are too few for two, or
@@ -385,7 +413,8 @@ RnnPlan plan(const RnnInputs<Storage>& p, const RnnBackward<Storage>* backward) 
   });
   const double matrix = p.matrix ? static_cast<double>(p.d) * p.d : static_cast<double>(p.d);
   const double flops = 2.0 * (backward ? 3 : 1) * static_cast<double>(p.B) * p.k * (rnn_weights_size(p) + matrix);
-  plan.chunks = chunks_for(plan.tiles, flops, backward ? 32 : 256);
+  // two tiles or more, to share what a chunk does once with the weights and their gradient
+  plan.chunks = chunks_for(plan.tiles > 1 ? plan.tiles / 2 : plan.tiles, flops, backward ? 32 : 256);
   return plan;
 }
 

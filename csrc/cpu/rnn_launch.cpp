@@ -1,6 +1,6 @@
 #include "cpu/rnn_launch.h"
 
-#include <vector>
+#include <memory>
 
 #include "cpu/chunks.h"
 
@@ -28,14 +28,15 @@ void rnn_cpu(const RnnBackward<Storage>& p) {
   const RnnPlan plan = kernels.plan(p, &p);
   const int64_t weights_size = p.d_weights ? rnn_weights_size(p) : 0;
   const int64_t matrix_size = p.d_matrix && p.matrix_stride == 0 && p.B != 1 ? p.d * p.d : 0;
-  std::vector<C> weights(plan.chunks * weights_size), matrix(plan.chunks * matrix_size);
+  // what each chunk leaves, written in full by it
+  const std::unique_ptr<C[]> weights(new C[plan.chunks * weights_size]), matrix(new C[plan.chunks * matrix_size]);
   for_chunks(plan, [&](int64_t chunk, void* scratch) {
     kernels.backward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
-                               weights_size ? weights.data() + chunk * weights_size : nullptr,
-                               matrix_size ? matrix.data() + chunk * matrix_size : nullptr});
+                               weights_size ? weights.get() + chunk * weights_size : nullptr,
+                               matrix_size ? matrix.get() + chunk * matrix_size : nullptr});
   });
-  sum_chunks(weights.data(), plan.chunks, weights_size, p.d_weights);
-  sum_chunks(matrix.data(), plan.chunks, matrix_size, p.d_matrix);
+  sum_chunks(weights.get(), plan.chunks, weights_size, p.d_weights);
+  sum_chunks(matrix.get(), plan.chunks, matrix_size, p.d_matrix);
 }
 
 #define UNROLLED_KERNELS_INSTANTIATE(Storage)          \

@@ -128,8 +128,8 @@ UNROLLED_KERNELS_INLINE void store(half* p, Vector<float> v) {
 }
 
 template <typename Storage>
-UNROLLED_KERNELS_NOINLINE void copy_elements(Storage* to, const Storage* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+UNROLLED_KERNELS_INLINE void copy_elements(Storage* to, const Storage* from, int64_t n) {
+  __builtin_memcpy(to, from, n * sizeof(Storage));
 }
 
 // the first n <= W lanes; zeros behind them

@@ -275,7 +275,7 @@ class _CellNorms(NamedTuple):
 
 
 def _unpack(weights):
-    W1, W2, *inner, V = _check.check_weights(weights).values()
+    W1, W2, *inner, V = _check.check_weights(weights)
     return W1, W2, inner, V
 
 

@@ -488,6 +488,8 @@ void every_rnn() {
     }
   }
   rnn<float>(0, 3, 5, 2, {128});
+  // so many weights that their gradients are kept as rows
+  for (int kind = 0; kind < 3; ++kind) rnn<float>(kind, 21, 5, 3, {70, 95}), rnn<double>(kind, 9, 3, 2, {70, 95});
 }
 
 void every_synthetic_training() {

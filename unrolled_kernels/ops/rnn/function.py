@@ -5,6 +5,9 @@ gradients of every order are those of the specification. Both take canonical arg
 """
 
 import functools
+import itertools
+
+import torch
 
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
@@ -14,77 +17,81 @@ _NATIVE = native.Launcher()
 _LAUNCHERS = {"manual": manual, "cpu": _NATIVE, "cuda": _NATIVE, "triton": triton_kernels.LAUNCHER}
 
 
-def rnn(backend, hidden_dims, num_steps, trajectory, eigenvalues, matrix, b, y0, weights):
+def rnn(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, weights):
     """Run the cells on ``backend``, differentiably in every tensor."""
-    tensors = (eigenvalues, matrix, b, y0, weights)
     if backend == "eager":
-        return reference.forward(*tensors, hidden_dims, num_steps, trajectory)
-    return RnnFunction.apply(backend, hidden_dims, num_steps, trajectory, *tensors)
+        return reference.forward(eigenvalues, matrix, b, y0, weights, num_steps, trajectory)
+    tensors = (eigenvalues, matrix, b, y0, *weights)
+    if torch.compiler.is_compiling() and not any(x is not None and x.requires_grad for x in tensors):
+        # where nothing is differentiated torch.compile counts the arguments of forward, and stumbles over *weights
+        return RnnFunction.forward(backend, num_steps, trajectory, *tensors)
+    return RnnFunction.apply(backend, num_steps, trajectory, *tensors)
 
 
 class RnnFunction(Function):
-    """y_k, or y_0 … y_k, of the RNN; keeps its inputs for backward and nothing else."""
+    """y_k, or y_0 … y_k, of the RNN; keeps its inputs for backward and nothing else.
 
-    # torch.compile counts the arguments of forward: no *args here
+    The weights are arguments of their own: one packed tensor would cost two nodes of autograd's graph for each of them.
+    """
+
     @staticmethod
-    def forward(backend, hidden_dims, num_steps, trajectory, eigenvalues, matrix, b, y0, weights):
-        tensors = (eigenvalues, matrix, b, y0, weights)
-        return _LAUNCHERS[backend].forward(*tensors, hidden_dims, num_steps, trajectory)
+    def forward(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, *weights):
+        return _LAUNCHERS[backend].forward(eigenvalues, matrix, b, y0, weights, num_steps, trajectory)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, ctx.hidden_dims, ctx.num_steps, ctx.trajectory, *tensors = inputs
+        ctx.backend, ctx.num_steps, ctx.trajectory, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad_y):
-        needs = ctx.needs_input_grad[4:]
-        needs_flags = (needs[0], needs[1], needs[4])
-        constants = (ctx.hidden_dims, ctx.num_steps, ctx.trajectory)
+        needs = ctx.needs_input_grad[3:]
+        needs_flags = (needs[0], needs[1], any(needs[4:]))
+        eigenvalues, matrix, b, y0, *weights = ctx.saved_tensors
+        steps = (ctx.num_steps, ctx.trajectory)
         if common.is_differentiated():
-            grads = RnnBackwardFunction.apply(ctx.backend, *constants, needs_flags, grad_y, *ctx.saved_tensors)
+            run = functools.partial(RnnBackwardFunction.apply, ctx.backend, *steps, needs_flags)
+            grads = run(grad_y, eigenvalues, matrix, b, y0, *weights)
         else:
             # nothing will differentiate this backward: straight to the launcher
-            grads = _LAUNCHERS[ctx.backend].backward(grad_y, *ctx.saved_tensors, *constants, *needs_flags)
-        return (None, None, None, None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)))
+            arguments = (grad_y, eigenvalues, matrix, b, y0, weights, *steps, *needs_flags)
+            grads = _LAUNCHERS[ctx.backend].backward(*arguments)
+        return (None, None, None, *(g if needed else None for g, needed in itertools.zip_longest(grads, needs)))
 
     @staticmethod
-    def vmap(info, in_dims, backend, hidden_dims, num_steps, trajectory, *tensors):
-        run = functools.partial(RnnFunction.apply, backend, hidden_dims, num_steps, trajectory)
-        *dims, weights_dim = in_dims[4:]
-        if weights_dim is not None:
-            return common.vmap_loop(run, info.batch_size, (*dims, weights_dim), tensors)
-        *tensors, weights = tensors
-        return common.vmap_forward(lambda *x: run(*x, weights), info.batch_size, dims, tensors, trajectory)
+    def vmap(info, in_dims, backend, num_steps, trajectory, *tensors):
+        run = functools.partial(RnnFunction.apply, backend, num_steps, trajectory)
+        dims, weight_dims = in_dims[3:7], in_dims[7:]
+        if any(dim is not None for dim in weight_dims):
+            return common.vmap_loop(run, info.batch_size, (*dims, *weight_dims), tensors)
+        tensors, weights = tensors[:4], tensors[4:]
+        return common.vmap_forward(lambda *x: run(*x, *weights), info.batch_size, dims, tensors, trajectory)
 
 
 class RnnBackwardFunction(Function):
     """The gradients of ``RnnFunction`` as a differentiable function of the cotangent and of the inputs."""
 
     @staticmethod
-    def forward(backend, hidden_dims, num_steps, trajectory, needs, grad_y, eigenvalues, matrix, b, y0, weights):
-        tensors = (eigenvalues, matrix, b, y0, weights)
-        return _LAUNCHERS[backend].backward(grad_y, *tensors, hidden_dims, num_steps, trajectory, *needs)
+    def forward(backend, num_steps, trajectory, needs, grad_y, eigenvalues, matrix, b, y0, *weights):
+        return _LAUNCHERS[backend].backward(grad_y, eigenvalues, matrix, b, y0, weights, num_steps, trajectory, *needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.hidden_dims, ctx.num_steps, ctx.trajectory, ctx.needs, *tensors = inputs
+        _, ctx.num_steps, ctx.trajectory, ctx.needs, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        constants = (ctx.hidden_dims, ctx.num_steps, ctx.trajectory, *ctx.needs)
-        grads = common.second_order(manual.backward, cotangents, ctx.saved_tensors, *constants)
-        return (None, None, None, None, None, *grads)
+        constants = (ctx.num_steps, ctx.trajectory, *ctx.needs)
+        gradients = lambda *tensors: manual.backward(*tensors[:5], tensors[5:], *constants)
+        return (None, None, None, None, *common.second_order(gradients, cotangents, ctx.saved_tensors))
 
     @staticmethod
-    def vmap(info, in_dims, backend, hidden_dims, num_steps, trajectory, needs, *tensors):
-        run = functools.partial(RnnBackwardFunction.apply, backend, hidden_dims, num_steps, trajectory, needs)
-        *dims, weights_dim = in_dims[5:]
-        if weights_dim is not None or needs[2]:
+    def vmap(info, in_dims, backend, num_steps, trajectory, needs, *tensors):
+        run = functools.partial(RnnBackwardFunction.apply, backend, num_steps, trajectory, needs)
+        dims, weight_dims = in_dims[4:9], in_dims[9:]
+        if needs[2] or any(dim is not None for dim in weight_dims):
             # each vmapped row has a gradient of the weights of its own, where the kernels sum over the batch
-            return common.vmap_loop(run, info.batch_size, (*dims, weights_dim), tensors)
-        *tensors, weights = tensors
-        without_weights = lambda *x: run(*x, weights)[:-1]
-        grads, out_dims = common.vmap_backward(without_weights, info.batch_size, dims, tensors, trajectory)
-        return (*grads, weights.new_empty(info.batch_size, 0)), (*out_dims, 0)
+            return common.vmap_loop(run, info.batch_size, (*dims, *weight_dims), tensors)
+        tensors, weights = tensors[:5], tensors[5:]
+        return common.vmap_backward(lambda *x: run(*x, *weights), info.batch_size, dims, tensors, trajectory)

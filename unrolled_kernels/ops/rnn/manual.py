@@ -24,7 +24,7 @@ gradients of every backend are computed.
 import torch
 
 from unrolled_kernels.ops.rnn import reference
-from unrolled_kernels.ops.rnn.reference import apply_Q, pack, unpack
+from unrolled_kernels.ops.rnn.reference import apply_Q
 
 forward = reference.forward
 
@@ -36,7 +36,6 @@ def backward(
     b,
     y0,
     weights,
-    hidden_dims,
     num_steps,
     trajectory,
     needs_eigenvalues,
@@ -46,21 +45,20 @@ def backward(
     """Gradients of the canonical arguments for the cotangent ``grad_y`` (shape of the forward's output).
 
     Returns:
-        ``(d_eigenvalues [B, d], d_matrix like matrix, db [B, d], dy0 [B, d], d_weights [P])``; what is not needed, or
-        absent, is a tensor of shape ``[0]``.
+        ``(d_eigenvalues [B, d], d_matrix like matrix, db [B, d], dy0 [B, d], *d_weights)``; what is not needed, or
+        absent, is a tensor of shape ``[0]``, and weights that are not needed have no gradients at all.
     """
-    storage, compute = b.dtype, weights.dtype
+    storage, compute = b.dtype, weights[0].dtype
     grad_y, eigenvalues, matrix, b, y0 = (
         x if x is None else x.to(compute) for x in (grad_y, eigenvalues, matrix, b, y0)
     )
-    matrices = unpack(weights, hidden_dims, b.shape[-1])
     transposed = None if matrix is None else matrix.mT
     cotangents = list(grad_y.unbind(0)) if trajectory else [torch.zeros_like(b)] * num_steps + [grad_y]
-    cells = _replay(eigenvalues, matrix, b, torch.zeros_like(b) if y0 is None else y0, matrices, num_steps)
+    cells = _replay(eigenvalues, matrix, b, torch.zeros_like(b) if y0 is None else y0, weights, num_steps)
 
-    W1, W2, *rest = matrices
+    W1, W2, *rest = weights
     a, e_stack = cotangents[num_steps], []
-    adjoints = [[] for _ in matrices]  # what each weight's output gets, step by step
+    adjoints = [[] for _ in weights]  # what each weight's output gets, step by step
     for t in reversed(range(num_steps)):
         _, _, *hidden = cells[t]
         delta = a
@@ -73,27 +71,27 @@ def backward(
         a = cotangents[t] + delta @ W1 + apply_Q(eigenvalues, transposed, e_stack[-1])
 
     # inputs of the weights in the same order: y_t, g_t, h¹ … hᴸ, the last step first
-    inputs = [[cell[i] for cell in reversed(cells)] for i in range(len(matrices))]
+    inputs = [[cell[i] for cell in reversed(cells)] for i in range(len(weights))]
     empty = b.new_zeros((0, *b.shape))
     e, y = (torch.stack(x) if num_steps else empty for x in (e_stack, inputs[0]))
     d_eigenvalues = (e * y).sum(0) if needs_eigenvalues else None
-    d_matrix = d_weights = None
+    d_matrix, d_weights = None, []
     if needs_matrix:
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, e, y).reshape(matrix.shape)
     if needs_weights and num_steps:
         outer = lambda left, right: torch.einsum("tbi,tbj->ij", torch.stack(left), torch.stack(right))
-        d_weights = pack(map(outer, adjoints, inputs))
+        d_weights = map(outer, adjoints, inputs)
     elif needs_weights:
-        d_weights = torch.zeros_like(weights)
+        d_weights = map(torch.zeros_like, weights)
     nothing = b.new_empty(0)
     d_inputs = [(nothing if x is None else x).to(storage) for x in (d_eigenvalues, d_matrix, e.sum(0), a)]
-    return (*d_inputs, nothing if d_weights is None else d_weights)
+    return (*d_inputs, *d_weights)
 
 
-def _replay(eigenvalues, matrix, b, y, matrices, num_steps):
+def _replay(eigenvalues, matrix, b, y, weights, num_steps):
     """The inputs of every weight in each cell: a list of tuples ``(y_t, g_t, h¹ … hᴸ)``."""
-    W1, W2, *inner, V = matrices
+    W1, W2, *inner, V = weights
     cells = []
     for _ in range(num_steps):
         g = apply_Q(eigenvalues, matrix, y) + b

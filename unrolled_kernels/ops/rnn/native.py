@@ -19,40 +19,46 @@ class Launcher:
     def __init__(self, suffix="", max_width=MAX_WIDTH):
         self.suffix, self.max_width = suffix, max_width
 
-    def forward(self, eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory):
+    def forward(self, eigenvalues, matrix, b, y0, weights, num_steps, trajectory):
         """The contract of ``reference.forward``."""
-        if not is_fused(b.shape[-1], hidden_dims, self.max_width):
-            return manual.forward(eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory)
+        if not is_fused(b.shape[-1], hidden_dims_of(weights), self.max_width):
+            return manual.forward(eigenvalues, matrix, b, y0, weights, num_steps, trajectory)
         name, Q = _operand(eigenvalues, matrix)
-        return common.call(f"rnn_{name}{self.suffix}", (Q, b, y0, weights, hidden_dims, num_steps, trajectory))
+        return common.call(f"rnn_{name}{self.suffix}", (Q, b, y0, weights, num_steps, trajectory))
 
-    def backward(self, grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, *rest):
+    def backward(self, grad_y, eigenvalues, matrix, b, y0, weights, *rest):
         """The contract of ``manual.backward``."""
-        if not is_fused(b.shape[-1], hidden_dims, self.max_width):
-            return manual.backward(grad_y, eigenvalues, matrix, b, y0, weights, hidden_dims, *rest)
+        if not is_fused(b.shape[-1], hidden_dims_of(weights), self.max_width):
+            return manual.backward(grad_y, eigenvalues, matrix, b, y0, weights, *rest)
         *steps, needs_eigenvalues, needs_matrix, needs_weights = rest
         name, Q = _operand(eigenvalues, matrix)
         needs = (needs_matrix if eigenvalues is None else needs_eigenvalues, needs_weights)
-        arguments = (grad_y, Q, b, y0, weights, hidden_dims, *steps, *needs)
-        d_Q, *grads = common.call(f"rnn_{name}{self.suffix}_backward", arguments)
+        arguments = (grad_y, Q, b, y0, weights, *steps, *needs)
+        d_Q, db, dy0, d_weights = common.call(f"rnn_{name}{self.suffix}_backward", arguments)
         nothing = b.new_empty(0)
-        return (nothing, d_Q, *grads) if eigenvalues is None else (d_Q, nothing, *grads)
+        d_structure = (nothing, d_Q) if eigenvalues is None else (d_Q, nothing)
+        return (*d_structure, db, dy0, *d_weights)
 
 
 def _operand(eigenvalues, matrix):
     return ("dense", matrix) if eigenvalues is None else ("diagonal", eigenvalues)
 
 
-def _fake_forward(Q, b, y0, weights, hidden_dims, num_steps, trajectory):
+def hidden_dims_of(weights):
+    """The widths h_1 … h_L."""
+    return [weights[0].shape[0], *(W.shape[0] for W in weights[2:-1])]
+
+
+def _fake_forward(Q, b, y0, weights, num_steps, trajectory):
     return b.new_empty((num_steps + 1, *b.shape) if trajectory else b.shape)
 
 
-def _fake_backward(grad_y, Q, b, y0, weights, hidden_dims, num_steps, trajectory, needs_Q, needs_weights):
+def _fake_backward(grad_y, Q, b, y0, weights, num_steps, trajectory, needs_Q, needs_weights):
     return (
         Q.new_empty(Q.shape if needs_Q else (0,)),
         b.new_empty(b.shape),
         b.new_empty(b.shape),
-        weights.new_empty(weights.shape if needs_weights else (0,)),
+        [W.new_empty(W.shape) for W in weights] if needs_weights else [],
     )
 
 

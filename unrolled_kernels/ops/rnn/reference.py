@@ -11,11 +11,11 @@ import torch
 from unrolled_kernels.ops.common import matvec
 
 
-def forward(eigenvalues, matrix, b, y0, weights, hidden_dims, num_steps, trajectory):
+def forward(eigenvalues, matrix, b, y0, weights, num_steps, trajectory):
     """Run the cells on canonical arguments (see the package's docstring)."""
-    storage, compute = b.dtype, weights.dtype
+    storage, compute = b.dtype, weights[0].dtype
     eigenvalues, matrix, b, y0 = (x if x is None else x.to(compute) for x in (eigenvalues, matrix, b, y0))
-    W1, W2, *inner, V = unpack(weights, hidden_dims, b.shape[-1])
+    W1, W2, *inner, V = weights
     ys = [torch.zeros_like(b) if y0 is None else y0]
     for _ in range(num_steps):
         g = apply_Q(eigenvalues, matrix, ys[-1]) + b
@@ -34,17 +34,5 @@ def apply_Q(eigenvalues, matrix, y):
 
 
 def weight_shapes(hidden_dims, d):
-    """Shapes of W₁, W₂, W² … Wᴸ, V, in the order in which they are packed."""
+    """Shapes of W₁, W₂, W² … Wᴸ, V for hidden layers of the widths h_1 … h_L."""
     return [(hidden_dims[0], d), *zip(hidden_dims, (d, *hidden_dims[:-1]), strict=True), (d, hidden_dims[-1])]
-
-
-def unpack(weights, hidden_dims, d):
-    """The list W₁, W₂, W² … Wᴸ, V of views of ``weights`` ``[P]``."""
-    shapes = weight_shapes(hidden_dims, d)
-    parts = weights.split([rows * columns for rows, columns in shapes])
-    return [x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)]
-
-
-def pack(matrices):
-    """The inverse of ``unpack``."""
-    return torch.cat([W.reshape(-1) for W in matrices])

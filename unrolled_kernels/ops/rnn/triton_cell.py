@@ -10,6 +10,7 @@ layers of each step into ``[programs, L, BB, H]``. The gradients of weights, and
 to a row of each program, which no other touches, and the rows are summed at the end: no atomics.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -21,6 +22,7 @@ from unrolled_kernels.ops.momentum.triton_launch import (
     resident_programs,
 )
 from unrolled_kernels.ops.momentum.triton_tile import load_vector
+from unrolled_kernels.ops.rnn.native import hidden_dims_of
 
 SAMPLES = 16  # the least that tl.dot takes
 # warps by the larger of D and H; nothing spills up to 32, at 64 some of what a lane holds of the operands of tl.dot
@@ -307,12 +309,18 @@ def _operands(matrix, b, y0):
     return (matrix, b, y0), (matrix_stride, b_stride, y0_stride)
 
 
-def forward(matrix, b, y0, weights, hidden_dims, num_steps, trajectory):
+def _pack(weights):
+    """The matrices one after the other, ``[P]``."""
+    return torch.cat([W.reshape(-1) for W in weights])
+
+
+def forward(matrix, b, y0, weights, num_steps, trajectory):
     """Contract of the ops ``rnn_dense`` and, with q ``[B, d]`` for Q, ``rnn_diagonal``."""
     B, d = b.shape
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
         return y
+    hidden_dims, weights = hidden_dims_of(weights), _pack(weights)
     constants = _constants(matrix, b, hidden_dims, trajectory)
     programs = resident_programs(b.device, triton.cdiv(B, SAMPLES), constants["num_warps"])
     scratch = weights.new_empty((programs, SAMPLES, constants["D"]))
@@ -320,19 +328,20 @@ def forward(matrix, b, y0, weights, hidden_dims, num_steps, trajectory):
     launch(
         rnn_kernel,
         programs,
-        *tensors, weights.contiguous(), y, scratch, *strides, B, num_steps, weights.numel(),
+        *tensors, weights, y, scratch, *strides, B, num_steps, weights.numel(),
         **constants,
     )  # fmt: skip
     return y
 
 
-def backward(grad_y, matrix, b, y0, weights, hidden_dims, num_steps, trajectory, needs_matrix, needs_weights):
+def backward(grad_y, matrix, b, y0, weights, num_steps, trajectory, needs_matrix, needs_weights):
     """Contract of the ops ``rnn_dense_backward`` and ``rnn_diagonal_backward``."""
     B, d = b.shape
     db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
     if b.numel() == 0:
         d_matrix = matrix.new_zeros(matrix.shape if needs_matrix else 0)
-        return d_matrix, db, dy0, weights.new_zeros(weights.shape if needs_weights else 0)
+        return d_matrix, db, dy0, [torch.zeros_like(W) for W in weights] if needs_weights else []
+    shapes, hidden_dims, weights = [W.shape for W in weights], hidden_dims_of(weights), _pack(weights)
     constants = _constants(matrix, b, hidden_dims, trajectory)
     programs = resident_programs(b.device, triton.cdiv(B, SAMPLES), constants["num_warps"])
     trace = weights.new_empty((programs, 2, max(num_steps, 1), SAMPLES, constants["D"]))
@@ -345,7 +354,7 @@ def backward(grad_y, matrix, b, y0, weights, hidden_dims, num_steps, trajectory,
     launch(
         rnn_backward_kernel,
         programs,
-        grad_y, *tensors, weights.contiguous(), d_matrix, db, dy0, d_weights, trace, hidden,
+        grad_y, *tensors, weights, d_matrix, db, dy0, d_weights, trace, hidden,
         *cotangent_strides(grad_y, trajectory), *strides, B, num_steps, weights.numel(),
         **constants,
     )  # fmt: skip
@@ -353,4 +362,8 @@ def backward(grad_y, matrix, b, y0, weights, hidden_dims, num_steps, trajectory,
         d_matrix = b.new_empty(0)
     elif constants["SHARED"]:
         d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
-    return d_matrix, db, dy0, weights.new_empty(0) if d_weights is None else d_weights.sum(0)
+    if d_weights is None:
+        return d_matrix, db, dy0, []
+    # outputs of an op may not be views of one tensor
+    parts = d_weights.split([shape.numel() for shape in shapes], dim=1)
+    return d_matrix, db, dy0, [part.sum(0).view(shape) for part, shape in zip(parts, shapes, strict=True)]

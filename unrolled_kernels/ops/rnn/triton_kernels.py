@@ -18,13 +18,10 @@ def _kernels():
 _library = torch.library.Library("unrolled_kernels", "FRAGMENT")
 for _structure, _operand in (("dense", "Q"), ("diagonal", "q")):
     _op = f"rnn_{_structure}_triton"
-    _arguments = (
-        f"Tensor {_operand}, Tensor b, Tensor? y0, Tensor weights, SymInt[] hidden_dims, SymInt num_steps, "
-        "bool trajectory"
-    )
+    _arguments = f"Tensor {_operand}, Tensor b, Tensor? y0, Tensor[] weights, SymInt num_steps, bool trajectory"
     _needs = f"bool needs_{_operand}, bool needs_weights"
     _library.define(f"{_op}({_arguments}) -> Tensor")
-    _library.define(f"{_op}_backward(Tensor grad_y, {_arguments}, {_needs}) -> (Tensor, Tensor, Tensor, Tensor)")
+    _library.define(f"{_op}_backward(Tensor grad_y, {_arguments}, {_needs}) -> (Tensor, Tensor, Tensor, Tensor[])")
     # CUDA, and the CPU for Triton's interpreter
     for _name, _function in ((_op, "forward"), (f"{_op}_backward", "backward")):
         _library.impl(
