@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -19,12 +20,19 @@ struct FreeAligned {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-// Calls f(chunk, scratch) for every chunk; a thread takes consecutive ones with one scratch.
+// Calls f(chunk, scratch) for every chunk, with one scratch a thread. A thread takes the next chunk when it is done with
+// one, so that one that is held up takes fewer; results do not depend on who took which.
 template <typename Plan, typename F>
 void for_chunks(const Plan& plan, const F& f) {
-  torch::stable::parallel_for(0, plan.chunks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = std::min<int64_t>(plan.chunks, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const std::unique_ptr<void, FreeAligned> scratch(::operator new(plan.scratch_bytes, std::align_val_t(64)));
-    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, scratch.get());
+    while (true) {
+      const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= plan.chunks) return;
+      f(chunk, scratch.get());
+    }
   });
 }
 

@@ -1,4 +1,4 @@
-// What csrc/cpu/chunks.h takes from torch: parallel_for, here with threads of the standard library, which the thread
+// What csrc/cpu/chunks.h takes from torch: parallel_for and its number of threads, here with threads of the standard library, which the thread
 // sanitizer understands (OpenMP's barriers it does not).
 #pragma once
 #include <algorithm>
@@ -9,6 +9,7 @@
 namespace torch::stable {
 
 inline int64_t num_threads = 1;
+inline uint32_t get_num_threads() { return static_cast<uint32_t>(num_threads); }
 
 // As torch divides it: a range of equal length for each thread, the first for the thread that calls.
 template <typename F>
