@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import datetime
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -110,11 +111,15 @@ def interleave(functions, device, *, rounds=30, min_seconds=0.02, max_seconds=20
         once = run(call, 1)
         repeats[name] = max(1, int(min_seconds / max(once, 1e-7)))
         allowed[name] = max(3, min(rounds, int(max_seconds / max(once * (repeats[name] + 1), 1e-9))))
+    # what compilers and earlier cases left on the heap is not for these calls to be searched for garbage
+    gc.collect()
+    gc.freeze()
     for i in range(rounds):
         for name, call in functions.items():
             if i < allowed[name]:
                 run(call, 1)
                 samples[name].append(run(call, repeats[name]))
+    gc.unfreeze()
     return {name: _timing(values) for name, values in samples.items()}
 
 
