@@ -45,7 +45,7 @@ def roofline(rows, directory):
     bandwidth, peak = rows.copy_gb_s.median(), rows.fma_gflop_s.median()
     intensity = rows.flops / rows.bytes
     x = np.geomspace(intensity.min() / 2, intensity.max() * 2, 100)
-    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
     axes.plot(x, np.minimum(bandwidth * x, peak), color="black", label="roof: copy and matrix product")
     for (backend, structure), group in rows.groupby(["backend", "structure"], sort=False):
         axes.scatter(
@@ -53,7 +53,7 @@ def roofline(rows, directory):
             label=f"{backend}, {structure}",
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="flops per byte of the floor", ylabel="GFLOP/s of the floor's flops")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, directory, rows, "roofline")
 
 
