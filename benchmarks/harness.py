@@ -85,7 +85,7 @@ def interleave(functions, device, *, rounds=30, min_seconds=0.02, max_seconds=20
     """Time ``{name: call}`` in turns, so that a noisy moment falls on all of them alike.
 
     A turn begins with a call that is not timed: the first one after another function's finds the caches cold, and
-    threads of that function's that still spin (4 ms more for 10 ms after JAX's), so it would tell who comes after whom.
+    that function's threads still spinning, so it would tell who comes after whom.
 
     Args:
         functions: each is called without arguments, several times a round if it is short.

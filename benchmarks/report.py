@@ -61,13 +61,20 @@ def header(rows):
     first = rows.iloc[0]
     threads = "" if pd.isna(first.threads) else f", {first.threads:.0f} threads"
     commits = ", ".join(sorted(rows.commit.astype(str).unique()))
+    # each op has a run of its own, and with it a roof
+    roofs = rows.groupby("op", sort=False).first()
+    copy, product, launch = (
+        " / ".join(f"{value:{digits}}" for value in roofs[column])
+        for column, digits in (("copy_gb_s", ".1f"), ("fma_gflop_s", ".0f"), ("launch_us", ".1f"))
+    )
     return (
-        f"**{first.device}{threads}**, float32, torch {first.torch}, commit {commits}, {first.date}. Roof in the same "
-        f"run: copy {first.copy_gb_s:.1f} GB/s, matrix product {first.fma_gflop_s:.0f} GFLOP/s, smallest torch "
-        f"operation {first.launch_us:.1f} µs. Medians of forward + backward with the gradient of every input; a peer's "
-        "column is its time over the best fused kernel's, so below 1 it wins, and in brackets what its compilation "
-        "took. solve is the exact minimizer by torch.linalg, func the eager loop by torch.func. Memory is what a call "
-        "holds beyond its inputs, results and gradients included."
+        f"**{first.device}{threads}**, float32, torch {first.torch}, commit {commits}, {first.date}. Roof in the run "
+        f"of {' / '.join(roofs.index)}: copy {copy} GB/s, matrix product {product} GFLOP/s, smallest torch operation "
+        f"{launch} µs; a row is above 100 % where the machine was slower while the roof was measured. Medians of "
+        "forward + backward with the gradient of every input; a peer's column is its time over the best fused "
+        "kernel's, so below 1 it wins, and in brackets what its compilation took. solve is the exact minimizer by "
+        "torch.linalg, func the eager loop by torch.func. Memory is what a call holds beyond its inputs, results and "
+        "gradients included."
     )
 
 
