@@ -79,6 +79,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # the site, in build/site; `.venv/bin/mkdocs serve` shows it while it is written
 docs: $(VENV)/.docs

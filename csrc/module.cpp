@@ -54,8 +54,7 @@ Floors floors(Structure structure, double B, double d, double k, double element,
     case Structure::dense:
       return backward ? Floors{(2 * matrix + 3 * vectors) * element, 6 * k * d * d * B}
                       : Floors{(matrix + 2 * vectors) * element, 2 * k * d * d * B};
-    case Structure::diagonal:
-      return {(backward ? 5 : 3) * vectors * element, (backward ? 10 : 4) * k * vectors};
+    case Structure::diagonal: return {(backward ? 5 : 3) * vectors * element, (backward ? 10 : 4) * k * vectors};
     default:
       return {(matrix + (backward ? 5 : 3) * vectors) * element, 4 * d * d * B + (backward ? 10 : 4) * k * vectors};
   }
@@ -148,9 +147,8 @@ py::dict kernel_plan(const std::string& structure, int64_t B, int64_t d, int64_t
       return rnn_plan_of<decltype(type)>(which == Structure::diagonal, B, d, num_steps, hidden_dims, backward, shared);
     });
   }
-  return with_storage(dtype, [&](auto type) {
-    return plan_of<decltype(type)>(which, B, d, num_steps, backward, shared);
-  });
+  return with_storage(dtype,
+                      [&](auto type) { return plan_of<decltype(type)>(which, B, d, num_steps, backward, shared); });
 }
 
 }  // namespace

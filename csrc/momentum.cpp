@@ -33,7 +33,10 @@ struct Arguments {
   Arguments(Structure structure, const Tensor* eigenvalues_, const Tensor* matrix_, const Tensor* observed_,
             const Tensor& b_, const OptionalTensor& y0_, const Tensor& phi_, const OptionalTensor& beta_,
             const OptionalTensor& gamma_, int64_t k, bool trajectory)
-      : structure(structure), k(k), trajectory(trajectory), storage(b_.scalar_type()),
+      : structure(structure),
+        k(k),
+        trajectory(trajectory),
+        storage(b_.scalar_type()),
         compute(compute_scalar_type(storage)) {
     STD_TORCH_CHECK(b_.dim() == 2, "b: expected [B, d]");
     STD_TORCH_CHECK(k >= 0, "num_steps: expected a non-negative number");
@@ -134,9 +137,9 @@ Gradients run_backward(const Tensor& grad_y_, const Arguments& args, bool needs_
                        bool needs_schedule) {
   const Tensor& b = *args.b;
   const Tensor grad_y = grad_y_.is_contiguous() ? grad_y_ : torch::stable::contiguous(grad_y_);
-  STD_TORCH_CHECK(grad_y.numel() == args.B * args.d * (args.trajectory ? args.k + 1 : 1) &&
-                      grad_y.scalar_type() == args.storage,
-                  "grad_y: expected the shape and dtype of y");
+  STD_TORCH_CHECK(
+      grad_y.numel() == args.B * args.d * (args.trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
+      "grad_y: expected the shape and dtype of y");
   const auto schedule_gradient = [&](const OptionalTensor& x) {
     if (!needs_schedule || !x) return allocate(b, args.compute, {0});
     Tensor grad = allocate(b, args.compute, {x->size(0), x->size(1)});
@@ -189,15 +192,15 @@ Tensor momentum_diagonal(const Tensor& q, const Tensor& b, const OptionalTensor&
 Tensor momentum_spectral(const Tensor& eigenvalues, const Tensor& eigenvectors, const Tensor& b,
                          const OptionalTensor& y0, const Tensor& step_sizes, const OptionalTensor& momentum,
                          const OptionalTensor& extrapolation, int64_t num_steps, bool trajectory) {
-  return run_forward({Structure::spectral, &eigenvalues, &eigenvectors, nullptr, b, y0, step_sizes, momentum, extrapolation,
-                      num_steps, trajectory});
+  return run_forward({Structure::spectral, &eigenvalues, &eigenvectors, nullptr, b, y0, step_sizes, momentum,
+                      extrapolation, num_steps, trajectory});
 }
 
 Tensor momentum_tikhonov(const Tensor& f, const Tensor& observed, const Tensor& b, const OptionalTensor& y0,
                          const Tensor& step_sizes, const OptionalTensor& momentum, const OptionalTensor& extrapolation,
                          int64_t num_steps, bool trajectory) {
-  return run_forward({Structure::diagonal, &f, nullptr, &observed, b, y0, step_sizes, momentum, extrapolation,
-                      num_steps, trajectory});
+  return run_forward(
+      {Structure::diagonal, &f, nullptr, &observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory});
 }
 
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -218,10 +221,10 @@ SixTensors momentum_diagonal_backward(const Tensor& grad_y, const Tensor& q, con
                                       const Tensor& step_sizes, const OptionalTensor& momentum,
                                       const OptionalTensor& extrapolation, int64_t num_steps, bool trajectory,
                                       bool needs_q, bool needs_schedule) {
-  const Gradients g = run_backward(grad_y,
-                                   {Structure::diagonal, &q, nullptr, nullptr, b, y0, step_sizes, momentum,
-                                    extrapolation, num_steps, trajectory},
-                                   needs_q, false, needs_schedule);
+  const Gradients g = run_backward(
+      grad_y,
+      {Structure::diagonal, &q, nullptr, nullptr, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory},
+      needs_q, false, needs_schedule);
   return {g.eigenvalues, g.b, g.y0, g.phi, g.beta, g.gamma};
 }
 
@@ -231,8 +234,8 @@ SevenTensors momentum_spectral_backward(const Tensor& grad_y, const Tensor& eige
                                         int64_t num_steps, bool trajectory, bool needs_eigenvalues,
                                         bool needs_eigenvectors, bool needs_schedule) {
   const Gradients g = run_backward(grad_y,
-                                   {Structure::spectral, &eigenvalues, &eigenvectors, nullptr, b, y0, step_sizes, momentum,
-                                    extrapolation, num_steps, trajectory},
+                                   {Structure::spectral, &eigenvalues, &eigenvectors, nullptr, b, y0, step_sizes,
+                                    momentum, extrapolation, num_steps, trajectory},
                                    needs_eigenvalues, needs_eigenvectors, needs_schedule);
   return {g.eigenvalues, g.matrix, g.b, g.y0, g.phi, g.beta, g.gamma};
 }
@@ -241,14 +244,14 @@ SixTensors momentum_tikhonov_backward(const Tensor& grad_y, const Tensor& f, con
                                       const OptionalTensor& y0, const Tensor& step_sizes,
                                       const OptionalTensor& momentum, const OptionalTensor& extrapolation,
                                       int64_t num_steps, bool trajectory, bool needs_f, bool needs_schedule) {
-  const Gradients g = run_backward(grad_y,
-                                   {Structure::diagonal, &f, nullptr, &observed, b, y0, step_sizes, momentum,
-                                    extrapolation, num_steps, trajectory},
-                                   needs_f, false, needs_schedule);
+  const Gradients g = run_backward(
+      grad_y,
+      {Structure::diagonal, &f, nullptr, &observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory},
+      needs_f, false, needs_schedule);
   return {g.eigenvalues, g.b, g.y0, g.phi, g.beta, g.gamma};
 }
 
-#define UNROLLED_KERNELS_REST                                                                           \
+#define UNROLLED_KERNELS_REST                                                                         \
   "Tensor b, Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, int num_steps, " \
   "bool trajectory"
 #define UNROLLED_KERNELS_SIX "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"

@@ -32,7 +32,7 @@ enum class Structure { dense, diagonal, spectral };
 // One of phi, beta, gamma: logical shape [B, k], a zero stride where it is shared by samples or by steps.
 template <typename Compute>
 struct Coefficient {
-  const Compute* data;   // nullptr: the coefficient is 0 (beta and gamma only, both or neither: gradient descent)
+  const Compute* data;  // nullptr: the coefficient is 0 (beta and gamma only, both or neither: gradient descent)
   int64_t batch_stride;
   int64_t step_stride;
 };
@@ -44,34 +44,34 @@ struct MomentumInputs {
   int64_t B, d, k;
   // dense: Q, each sample [d, d] contiguous. spectral: R, likewise. diagonal: nullptr.
   const Storage* matrix;
-  int64_t matrix_stride;        // elements from sample to sample; 0: one matrix shared by the batch
+  int64_t matrix_stride;  // elements from sample to sample; 0: one matrix shared by the batch
   // diagonal: q. spectral: lambda. tikhonov: f. each row [d] contiguous. dense: nullptr.
   const Storage* eigenvalues;
-  int64_t eigenvalues_stride;   // 0: shared
-  const Storage* observed;      // tikhonov, which otherwise is diagonal: x, rows [d], contiguous. else nullptr
-  int64_t observed_stride;      // 0: shared
-  const Storage* b;             // rows [d], contiguous. tikhonov: g
-  int64_t b_stride;             // 0: shared
-  const Storage* y0;            // rows [d], contiguous; nullptr: y_0 = 0, and its product with Q is skipped
+  int64_t eigenvalues_stride;  // 0: shared
+  const Storage* observed;     // tikhonov, which otherwise is diagonal: x, rows [d], contiguous. else nullptr
+  int64_t observed_stride;     // 0: shared
+  const Storage* b;            // rows [d], contiguous. tikhonov: g
+  int64_t b_stride;            // 0: shared
+  const Storage* y0;           // rows [d], contiguous; nullptr: y_0 = 0, and its product with Q is skipped
   int64_t y0_stride;
   Coefficient<Compute> phi, beta, gamma;
-  bool trajectory;              // outputs (and their cotangents) are y_0 ... y_k, [k+1, B, d], instead of y_k, [B, d]
+  bool trajectory;  // outputs (and their cotangents) are y_0 ... y_k, [k+1, B, d], instead of y_k, [B, d]
 };
 
 template <typename Storage>
 struct MomentumForward : MomentumInputs<Storage> {
-  Storage* y;                   // [B, d] or [k+1, B, d], contiguous, written in full
+  Storage* y;  // [B, d] or [k+1, B, d], contiguous, written in full
 };
 
 // Every output is written in full, whatever was in it; a null pointer says that the gradient is not wanted.
 template <typename Storage>
 struct MomentumBackward : MomentumInputs<Storage> {
   using Compute = compute_type<Storage>;
-  const Storage* grad_y;        // shape of y, contiguous
-  Storage* d_matrix;            // [B, d, d]; [1, d, d], summed over the batch, where matrix_stride is 0
-  Storage* d_eigenvalues;       // [B, d], also where eigenvalues_stride is 0. tikhonov: df
-  Storage* db;                  // [B, d], also where b_stride is 0. tikhonov: dg = -dx
-  Storage* dy0;                 // [B, d], also where y0 is nullptr
+  const Storage* grad_y;   // shape of y, contiguous
+  Storage* d_matrix;       // [B, d, d]; [1, d, d], summed over the batch, where matrix_stride is 0
+  Storage* d_eigenvalues;  // [B, d], also where eigenvalues_stride is 0. tikhonov: df
+  Storage* db;             // [B, d], also where b_stride is 0. tikhonov: dg = -dx
+  Storage* dy0;            // [B, d], also where y0 is nullptr
   // [B or 1, k or 1], summed over what is shared. dbeta, dgamma: nullptr where beta, gamma are 0.
   Compute *dphi, *dbeta, *dgamma;
 };

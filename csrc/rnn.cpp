@@ -100,8 +100,10 @@ struct Arguments {
  private:
   void check_weights(const std::vector<Tensor>& weights_) {
     const size_t layers = weights_.size() - 2;
-    STD_TORCH_CHECK(weights_.size() > 2 && layers <= max_rnn_layers, "weights: expected W1, W2, W^2 ... W^L, V with L "
-                    "from 1 to ", max_rnn_layers, ", got ", weights_.size(), " matrices");
+    STD_TORCH_CHECK(weights_.size() > 2 && layers <= max_rnn_layers,
+                    "weights: expected W1, W2, W^2 ... W^L, V with L "
+                    "from 1 to ",
+                    max_rnn_layers, ", got ", weights_.size(), " matrices");
     for (size_t i = 0; i < weights_.size(); ++i) {
       const Tensor& W = weights_[i];
       STD_TORCH_CHECK(W.dim() == 2, "weights: expected matrices");
@@ -149,9 +151,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 Gradients run_backward(const Tensor& grad_y_, const Arguments& args, bool needs_Q, bool needs_weights) {
   const Tensor& b = *args.b;
   const Tensor grad_y = grad_y_.is_contiguous() ? grad_y_ : torch::stable::contiguous(grad_y_);
-  STD_TORCH_CHECK(grad_y.numel() == args.B * args.d * (args.trajectory ? args.k + 1 : 1) &&
-                      grad_y.scalar_type() == args.storage,
-                  "grad_y: expected the shape and dtype of y");
+  STD_TORCH_CHECK(
+      grad_y.numel() == args.B * args.d * (args.trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
+      "grad_y: expected the shape and dtype of y");
   Tensor d_Q = !needs_Q      ? allocate(b, args.storage, {0})
                : args.matrix ? allocate(b, args.storage, {args.matrix->size(0), args.d, args.d})
                              : allocate(b, args.storage, {args.B, args.d});

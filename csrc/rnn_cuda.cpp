@@ -9,9 +9,8 @@ namespace {
 
 template <typename Problem>
 void run(const Problem& p, int32_t device) {
-  call_cuda(device, [&](void* workspace, void* stream, size_t* size) {
-    return rnn_cuda_kernels(p, workspace, stream, size);
-  });
+  call_cuda(device,
+            [&](void* workspace, void* stream, size_t* size) { return rnn_cuda_kernels(p, workspace, stream, size); });
 }
 
 }  // namespace

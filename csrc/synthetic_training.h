@@ -39,14 +39,14 @@ struct SyntheticTraining {
   C *theta, *first_moment, *second_moment, *best_theta;  // [M, P]; SGD leaves the moments alone
   C* best_loss;                                          // [M]
   int64_t* best_epoch;                                   // [M], counted from 1
-  const C* samples;               // [S, 16, n]: x, bh, ystar
-  const C* fixed;                 // [M, n]
-  const int64_t* set_of_model;    // [M], < S
-  const int64_t* orders;          // [E, S, n], each row a permutation
+  const C* samples;                                      // [S, 16, n]: x, bh, ystar
+  const C* fixed;                                        // [M, n]
+  const int64_t* set_of_model;                           // [M], < S
+  const int64_t* orders;                                 // [E, S, n], each row a permutation
   int64_t S;
-  const int64_t* num_steps;       // [M], k
-  const bool* accelerated;        // [M]: beta is `momentum`, else 0
-  const C* learning_rates;        // [M]
+  const int64_t* num_steps;  // [M], k
+  const bool* accelerated;   // [M]: beta is `momentum`, else 0
+  const C* learning_rates;   // [M]
   double step_size, momentum, mu, L, weight_decay;
   bool adam;
   int64_t batch_size, first_epoch;  // epochs done before, from which Adam counts its steps

@@ -35,11 +35,16 @@ __device__ __forceinline__ float to_compute(bfloat16 x) {
   return __bfloat162float(__nv_bfloat16(raw));
 }
 
-template <typename Storage> __device__ __forceinline__ Storage to_storage(compute_type<Storage> x) { return x; }
-template <> __device__ __forceinline__ half to_storage<half>(float x) {
+template <typename Storage>
+__device__ __forceinline__ Storage to_storage(compute_type<Storage> x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ half to_storage<half>(float x) {
   return {static_cast<__half_raw>(__float2half_rn(x)).x};
 }
-template <> __device__ __forceinline__ bfloat16 to_storage<bfloat16>(float x) {
+template <>
+__device__ __forceinline__ bfloat16 to_storage<bfloat16>(float x) {
   return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
 }
 

@@ -9,12 +9,26 @@
 
 namespace unrolled_kernels {
 
-struct half { uint16_t bits; };
-struct bfloat16 { uint16_t bits; };
+struct half {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
 
-template <typename Storage> struct ComputeTypeOf { using type = Storage; };
-template <> struct ComputeTypeOf<half> { using type = float; };
-template <> struct ComputeTypeOf<bfloat16> { using type = float; };
-template <typename Storage> using compute_type = typename ComputeTypeOf<Storage>::type;
+template <typename Storage>
+struct ComputeTypeOf {
+  using type = Storage;
+};
+template <>
+struct ComputeTypeOf<half> {
+  using type = float;
+};
+template <>
+struct ComputeTypeOf<bfloat16> {
+  using type = float;
+};
+template <typename Storage>
+using compute_type = typename ComputeTypeOf<Storage>::type;
 
 }  // namespace unrolled_kernels

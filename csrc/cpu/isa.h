@@ -30,11 +30,10 @@ const char* isa_name(Isa isa);
 #define UNROLLED_KERNELS_AT_ACTIVE_ISA(call) ::unrolled_kernels::isa_baseline::call
 #endif
 #elif UNROLLED_KERNELS_ISA_LEVELS
-#define UNROLLED_KERNELS_AT_ACTIVE_ISA(call)                        \
-  (::unrolled_kernels::active_isa() == ::unrolled_kernels::Isa::avx512 \
-       ? ::unrolled_kernels::isa_avx512::call                       \
-       : ::unrolled_kernels::active_isa() == ::unrolled_kernels::Isa::avx2 ? ::unrolled_kernels::isa_avx2::call \
-                                                                   : ::unrolled_kernels::isa_baseline::call)
+#define UNROLLED_KERNELS_AT_ACTIVE_ISA(call)                                                                  \
+  (::unrolled_kernels::active_isa() == ::unrolled_kernels::Isa::avx512 ? ::unrolled_kernels::isa_avx512::call \
+   : ::unrolled_kernels::active_isa() == ::unrolled_kernels::Isa::avx2 ? ::unrolled_kernels::isa_avx2::call   \
+                                                                       : ::unrolled_kernels::isa_baseline::call)
 #else
 #define UNROLLED_KERNELS_AT_ACTIVE_ISA(call) ::unrolled_kernels::isa_baseline::call
 #endif

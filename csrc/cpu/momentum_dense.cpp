@@ -216,12 +216,23 @@ class DenseTile {
   Trace<C> trace() const {
     const bool y0_is_zero = p_.y0 == nullptr;
     if (p_.beta.data) {
-      return {b_, y_, m_, z_, y_step_, z_step_, z_step_, s_, ybar_, y0_is_zero, p_.trajectory, schedule_.view(),
+      return {b_,
+              y_,
+              m_,
+              z_,
+              y_step_,
+              z_step_,
+              z_step_,
+              s_,
+              ybar_,
+              y0_is_zero,
+              p_.trajectory,
+              schedule_.view(),
               gradient_.sums()};
     }
     const int64_t step = max(y_step_, z_step_);
-    return {b_, y_, nullptr, y_, step, 0, step, s_, ybar_, y0_is_zero, p_.trajectory, schedule_.view(),
-            gradient_.sums()};
+    return {
+        b_, y_, nullptr, y_, step, 0, step, s_, ybar_, y0_is_zero, p_.trajectory, schedule_.view(), gradient_.sums()};
   }
 
   void store_forward(Storage* y) const {
@@ -258,7 +269,7 @@ class DenseTile {
     if (p.d_matrix) {
       const int64_t first = p.y0 || p.k == 0 ? 0 : 1;  // z_0 = y_0 may be zero
       phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_ + first * row_, p.k - first, scale,
-                            !per_step && gradient_.wanted(), dQ_);
+                          !per_step && gradient_.wanted(), dQ_);
     }
     if (gradient_.wanted()) {
       if (!per_step && p.k > 0) gradient_.sums().add_phi(0, -phi_sum);

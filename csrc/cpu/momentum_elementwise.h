@@ -39,10 +39,10 @@ struct ElementwiseBackward {
   bool momentum, trajectory, traceless;
   bool per_step;  // whether a coefficient varies over steps
   const C* grad_y;
-  int64_t row;    // of grad_y
+  int64_t row;  // of grad_y
   C *dlambda, *db, *dy0;
   ScheduleSums<C> sums;
-  C* trace;       // [2, k, vectors_at_once] vectors
+  C* trace;  // [2, k, vectors_at_once] vectors
 };
 
 // vectors in registers at once

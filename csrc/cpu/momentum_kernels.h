@@ -40,11 +40,14 @@ struct MomentumKernels {
   void (*backward)(const MomentumBackward<Storage>&, const MomentumPlan&, const MomentumChunk<compute_type<Storage>>&);
 };
 
-#define UNROLLED_KERNELS_DECLARE(isa)                                       \
-  namespace isa {                                                           \
-  template <typename Storage> MomentumKernels<Storage> momentum_dense();    \
-  template <typename Storage> MomentumKernels<Storage> momentum_diagonal(); \
-  template <typename Storage> MomentumKernels<Storage> momentum_spectral(); \
+#define UNROLLED_KERNELS_DECLARE(isa)           \
+  namespace isa {                               \
+  template <typename Storage>                   \
+  MomentumKernels<Storage> momentum_dense();    \
+  template <typename Storage>                   \
+  MomentumKernels<Storage> momentum_diagonal(); \
+  template <typename Storage>                   \
+  MomentumKernels<Storage> momentum_spectral(); \
   }
 UNROLLED_KERNELS_DECLARE(isa_baseline)
 UNROLLED_KERNELS_DECLARE(isa_avx2)

@@ -41,8 +41,8 @@ void momentum_cpu(Structure structure, const MomentumForward<Storage>& p) {
   const auto kernels = momentum_kernels<Storage>(structure);
   const MomentumPlan plan = kernels.plan(p, nullptr);
   for_chunks(plan, [&](int64_t chunk, void* scratch) {
-    kernels.forward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
-                              nullptr, nullptr});
+    kernels.forward(
+        p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch, nullptr, nullptr});
   });
 }
 
@@ -56,9 +56,10 @@ void momentum_cpu(Structure structure, const MomentumBackward<Storage>& p) {
   std::vector<double> schedule(plan.chunks * schedule_size, 0.0);
   std::vector<C> matrix(plan.chunks * matrix_size, C(0));
   for_chunks(plan, [&](int64_t chunk, void* scratch) {
-    kernels.backward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
-                               schedule_size ? schedule.data() + chunk * schedule_size : nullptr,
-                               matrix_size ? matrix.data() + chunk * matrix_size : nullptr});
+    kernels.backward(p, plan,
+                     {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
+                      schedule_size ? schedule.data() + chunk * schedule_size : nullptr,
+                      matrix_size ? matrix.data() + chunk * matrix_size : nullptr});
   });
   const double* partial = schedule.data();
   sum_schedule(plan, p.phi, p.B, p.k, partial, p.dphi);

@@ -88,8 +88,12 @@ class ScheduleGradient {
   // `cut`: a tile holds part of a sample only, so that every sum goes to the chunk's partial result
   template <typename Backward>
   ScheduleGradient(Arena& arena, const Backward& p, int64_t steps, bool cut)
-      : outputs_{p.dphi, p.dbeta, p.dgamma}, coefficients_{p.phi, p.beta, p.gamma}, k_(p.k), steps_(steps),
-        step_(steps == 1 ? 0 : lanes<C>), cut_(cut) {
+      : outputs_{p.dphi, p.dbeta, p.dgamma},
+        coefficients_{p.phi, p.beta, p.gamma},
+        k_(p.k),
+        steps_(steps),
+        step_(steps == 1 ? 0 : lanes<C>),
+        cut_(cut) {
     for (C*& sum : sums_) sum = arena.take<C>(steps * lanes<C>);
   }
 

@@ -120,9 +120,8 @@ inline void product_block(M m, int64_t begin, Panel<const C> x, int64_t count, c
 template <int S, typename M, typename C, typename End>
 UNROLLED_KERNELS_NOINLINE void panel_product(M m, int64_t rows, Panel<const C> x, int64_t count, End end,
                                              Panel<C> out) {
-  for_constant_blocks<block_rows>(rows, [&](int64_t begin, auto R) {
-    product_block<S, decltype(R)::value, M, C>(m, begin, x, count, end, out);
-  });
+  for_constant_blocks<block_rows>(
+      rows, [&](int64_t begin, auto R) { product_block<S, decltype(R)::value, M, C>(m, begin, x, count, end, out); });
 }
 
 // Operands of outer_sums: element i of term n at a + n a_step + i W, likewise z.
@@ -165,8 +164,7 @@ template <typename C>
 UNROLLED_KERNELS_NOINLINE void outer_sums(const OuterOperands<C>& o, int64_t rows, int64_t columns, C* out) {
   for_constant_blocks<outer_rows>(rows, [&](int64_t i0, auto I) {
     for_constant_blocks<outer_columns>(columns, [&](int64_t j0, auto J) {
-      outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, columns,
-                                                          out + (i0 * columns + j0) * lanes<C>);
+      outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, columns, out + (i0 * columns + j0) * lanes<C>);
     });
   });
 }

@@ -191,18 +191,29 @@ inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, Vecto
 
 template <typename A, typename M, int J, typename C>
 inline void outer_columns(const OuterOperands<C>& o, int64_t rows, int64_t j0, Vector<C>& inner) {
-  for_balanced_blocks(rows, J == 1 ? 8 : J == 2 ? 6 : 4, [&](int64_t i0, int64_t size) {
-    switch (size) {
-      case 1: return outer_block<A, M, 1, J>(o, i0, j0, inner);
-      case 2: return outer_block<A, M, 2, J>(o, i0, j0, inner);
-      case 3: return outer_block<A, M, 3, J>(o, i0, j0, inner);
-      case 4: return outer_block<A, M, 4, J>(o, i0, j0, inner);
-      case 5: if constexpr (J <= 2) return outer_block<A, M, 5, J>(o, i0, j0, inner); break;
-      case 6: if constexpr (J <= 2) return outer_block<A, M, 6, J>(o, i0, j0, inner); break;
-      case 7: if constexpr (J == 1) return outer_block<A, M, 7, J>(o, i0, j0, inner); break;
-      default: if constexpr (J == 1) return outer_block<A, M, 8, J>(o, i0, j0, inner);
-    }
-  });
+  for_balanced_blocks(rows,
+                      J == 1   ? 8
+                      : J == 2 ? 6
+                               : 4,
+                      [&](int64_t i0, int64_t size) {
+                        switch (size) {
+                          case 1: return outer_block<A, M, 1, J>(o, i0, j0, inner);
+                          case 2: return outer_block<A, M, 2, J>(o, i0, j0, inner);
+                          case 3: return outer_block<A, M, 3, J>(o, i0, j0, inner);
+                          case 4: return outer_block<A, M, 4, J>(o, i0, j0, inner);
+                          case 5:
+                            if constexpr (J <= 2) return outer_block<A, M, 5, J>(o, i0, j0, inner);
+                            break;
+                          case 6:
+                            if constexpr (J <= 2) return outer_block<A, M, 6, J>(o, i0, j0, inner);
+                            break;
+                          case 7:
+                            if constexpr (J == 1) return outer_block<A, M, 7, J>(o, i0, j0, inner);
+                            break;
+                          default:
+                            if constexpr (J == 1) return outer_block<A, M, 8, J>(o, i0, j0, inner);
+                        }
+                      });
 }
 
 template <typename A, typename M, typename C>

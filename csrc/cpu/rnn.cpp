@@ -25,11 +25,11 @@ namespace {
 template <typename C>
 struct Layer {
   int64_t in, out;
-  int64_t x, h;        // where what it is applied to and what it gives stand in an activation row
-  int64_t adjoint;     // where the adjoint of what it gives stands in an adjoint row
-  const C* rows;       // the matrix
-  C* columns;          // its transpose
-  C* gradient;         // [out, in] vectors, or scalars in rows of whole vectors
+  int64_t x, h;     // where what it is applied to and what it gives stand in an activation row
+  int64_t adjoint;  // where the adjoint of what it gives stands in an adjoint row
+  const C* rows;    // the matrix
+  C* columns;       // its transpose
+  C* gradient;      // [out, in] vectors, or scalars in rows of whole vectors
 };
 
 // one matrix for more than one sample: its gradient is a sum over the batch
@@ -313,8 +313,8 @@ class Tile {
     apply_transposed(layers_[0], a, Plain<C>(), into_y);
     add_product(true, e, into_y, y_);
     for (int s = 0; s < S; ++s) {
-      C *db = db_.data + s * db_.plane, *dq = d_eigenvalues_.data ? d_eigenvalues_.data + s * d_eigenvalues_.plane
-                                                                  : nullptr;
+      C *db = db_.data + s * db_.plane,
+        *dq = d_eigenvalues_.data ? d_eigenvalues_.data + s * d_eigenvalues_.plane : nullptr;
       const C *es = e.data + s * e.plane, *y = x.data + s * x.plane;
       for (int64_t i = 0; i < d * W; i += W) {
         const Vector<C> ei = load(es + i);

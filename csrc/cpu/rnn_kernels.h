@@ -36,9 +36,18 @@ struct RnnKernels {
   void (*backward)(const RnnBackward<Storage>&, const RnnPlan&, const RnnChunk<compute_type<Storage>>&);
 };
 
-namespace isa_baseline { template <typename Storage> RnnKernels<Storage> rnn_kernels(); }
-namespace isa_avx2 { template <typename Storage> RnnKernels<Storage> rnn_kernels(); }
-namespace isa_avx512 { template <typename Storage> RnnKernels<Storage> rnn_kernels(); }
+namespace isa_baseline {
+template <typename Storage>
+RnnKernels<Storage> rnn_kernels();
+}
+namespace isa_avx2 {
+template <typename Storage>
+RnnKernels<Storage> rnn_kernels();
+}
+namespace isa_avx512 {
+template <typename Storage>
+RnnKernels<Storage> rnn_kernels();
+}
 
 // elements of the packed weights
 template <typename Inputs>

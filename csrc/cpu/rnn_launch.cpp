@@ -16,8 +16,8 @@ void rnn_cpu(const RnnForward<Storage>& p) {
   const auto kernels = rnn_kernels<Storage>();
   const RnnPlan plan = kernels.plan(p, nullptr);
   for_chunks(plan, [&](int64_t chunk, void* scratch) {
-    kernels.forward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
-                              nullptr, nullptr});
+    kernels.forward(
+        p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch, nullptr, nullptr});
   });
 }
 
@@ -31,17 +31,18 @@ void rnn_cpu(const RnnBackward<Storage>& p) {
   // what each chunk leaves, written in full by it
   const std::unique_ptr<C[]> weights(new C[plan.chunks * weights_size]), matrix(new C[plan.chunks * matrix_size]);
   for_chunks(plan, [&](int64_t chunk, void* scratch) {
-    kernels.backward(p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
-                               weights_size ? weights.get() + chunk * weights_size : nullptr,
-                               matrix_size ? matrix.get() + chunk * matrix_size : nullptr});
+    kernels.backward(p, plan,
+                     {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
+                      weights_size ? weights.get() + chunk * weights_size : nullptr,
+                      matrix_size ? matrix.get() + chunk * matrix_size : nullptr});
   });
   sum_chunks(weights.get(), plan.chunks, weights_size, p.d_weights);
   sum_chunks(matrix.get(), plan.chunks, matrix_size, p.d_matrix);
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)          \
-  template RnnKernels<Storage> rnn_kernels();          \
-  template void rnn_cpu(const RnnForward<Storage>&);   \
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)        \
+  template RnnKernels<Storage> rnn_kernels();        \
+  template void rnn_cpu(const RnnForward<Storage>&); \
   template void rnn_cpu(const RnnBackward<Storage>&);
 UNROLLED_KERNELS_INSTANTIATE(float)
 UNROLLED_KERNELS_INSTANTIATE(double)

@@ -106,8 +106,7 @@ UNROLLED_KERNELS_INLINE Vector<float> load(const half* p) {
   const Words h = __builtin_convertvector(bits_at<Halfwords>(p), Words);
   const Words magnitude = (h & 0x7fffu) << 13, exponent = h & 0x7c00u, bias = Words{} + (112u << 23);
   const Words tiny = magnitude + (113u << 23);
-  const Words subnormal =
-      reinterpret_cast<Words>(reinterpret_cast<Vector<float>>(tiny) - 0x1p-14f);
+  const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Vector<float>>(tiny) - 0x1p-14f);
   Words u = magnitude + bias;
   u = select(less(Words{} + 0x7bffu, exponent), u + bias, u);
   u = select(less(exponent, Words{} + 1u), subnormal, u);

@@ -175,8 +175,8 @@ class Trainer {
       const int64_t here = min(W, p_.n - first);
       network<hidden>(natural_ + first, here);
       V p[O], dp[O], residual[O];
-      sum += keep_lanes<C>(
-          losses<accelerated, false>(natural_ + first, here, spectrum<hidden>(), p, dp, residual), here);
+      sum +=
+          keep_lanes<C>(losses<accelerated, false>(natural_ + first, here, spectrum<hidden>(), p, dp, residual), here);
     }
     return sum_lanes<C>(sum) / static_cast<C>(p_.n);
   }

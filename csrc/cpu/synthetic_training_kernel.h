@@ -16,9 +16,10 @@ struct SyntheticTrainingKernel {
   void (*train)(const SyntheticTraining<C>&, int64_t model, void* scratch);
 };
 
-#define UNROLLED_KERNELS_DECLARE(isa)                                           \
-  namespace isa {                                                               \
-  template <typename C> SyntheticTrainingKernel<C> synthetic_training_kernel(); \
+#define UNROLLED_KERNELS_DECLARE(isa)                     \
+  namespace isa {                                         \
+  template <typename C>                                   \
+  SyntheticTrainingKernel<C> synthetic_training_kernel(); \
   }
 UNROLLED_KERNELS_DECLARE(isa_baseline)
 UNROLLED_KERNELS_DECLARE(isa_avx2)

@@ -63,8 +63,8 @@ class TileMatrix {
     } else if constexpr (scalars) {
       load_row(matrix, elements, matrix + elements, matrix_);
     } else {
-      load_lanes(matrix, p_.matrix_stride, elements, tile.count,
-                 p_.matrix + (p_.B - 1) * p_.matrix_stride + elements, matrix_);
+      load_lanes(matrix, p_.matrix_stride, elements, tile.count, p_.matrix + (p_.B - 1) * p_.matrix_stride + elements,
+                 matrix_);
     }
   }
 
@@ -143,8 +143,7 @@ void with_layout(const MomentumInputs<Storage>& p, F f) {
   constexpr int64_t W = lanes<compute_type<Storage>>;
   if (shares_matrix(p) && (p.d <= W || 2 * p.B >= W)) {
     f(static_cast<Tiles<Storage, SampleLanes, ScalarOperand>*>(nullptr));
-  } else if (!shares_matrix(p) && p.d <= Tiles<Storage, SampleLanes, VectorOperand>::max_d &&
-             p.B * W >= 2 * p.d) {
+  } else if (!shares_matrix(p) && p.d <= Tiles<Storage, SampleLanes, VectorOperand>::max_d && p.B * W >= 2 * p.d) {
     f(static_cast<Tiles<Storage, SampleLanes, VectorOperand>*>(nullptr));
   } else {
     f(static_cast<Tiles<Storage, RowLanes, VectorOperand>*>(nullptr));
@@ -161,9 +160,9 @@ MomentumPlan matrix_plan(const MomentumInputs<Storage>& p, const MomentumBackwar
   plan.schedule_steps = constant ? min(p.k, 1) : p.k;
   with_layout<Tiles>(p, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    plan.variant = !T::samples_in_lanes  ? "rows in lanes"
-                   : shares_matrix(p) ? "samples in lanes, shared matrix"
-                                      : "samples in lanes";
+    plan.variant = !T::samples_in_lanes ? "rows in lanes"
+                   : shares_matrix(p)   ? "samples in lanes, shared matrix"
+                                        : "samples in lanes";
     plan.tiles = T::samples_in_lanes ? ceil_div(p.B, plan.lanes) : p.B;
     plan.scratch_bytes = T(nullptr, p, backward, plan.schedule_steps).scratch_bytes();
   });

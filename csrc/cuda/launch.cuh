@@ -37,7 +37,8 @@ cudaError_t allow_shared_memory(void (*kernel)(Parameters...), int64_t bytes) {
 
 // Blocks that work through `blocks` blocks' worth of items by themselves: as many as fit on the device at once.
 template <typename... Parameters>
-int64_t persistent_grid(const Device& device, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes) {
+int64_t persistent_grid(const Device& device, void (*kernel)(Parameters...), int64_t blocks, int threads,
+                        int64_t bytes) {
   if (blocks <= device.multiprocessors) return blocks;
   int resident = 0;
   if (allow_shared_memory(kernel, bytes) != cudaSuccess ||
@@ -89,10 +90,10 @@ const char* sum_partials(const PartialSums<Storage>& sums, void* stream) {
 // A warp or a block at work on one item after another, tile.cuh.
 template <typename C>
 struct TilePlan {
-  int64_t grid = 0, team_bytes = 0;   // of shared memory
-  int64_t trajectory_size = 0;        // elements for a team
+  int64_t grid = 0, team_bytes = 0;  // of shared memory
+  int64_t trajectory_size = 0;       // elements for a team
   bool trajectory_on_chip = true;
-  C* trajectories = nullptr;          // [teams, trajectory_size] in the workspace
+  C* trajectories = nullptr;  // [teams, trajectory_size] in the workspace
 
   int64_t workspace_size(int64_t teams) const { return trajectory_on_chip ? 0 : teams * trajectory_size; }
 };

@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::blo
   C* mine = trajectory + tile.problem * D;
   MatrixStream<T, Storage> matrices(p, memory.matrix);
   C* partial = sums.row(first);
-  ScheduleGradient<C, (T::threads < 32 ? T::threads : 32), T::warps> gradient(
-      p, coefficients_per_sample(p), memory.vectors.across_warps);
+  ScheduleGradient<C, (T::threads < 32 ? T::threads : 32), T::warps> gradient(p, coefficients_per_sample(p),
+                                                                              memory.vectors.across_warps);
   gradient.begin_row(partial ? partial + sums.matrix_size : nullptr);
 
   int turn = 0;
@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::blo
         carry[j] = s.phi * s.gamma * w[j] - s.beta * a[j];
         a[j] = next;
       }
-      if (gradient.wanted()) gradient.add(t, exists ? sample : -1, exists && tile.first_column_copy, d_phi, d_beta, d_gamma);
+      if (gradient.wanted())
+        gradient.add(t, exists ? sample : -1, exists && tile.first_column_copy, d_phi, d_beta, d_gamma);
     }
     if (T::warps > 1 && k > 0) {
       T::sync();
@@ -327,7 +328,8 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
       __syncthreads();
       C d_phi = 0, d_beta = 0, d_gamma = 0;
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        const C w = matrix.sum_of_partials(v.partials, e), given = p.trajectory ? to_compute(cotangent[t * p.B * p.d + e]) : C(0);
+        const C w = matrix.sum_of_partials(v.partials, e),
+                given = p.trajectory ? to_compute(cotangent[t * p.B * p.d + e]) : C(0);
         d_phi -= w * ys[t * n + e] + a[e] * to_compute(b[e]);
         d_beta += a[e] * m[e];
         d_gamma -= s.phi * (w * m[e]);
@@ -420,8 +422,8 @@ const char* momentum_dense_cuda(const MomentumBackward<Storage>& p, void* worksp
   });
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                            \
-  template const char* momentum_dense_cuda(const MomentumForward<Storage>&, void*, void*, size_t*);  \
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                       \
+  template const char* momentum_dense_cuda(const MomentumForward<Storage>&, void*, void*, size_t*); \
   template const char* momentum_dense_cuda(const MomentumBackward<Storage>&, void*, void*, size_t*);
 UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_INSTANTIATE)
 

@@ -155,11 +155,13 @@ __global__ void __launch_bounds__(block, 2)
                                       const __grid_constant__ PartialSums<Storage> sums) {
   using C = compute_type<Storage>;
   using State = Pack<C, n>;
-  const int64_t items = DiagonalItem<width, n>::count(p.B, plan.runs), warps = static_cast<int64_t>(gridDim.x) * warps_of_block;
+  const int64_t items = DiagonalItem<width, n>::count(p.B, plan.runs),
+                warps = static_cast<int64_t>(gridDim.x) * warps_of_block;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * warps_of_block + threadIdx.x / 32;
   // (y_t, y_{t-1}) for t = 0, 4, 8 ..., all but the last: [segments - 1, 2, block]
-  State* checkpoints = reinterpret_cast<State*>(
-      plan.checkpoints ? plan.checkpoints + blockIdx.x * plan.checkpoint_bytes : dynamic_shared_memory()) + threadIdx.x;
+  State* checkpoints = reinterpret_cast<State*>(plan.checkpoints ? plan.checkpoints + blockIdx.x * plan.checkpoint_bytes
+                                                                 : dynamic_shared_memory()) +
+                       threadIdx.x;
   const int64_t segments = ceil_div(p.k, segment);
   const bool momentum = p.beta.data != nullptr, row_for_item = plan.chunks > 1;
   ScheduleGradient<C, width, 1> gradient(p, row_for_item ? 0 : coefficients_per_sample(p), nullptr);
@@ -242,8 +244,8 @@ Problem flattened(Problem p) {
   const auto dense = [&](const void* data, int64_t stride) { return !data || stride == p.d; };
   const bool one_schedule =
       p.phi.batch_stride == 0 && (!p.beta.data || (p.beta.batch_stride == 0 && p.gamma.batch_stride == 0));
-  if (p.B > 1 && one_schedule && dense(p.eigenvalues, p.eigenvalues_stride) &&
-      dense(p.observed, p.observed_stride) && dense(p.b, p.b_stride) && dense(p.y0, p.y0_stride)) {
+  if (p.B > 1 && one_schedule && dense(p.eigenvalues, p.eigenvalues_stride) && dense(p.observed, p.observed_stride) &&
+      dense(p.b, p.b_stride) && dense(p.y0, p.y0_stride)) {
     p.d *= p.B;
     p.B = 1;
     p.eigenvalues_stride = p.observed_stride = p.b_stride = p.y0_stride = 0;
@@ -305,7 +307,8 @@ const char* momentum_diagonal_cuda(const MomentumForward<Storage>& problem, void
 }
 
 template <typename Storage>
-const char* momentum_diagonal_cuda(const MomentumBackward<Storage>& problem, void* workspace, void* stream, size_t* size) {
+const char* momentum_diagonal_cuda(const MomentumBackward<Storage>& problem, void* workspace, void* stream,
+                                   size_t* size) {
   using C = compute_type<Storage>;
   if (problem.B == 0 || problem.d == 0) return size ? nullptr : clear_sums(problem, stream);
   const Device device;
@@ -344,8 +347,8 @@ const char* momentum_diagonal_cuda(const MomentumBackward<Storage>& problem, voi
   });
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                            \
-  template const char* momentum_diagonal_cuda(const MomentumForward<Storage>&, void*, void*, size_t*);  \
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                          \
+  template const char* momentum_diagonal_cuda(const MomentumForward<Storage>&, void*, void*, size_t*); \
   template const char* momentum_diagonal_cuda(const MomentumBackward<Storage>&, void*, void*, size_t*);
 UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_INSTANTIATE)
 

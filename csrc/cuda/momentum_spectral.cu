@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::blo
   C* mine = trajectory + tile.problem * D + tile.column;
   MatrixStream<T, Storage> matrices(p, memory.matrix);
   C* partial = sums.row(first);
-  ScheduleGradient<C, (T::threads < 32 ? T::threads : 32), T::warps> gradient(
-      p, coefficients_per_sample(p), memory.vectors.across_warps);
+  ScheduleGradient<C, (T::threads < 32 ? T::threads : 32), T::warps> gradient(p, coefficients_per_sample(p),
+                                                                              memory.vectors.across_warps);
   gradient.begin_row(partial ? partial + sums.matrix_size : nullptr);
 
   int turn = 0;
@@ -286,7 +286,8 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     for (int64_t t = 0; t < p.k; ++t) {
       const StepCoefficients<C> s = schedule.at(t);
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        C eigenvalue[1] = {to_compute(eigenvalues[e])}, b_e[1] = {v.b[e]}, y[1] = {v.y[e]}, previous[1] = {v.previous[e]};
+        C eigenvalue[1] = {to_compute(eigenvalues[e])}, b_e[1] = {v.b[e]}, y[1] = {v.y[e]},
+          previous[1] = {v.previous[e]};
         diagonal_step(eigenvalue, b_e, s, momentum, y, previous);
         v.y[e] = y[0];
         v.previous[e] = previous[0];
@@ -338,7 +339,8 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
       left[e] = to_compute(b[e]);
       left[n + e] = y0 ? to_compute(y0[e]) : C(0);
-      for (int64_t i = 2; i < pairs; ++i) left[i * n + e] = to_compute(cotangent[(p.trajectory && p.k > 0 ? i - 1 : 0) * step + e]);
+      for (int64_t i = 2; i < pairs; ++i)
+        left[i * n + e] = to_compute(cotangent[(p.trajectory && p.k > 0 ? i - 1 : 0) * step + e]);
       v.d_eigenvalues[e] = v.carry[e] = db[e] = ys[e] = 0;
     }
     if (p.k > 0) {
@@ -468,8 +470,8 @@ const char* momentum_spectral_cuda(const MomentumBackward<Storage>& p, void* wor
   });
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                            \
-  template const char* momentum_spectral_cuda(const MomentumForward<Storage>&, void*, void*, size_t*);  \
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                          \
+  template const char* momentum_spectral_cuda(const MomentumForward<Storage>&, void*, void*, size_t*); \
   template const char* momentum_spectral_cuda(const MomentumBackward<Storage>&, void*, void*, size_t*);
 UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_INSTANTIATE)
 

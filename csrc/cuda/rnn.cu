@@ -78,8 +78,8 @@ struct RnnSums {
 };
 
 template <typename Storage>
-__global__ void __launch_bounds__(1024) sum_rnn_partials_kernel(const __grid_constant__ RnnSums<Storage> p,
-                                                                ColumnSums columns) {
+__global__ void __launch_bounds__(1024)
+    sum_rnn_partials_kernel(const __grid_constant__ RnnSums<Storage> p, ColumnSums columns) {
   int64_t n;
   double sum;
   if (!columns.sum(p.partials, p.rows, p.row_size, blockIdx.x, n, sum)) return;
@@ -92,9 +92,13 @@ __global__ void __launch_bounds__(1024) sum_rnn_partials_kernel(const __grid_con
 }
 
 template <typename Storage>
-const RnnBackward<Storage>* backward_of(const RnnForward<Storage>&) { return nullptr; }
+const RnnBackward<Storage>* backward_of(const RnnForward<Storage>&) {
+  return nullptr;
+}
 template <typename Storage>
-const RnnBackward<Storage>* backward_of(const RnnBackward<Storage>& p) { return &p; }
+const RnnBackward<Storage>* backward_of(const RnnBackward<Storage>& p) {
+  return &p;
+}
 
 // Where everything lies for tiles T. What does not fit in shared memory is in the workspace, the weights where they are;
 // false if that is against T::on_chip.
@@ -120,9 +124,13 @@ bool plan_rnn(const Device& device, const Problem& p, RnnPlan<typename T::C>& pl
 
   int64_t packed = 0, widest = d;
   const auto add_layer = [&](int64_t rows, int64_t columns, int input, int output) {
-    plan.layers[plan.num_matrices++] = {
-        static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(columns | 1), plan.weights.size, packed,
-        input,                  output};
+    plan.layers[plan.num_matrices++] = {static_cast<int>(rows),
+                                        static_cast<int>(columns),
+                                        static_cast<int>(columns | 1),
+                                        plan.weights.size,
+                                        packed,
+                                        input,
+                                        output};
     plan.weights.size += rows * (columns | 1);
     packed += rows * columns;
     widest = rows > widest ? rows : widest;
@@ -164,8 +172,7 @@ bool plan_rnn(const Device& device, const Problem& p, RnnPlan<typename T::C>& pl
 
   const int64_t threads = round_up(ceil_div(widest, T::outputs) * T::sample_lanes, 32);
   plan.threads = threads < T::max_threads ? static_cast<int>(threads) : T::max_threads;
-  return !T::on_chip ||
-         (plan.vectors.on_chip && plan.weights.on_chip && plan.matrix.on_chip && plan.gradient.on_chip);
+  return !T::on_chip || (plan.vectors.on_chip && plan.weights.on_chip && plan.matrix.on_chip && plan.gradient.on_chip);
 }
 
 template <typename T>
@@ -259,7 +266,7 @@ const char* rnn_cuda_kernels(const RnnBackward<Storage>& p, void* workspace, voi
     }
     const char* error = launch(kernel, plan.grid, plan.threads, plan.shared_bytes, stream, p, plan);
     if (error || plan.gradient.size == 0) return error;
-    const RnnSums<Storage> sums{plan.partials, plan.grid,  plan.gradient.size, plan.weights_gradient_size,
+    const RnnSums<Storage> sums{plan.partials, plan.grid, plan.gradient.size, plan.weights_gradient_size,
                                 p.d_weights,   p.d_matrix};
     const ColumnSums columns(sums.rows, sums.row_size);
     return launch(sum_rnn_partials_kernel<Storage>, columns.blocks(sums.row_size), columns.threads(),
@@ -267,8 +274,8 @@ const char* rnn_cuda_kernels(const RnnBackward<Storage>& p, void* workspace, voi
   });
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                         \
-  template const char* rnn_cuda_kernels(const RnnForward<Storage>&, void*, void*, size_t*);  \
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                               \
+  template const char* rnn_cuda_kernels(const RnnForward<Storage>&, void*, void*, size_t*); \
   template const char* rnn_cuda_kernels(const RnnBackward<Storage>&, void*, void*, size_t*);
 UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_INSTANTIATE)
 

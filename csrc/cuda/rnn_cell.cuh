@@ -25,10 +25,10 @@ struct RnnPart {
 
 template <typename C>
 struct RnnPlan {
-  int64_t k;                          // steps that the trajectory has room for
+  int64_t k;  // steps that the trajectory has room for
   int d, num_matrices;
   RnnLayer layers[max_rnn_layers + 2];
-  int g, b, q, a, e, delta[2];        // where vectors begin; y is the first
+  int g, b, q, a, e, delta[2];  // where vectors begin; y is the first
   int features;
   RnnPart vectors, weights, matrix, gradient, trajectory;
   int64_t weights_gradient_size;
@@ -36,8 +36,8 @@ struct RnnPlan {
 
   int64_t grid, shared_bytes, slot_bytes;
   int threads;
-  unsigned char* slots;               // [grid] pieces of the workspace for what is not on chip
-  C* partials;                        // [grid, gradient.size], the gradient of each block
+  unsigned char* slots;  // [grid] pieces of the workspace for what is not on chip
+  C* partials;           // [grid, gradient.size], the gradient of each block
 };
 
 template <typename T>
@@ -177,8 +177,7 @@ class RnnCell {
     tile_.for_outputs(d_, [&](int first, Sums& sums) {
       multiply<true>(W1, above, first, sums);
       multiply_by_matrix<true>(e, first, sums);
-      tile_.store(sums, first, d_, vector(plan_.a),
-                  [&](C sum, int i, int sample) { return sum + given(sample, i); });
+      tile_.store(sums, first, d_, vector(plan_.a), [&](C sum, int i, int sample) { return sum + given(sample, i); });
     });
     __syncthreads();
   }

@@ -14,10 +14,10 @@ namespace unrolled_kernels {
 
 // One of the weights, W1, W2, W^2 ... W^L, V, [rows, columns], and the vectors that it takes and gives.
 struct RnnLayer {
-  int rows, columns, stride;   // elements between rows
-  int64_t offset;              // of its first element in the weights that the kernel reads
-  int64_t packed;              // and in those of the contract
-  int input, output;           // first entry among the block's vectors
+  int rows, columns, stride;  // elements between rows
+  int64_t offset;             // of its first element in the weights that the kernel reads
+  int64_t packed;             // and in those of the contract
+  int input, output;          // first entry among the block's vectors
 };
 
 // on_chip: vectors, matrices and the gradient of the weights are in shared memory, which the compiler then knows.

@@ -17,8 +17,12 @@ class SampleSchedule {
  public:
   template <typename Inputs>
   __device__ __forceinline__ SampleSchedule(const Inputs& p, int64_t sample)
-      : phi_(p.phi.data + sample * p.phi.batch_stride), beta_(p.beta.data), gamma_(p.gamma.data),
-        phi_step_(p.phi.step_stride), beta_step_(p.beta.step_stride), gamma_step_(p.gamma.step_stride) {
+      : phi_(p.phi.data + sample * p.phi.batch_stride),
+        beta_(p.beta.data),
+        gamma_(p.gamma.data),
+        phi_step_(p.phi.step_stride),
+        beta_step_(p.beta.step_stride),
+        gamma_step_(p.gamma.step_stride) {
     if (beta_) {
       beta_ += sample * p.beta.batch_stride;
       gamma_ += sample * p.gamma.batch_stride;
@@ -63,8 +67,15 @@ class ScheduleGradient {
   // own: coefficients whose sums a team completes, as bits; across_warps: shared [2, warps, 4]
   template <typename Backward>
   __device__ ScheduleGradient(const Backward& p, int own, C* across_warps)
-      : phi_(p.dphi), beta_(p.dbeta), gamma_(p.dgamma), partial_(nullptr), across_warps_(across_warps), k_(p.k),
-        steps_(schedule_steps(p)), wanted_(p.dphi ? (p.dbeta ? 7 : 1) : 0), per_step_(coefficients_per_step(p) & wanted_),
+      : phi_(p.dphi),
+        beta_(p.dbeta),
+        gamma_(p.dgamma),
+        partial_(nullptr),
+        across_warps_(across_warps),
+        k_(p.k),
+        steps_(schedule_steps(p)),
+        wanted_(p.dphi ? (p.dbeta ? 7 : 1) : 0),
+        per_step_(coefficients_per_step(p) & wanted_),
         own_(own) {}
 
   // the row that takes the sums from here on; not needed where `own` is all of them
@@ -170,12 +181,12 @@ class ScheduleGradient {
 template <typename Storage>
 struct PartialSums {
   using C = compute_type<Storage>;
-  C* partials;                       // [rows, matrix_size + 3 steps], a row for each team
+  C* partials;  // [rows, matrix_size + 3 steps], a row for each team
   int64_t rows, matrix_size, steps;
-  int64_t groups;                    // each of `rows` rows, and with outputs of its own
+  int64_t groups;  // each of `rows` rows, and with outputs of its own
   Storage* d_matrix;
   C* schedule[3];
-  int64_t schedule_size[3];          // k or 1
+  int64_t schedule_size[3];  // k or 1
 
   __host__ __device__ int64_t row_size() const { return matrix_size + 3 * steps; }
   __host__ __device__ bool any() const { return d_matrix || schedule[0] || schedule[1] || schedule[2]; }
@@ -185,13 +196,14 @@ struct PartialSums {
 
 // A block for each of the groups' pieces of columns.
 template <typename Storage>
-__global__ void __launch_bounds__(1024) sum_partials_kernel(const __grid_constant__ PartialSums<Storage> p,
-                                                            ColumnSums columns) {
+__global__ void __launch_bounds__(1024)
+    sum_partials_kernel(const __grid_constant__ PartialSums<Storage> p, ColumnSums columns) {
   using C = compute_type<Storage>;
   const int64_t blocks = columns.blocks(p.row_size()), group = blockIdx.x / blocks;
   int64_t n;
   double sum;
-  if (!columns.sum(p.partials + group * p.rows * p.row_size(), p.rows, p.row_size(), blockIdx.x % blocks, n, sum)) return;
+  if (!columns.sum(p.partials + group * p.rows * p.row_size(), p.rows, p.row_size(), blockIdx.x % blocks, n, sum))
+    return;
   if (n < p.matrix_size) {
     if (p.d_matrix) p.d_matrix[n] = to_storage<Storage>(static_cast<C>(sum));
     return;

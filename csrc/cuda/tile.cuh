@@ -56,9 +56,9 @@ struct Tile {
 
   // Shared memory of a team, or its size.
   struct Memory {
-    C* vectors;      // [2, 2, problems, D], see gather
-    C* partials;     // [warps, partial_stride]
-    C* across_warps; // [2, warps, 4], for ScheduleGradient
+    C* vectors;       // [2, 2, problems, D], see gather
+    C* partials;      // [warps, partial_stride]
+    C* across_warps;  // [2, warps, 4], for ScheduleGradient
     __host__ __device__ explicit Memory(Arena& arena)
         : vectors(arena.take<C>(4 * problems * D)),
           partials(warps > 1 ? arena.take<C>(warps * partial_stride) : nullptr),
@@ -115,7 +115,8 @@ struct Tile {
   }
 
   // out = M x for the rows that this thread owns; x: its tile's columns
-  __device__ __forceinline__ void product(const C (&m)[rows][columns], const C (&x)[columns], C (&out)[own_rows]) const {
+  __device__ __forceinline__ void product(const C (&m)[rows][columns], const C (&x)[columns],
+                                          C (&out)[own_rows]) const {
     C sum[rows];
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
@@ -202,7 +203,8 @@ struct Tile {
 
   // x, a = the tile's columns of z and its rows of w; z and w are in the column layout
   __device__ __forceinline__ void columns_to_tile(const C (&z)[own_columns], const C (&w)[own_columns],
-                                                  const Memory& memory, int& turn, C (&x)[columns], C (&a)[rows]) const {
+                                                  const Memory& memory, int& turn, C (&x)[columns],
+                                                  C (&a)[rows]) const {
     if constexpr (D <= 4) {
 #pragma unroll
       for (int j = 0; j < columns; ++j) {
@@ -322,7 +324,8 @@ struct TileMemory {
   typename T::C* trajectory;
 
   __host__ __device__ TileMemory(Arena& arena, int64_t d, int64_t trajectory_size)
-      : vectors(arena), matrix(MatrixStream<T, Storage>::buffer(arena, d)),
+      : vectors(arena),
+        matrix(MatrixStream<T, Storage>::buffer(arena, d)),
         gradient(stages_gradient ? MatrixStream<T, Storage>::buffer(arena, d) : nullptr),
         trajectory(arena.template take<typename T::C>(trajectory_size)) {}
 
@@ -337,7 +340,8 @@ struct TileMemory {
       Storage* staged = reinterpret_cast<Storage*>(buffer + misalignment(target));
       if (exists) tile.store(dq, d, staged + tile.problem * d * d);
       T::sync();
-      copy_from_shared<T::team>(staged, static_cast<int>(left < T::problems ? left : T::problems) * d * d, target, tile.rank);
+      copy_from_shared<T::team>(staged, static_cast<int>(left < T::problems ? left : T::problems) * d * d, target,
+                                tile.rank);
     } else {
       tile.store(dq, d, target);
     }
@@ -369,7 +373,8 @@ __device__ __forceinline__ void clear(typename T::C (&q)[T::rows][T::columns]) {
 
 // q += a x'
 template <typename T>
-__device__ __forceinline__ void add_outer_product(const typename T::C (&a)[T::rows], const typename T::C (&x)[T::columns],
+__device__ __forceinline__ void add_outer_product(const typename T::C (&a)[T::rows],
+                                                  const typename T::C (&x)[T::columns],
                                                   typename T::C (&q)[T::rows][T::columns]) {
 #pragma unroll
   for (int i = 0; i < T::rows; ++i) {

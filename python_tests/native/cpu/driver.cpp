@@ -126,7 +126,9 @@ void check(const char* what, int64_t B, int64_t d, int64_t k, const F& run) {
   state = before;
   torch::stable::num_threads = 2;
   run(two);
-  const char* error = !one.written() ? "an output is not finite" : !(one == two) ? "threads change the result" : nullptr;
+  const char* error = !one.written()  ? "an output is not finite"
+                      : !(one == two) ? "threads change the result"
+                                      : nullptr;
   if (!error) return;
   fprintf(stderr, "%s, B = %ld, d = %ld, k = %ld: %s\n", what, static_cast<long>(B), static_cast<long>(d),
           static_cast<long>(k), error);
@@ -134,8 +136,8 @@ void check(const char* what, int64_t B, int64_t d, int64_t k, const F& run) {
 }
 
 enum class Kind { dense, shared_dense, diagonal, tikhonov, spectral, shared_spectral };
-constexpr Kind kinds[] = {Kind::dense, Kind::shared_dense, Kind::diagonal,
-                          Kind::tikhonov, Kind::spectral, Kind::shared_spectral};
+constexpr Kind kinds[] = {Kind::dense,    Kind::shared_dense, Kind::diagonal,
+                          Kind::tikhonov, Kind::spectral,     Kind::shared_spectral};
 
 template <typename Storage>
 void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {

@@ -50,7 +50,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
-#define __shared__ static __attribute__((section("cuda_on_cpu_shared")))
+#define __shared__      static __attribute__((section("cuda_on_cpu_shared")))
 extern "C" char __start_cuda_on_cpu_shared[] __attribute__((weak)), __stop_cuda_on_cpu_shared[] __attribute__((weak));
 // the scheduler itself: fibers change stacks in the middle of it
 #define CUDA_ON_CPU_SCHEDULER __attribute__((no_sanitize("thread", "address", "undefined"), noinline)) inline
@@ -59,7 +59,11 @@ namespace cuda_on_cpu {
 
 constexpr size_t stack_bytes = 128 * 1024;
 
-struct Copy { void* to; const void* from; size_t bytes; };
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 struct Thread {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
@@ -71,8 +75,16 @@ struct Thread {
   std::vector<Copy> copies;
 };
 // Where lanes meet: each deposits 8 bytes, in one of two sets in turn.
-struct Meeting { unsigned expected = 0, arrived = 0; unsigned long round = 0; int line = 0; uint64_t deposit[2][32]; };
-struct Warp { unsigned lanes = 0, returned = 0; Meeting meetings[32]; };  // by the lowest lane that meets
+struct Meeting {
+  unsigned expected = 0, arrived = 0;
+  unsigned long round = 0;
+  int line = 0;
+  uint64_t deposit[2][32];
+};
+struct Warp {
+  unsigned lanes = 0, returned = 0;
+  Meeting meetings[32];
+};  // by the lowest lane that meets
 struct Machine {
   std::vector<Thread> threads;
   std::vector<int> order;
@@ -91,7 +103,10 @@ struct Machine {
   dim3 grid_size, block_size;
   char begin_tag = 0, barrier_tag = 0, end_tag = 0;
 };
-inline Machine& machine() { static Machine m; return m; }
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
 inline Thread* current = nullptr;
 
 inline void release(void* tag) {
@@ -108,11 +123,12 @@ inline void acquire(void* tag) {
 }
 
 extern "C" void cuda_on_cpu_switch(void** save, void* to);
-__asm__(".text\n.weak cuda_on_cpu_switch\n.type cuda_on_cpu_switch,@function\ncuda_on_cpu_switch:\n"
-        "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
-        "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
-        "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n"
-        ".size cuda_on_cpu_switch,.-cuda_on_cpu_switch\n");
+__asm__(
+    ".text\n.weak cuda_on_cpu_switch\n.type cuda_on_cpu_switch,@function\ncuda_on_cpu_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n"
+    ".size cuda_on_cpu_switch,.-cuda_on_cpu_switch\n");
 
 // what ASan has to hear after a stack was entered; the first time it also tells the scheduler's own stack
 CUDA_ON_CPU_SCHEDULER void entered([[maybe_unused]] void* asan, [[maybe_unused]] bool from_scheduler) {
@@ -224,7 +240,8 @@ CUDA_ON_CPU_SCHEDULER T shuffle_xor(unsigned mask, T value, int lanes, int line)
 }
 
 inline void copy_async(void* to, const void* from, size_t bytes) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) fail("asynchronous copy: not aligned");
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes)
+    fail("asynchronous copy: not aligned");
   current->copies.push_back({to, from, bytes});
   if (machine().late_copies) return;
   memcpy(to, from, bytes);
@@ -275,8 +292,8 @@ CUDA_ON_CPU_SCHEDULER void run_block(const char* order, std::mt19937& random) {
     t.tsan = __tsan_create_fiber(0);
 #endif
     if (!t.stack) {
-      t.stack = static_cast<char*>(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
-                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      t.stack = static_cast<char*>(
+          mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     }
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(t.stack, stack_bytes);
@@ -352,7 +369,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()
   return cuda_on_cpu::shuffle_xor(mask, value, lanes, line);
 }
 template <typename T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 
 // the runtime, as far as launchers call it: a device of two multiprocessors that hold one block each
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -369,6 +388,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 }
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_cpu::machine().error.c_str(); }
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   return cuda_on_cpu::launch(*config, [&] { kernel(arguments...); });
 }

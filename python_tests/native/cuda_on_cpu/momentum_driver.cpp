@@ -31,10 +31,13 @@ const char* run(const Header& h, void* const* pointers) {
   using C = compute_type<Storage>;
   const auto storage = [&](int i) { return static_cast<Storage*>(pointers[i]); };
   const auto compute = [&](int i) { return static_cast<C*>(pointers[i]); };
-  const auto coefficient = [&](int i) { return Coefficient<C>{compute(schedule + i), h.sizes[9 + 2 * i], h.sizes[10 + 2 * i]}; };
+  const auto coefficient = [&](int i) {
+    return Coefficient<C>{compute(schedule + i), h.sizes[9 + 2 * i], h.sizes[10 + 2 * i]};
+  };
   MomentumInputs<Storage> in{};
   in.B = h.sizes[0], in.d = h.sizes[1], in.k = h.sizes[2], in.trajectory = h.sizes[3] != 0;
-  in.matrix_stride = h.sizes[4], in.eigenvalues_stride = h.sizes[5], in.b_stride = h.sizes[6], in.y0_stride = h.sizes[7];
+  in.matrix_stride = h.sizes[4], in.eigenvalues_stride = h.sizes[5], in.b_stride = h.sizes[6],
+  in.y0_stride = h.sizes[7];
   in.observed_stride = h.sizes[8];
   in.matrix = storage(0), in.eigenvalues = storage(1), in.b = storage(2), in.y0 = storage(3), in.observed = storage(4);
   in.phi = coefficient(0), in.beta = coefficient(1), in.gamma = coefficient(2);

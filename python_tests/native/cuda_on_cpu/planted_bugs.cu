@@ -112,7 +112,8 @@ int main() {
     if (!(out[b] == expected)) return printf("sample %d: %g, expected %g\n", b, out[b], expected), 3;
   }
   for (int n = 0; n < blocks; ++n) {
-    if (!(total[n] == expected_totals[n])) return printf("block %d: %g, expected %g\n", n, total[n], expected_totals[n]), 3;
+    if (!(total[n] == expected_totals[n]))
+      return printf("block %d: %g, expected %g\n", n, total[n], expected_totals[n]), 3;
   }
   free(Q);
   free(y);

@@ -24,7 +24,8 @@ const char* run(const Header& h, void* const* pointers) {
   const auto storage = [&](int i) { return static_cast<Storage*>(pointers[i]); };
   RnnInputs<Storage> in{};
   in.B = h.sizes[0], in.d = h.sizes[1], in.k = h.sizes[2], in.trajectory = h.sizes[3] != 0;
-  in.matrix_stride = h.sizes[4], in.eigenvalues_stride = h.sizes[5], in.b_stride = h.sizes[6], in.y0_stride = h.sizes[7];
+  in.matrix_stride = h.sizes[4], in.eigenvalues_stride = h.sizes[5], in.b_stride = h.sizes[6],
+  in.y0_stride = h.sizes[7];
   in.num_layers = static_cast<int>(h.sizes[8]);
   for (int l = 0; l < in.num_layers; ++l) in.hidden_dims[l] = h.sizes[9 + l];
   in.matrix = storage(0), in.eigenvalues = storage(1), in.b = storage(2), in.y0 = storage(3);
