@@ -37,7 +37,7 @@ def isa_levels():
         return [0], []
     if os.environ.get("UNROLLED_KERNELS_NATIVE") != "1":
         return list(range(len(LEVELS))), []
-    # what csrc/cpu/isa.cpp asks the processor for
+    # what csrc/cpu/simd/isa.cpp asks the processor for
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]))
     avx2 = {"avx2", "fma"} <= flags
     level = avx2 + (avx2 and {"avx512f", "avx512vl", "avx512bw", "avx512dq"} <= flags)
@@ -189,8 +189,8 @@ def ninja_file(compiler, library, build):
     for path in sorted(CSRC.glob("cuda/*.cu")) if nvcc else []:
         compile_source("nvcc", path)
     plain = []
-    for path in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
-        if '#include "cpu/simd.h"' not in path.read_text():
+    for path in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/**/*.cpp")]):
+        if '#include "cpu/simd/simd.h"' not in path.read_text():
             plain.append(path)
             continue
         for level in levels:

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "cpu/simd/isa.h"
 #include "cpu/momentum_launch.h"
 #include "cpu/rnn_launch.h"
 

@@ -2,7 +2,7 @@
 #include "synthetic_training.h"
 
 #include "common/tensors.h"
-#include "cpu/chunks.h"
+#include "cpu/launch.h"
 #include "cpu/synthetic_training_kernel.h"
 
 namespace unrolled_kernels {

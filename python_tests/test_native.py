@@ -25,7 +25,7 @@ from unrolled_kernels.testing import STRUCTURES, random_quadratic
 
 needs_extension = pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built")
 
-# as csrc/cpu/isa.cpp asks for them
+# as csrc/cpu/simd/isa.cpp asks for them
 LEVELS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512vl", "avx512bw", "avx512dq"}}
 
 
@@ -69,9 +69,9 @@ def _driver(level, mode):
         f"-isystem{Path(torch.__file__).parent / 'include'}",
         *MODES[mode],
     ]
-    headers = [*CSRC.glob("*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cpu/*.h"), *(NATIVE / "cpu").rglob("*.h")]
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cpu/**/*.h"), *(NATIVE / "cpu").rglob("*.h")]
     # what takes longest first
-    sources = sorted(CSRC.glob("cpu/*.cpp"), key=lambda path: -path.stat().st_size)
+    sources = sorted(CSRC.glob("cpu/**/*.cpp"), key=lambda path: -path.stat().st_size)
     return compiled(f"cpu-{mode}-{level}", flags, [*sources, NATIVE / "cpu" / "driver.cpp"], headers)
 
 

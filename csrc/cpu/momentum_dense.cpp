@@ -13,9 +13,9 @@
 
 #include "cpu/momentum_kernels.h"
 // the headers above are compiled for the baseline, those below for the level of this file
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
-#include "cpu/tile_matrix.h"
+#include "cpu/simd/tile_matrix.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {

@@ -7,7 +7,7 @@
 
 #include "cpu/momentum_kernels.h"
 // the headers above are compiled for the baseline, those below for the level of this file
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 #include "cpu/momentum_elementwise.h"
 

@@ -1,8 +1,8 @@
 // The schedule phi, beta, gamma of one tile as vectors, and the sums that become its gradient.
 #pragma once
 
-#include "cpu/arena.h"
-#include "cpu/lanes.h"
+#include "cpu/simd/arena.h"
+#include "cpu/simd/lanes.h"
 #include "cpu/momentum_kernels.h"
 
 namespace unrolled_kernels {

@@ -10,11 +10,11 @@
 //
 // float32, (B, d, k) = (1000, 5, 20), widths 10-20-20, one core of an EPYC with AVX2: 60 to 64 % of the FMA peak, both
 // passes together. What is lost is at the ends of blocks: their sums are 5 to 20 products long.
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
-#include "cpu/arena.h"
-#include "cpu/lanes.h"
-#include "cpu/panels.h"
+#include "cpu/simd/arena.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/panels.h"
 #include "cpu/rnn_kernels.h"
 
 namespace unrolled_kernels {

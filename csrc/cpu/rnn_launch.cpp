@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "cpu/chunks.h"
+#include "cpu/launch.h"
 
 namespace unrolled_kernels {
 

@@ -14,10 +14,10 @@
 
 #include "cpu/synthetic_training_kernel.h"
 // the headers above are compiled for the baseline, those below for the level of this file
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
-#include "cpu/arena.h"
-#include "cpu/vector_math.h"
+#include "cpu/simd/arena.h"
+#include "cpu/simd/vector_math.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/isa.h"
+#include "cpu/simd/isa.h"
 #include "synthetic_training.h"
 
 namespace unrolled_kernels {

@@ -19,7 +19,7 @@
 
 #include <sys/mman.h>
 
-#include "cpu/chunks.h"
+#include "cpu/launch.h"
 #include "cpu/momentum_launch.h"
 #include "cpu/rnn_launch.h"
 #include "cpu/synthetic_training_kernel.h"

@@ -1,4 +1,4 @@
-// What csrc/cpu/chunks.h takes from torch: parallel_for and its number of threads, here with threads of the standard library, which the thread
+// What csrc/cpu/launch.h takes from torch: parallel_for and its number of threads, here with threads of the standard library, which the thread
 // sanitizer understands (OpenMP's barriers it does not).
 #pragma once
 #include <algorithm>

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cpu/momentum_schedule.h"
-#include "cpu/products.h"
+#include "cpu/simd/products.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {

@@ -6,7 +6,7 @@
 // Staging converts between the storage type and the compute type; lanes without a sample or an element are zero.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {

@@ -1,4 +1,4 @@
-#include "cpu/isa.h"
+#include "cpu/simd/isa.h"
 
 #include <cstdlib>
 #include <cstring>

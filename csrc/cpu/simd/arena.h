@@ -1,7 +1,7 @@
 // The scratch of a chunk of work, and how many chunks a problem is cut into.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {

@@ -1,9 +1,9 @@
 // Elementary functions of vectors: exp, and sqrt where the instruction set has it.
 //
-// A file that includes this includes <immintrin.h> on x86-64 and <cmath> before "cpu/simd.h".
+// A file that includes this includes <immintrin.h> on x86-64 and <cmath> before "cpu/simd/simd.h".
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {

@@ -9,7 +9,7 @@
 // A block of R rows and S groups takes R + S loads for R S multiply-adds, one of the outer sums I + J for I J.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {

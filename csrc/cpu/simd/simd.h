@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "common/types.h"
-#include "cpu/isa.h"
+#include "cpu/simd/isa.h"
 
 #ifndef UNROLLED_KERNELS_ISA
 #define UNROLLED_KERNELS_ISA 0

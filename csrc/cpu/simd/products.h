@@ -10,7 +10,7 @@
 //     RowLanes                    M Vector   x Scalar    A Scalar   Z Vector
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
