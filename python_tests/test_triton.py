@@ -4,6 +4,7 @@ The test law itself is test_momentum.py, run on a GPU, or with ``TRITON_INTERPRE
 process either compiles or interprets, so each test below says which of the two it needs.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import INTERPRETED, device_of
 
+import unrolled_kernels
 import unrolled_kernels.functional as F
 from unrolled_kernels import Diagonal, _backend
 from unrolled_kernels.ops.rnn.reference import weight_shapes
@@ -238,6 +240,24 @@ def test_rnn_compiles_beyond_the_table(compiled, d, hidden_dims, dtype):
     kernels = compiled(90)
     compile_rnn_ops("dense", d, hidden_dims, dtype)
     check(kernels, 90, spills=True)
+
+
+def device_functions():
+    """The file and the syntax tree of every function under ``@triton.jit``."""
+    for path in sorted(Path(unrolled_kernels.__file__).parent.glob("ops/**/triton_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(x) for x in node.decorator_list):
+                yield path.name, node
+
+
+def test_device_functions_return_only_at_their_end():
+    """Code after a ``return`` in a branch is compiled even where the branch is taken at compile time: the interpreter
+    runs such a function, the compiler refuses it."""
+    functions = list(device_functions())
+    assert len(functions) > 20
+    for file, function in functions:
+        returns = [node for node in ast.walk(function) if isinstance(node, ast.Return)]
+        assert returns in ([], [function.body[-1]]), f"{file}: {function.name} returns in the middle"
 
 
 def _arguments(structure, trajectory, permuted):

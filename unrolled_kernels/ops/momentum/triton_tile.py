@@ -48,9 +48,11 @@ def load_schedule(
 def load_vector(pointer, sample, sample_stride, entry, entry_stride, inside, compute: tl.constexpr):
     """Entries of b, y_0, λ or a cotangent in the compute dtype; zero where ``pointer`` is None or not ``inside``."""
     if pointer is None:
-        return tl.zeros(inside.shape, compute)
-    offsets = sample.to(tl.int64) * sample_stride + entry * entry_stride
-    return tl.load(pointer + offsets, mask=inside, other=0.0).to(compute)
+        value = tl.zeros(inside.shape, compute)
+    else:
+        offsets = sample.to(tl.int64) * sample_stride + entry * entry_stride
+        value = tl.load(pointer + offsets, mask=inside, other=0.0).to(compute)
+    return value
 
 
 @triton.jit
