@@ -13,7 +13,8 @@
 #include "common/tensors.h"
 #include "cpu/momentum_launch.h"
 #ifdef UNROLLED_KERNELS_WITH_CUDA
-#include "cuda/momentum_launch.h"
+#include "cuda/call.h"
+#include "cuda/momentum_kernels.h"
 #endif
 
 namespace unrolled_kernels {
@@ -110,7 +111,11 @@ struct Arguments {
 template <typename Problem>
 void launch(const Tensor& like, Structure structure, const Problem& p) {
 #ifdef UNROLLED_KERNELS_WITH_CUDA
-  if (like.is_cuda()) return momentum_cuda(structure, p, like.get_device_index());
+  if (like.is_cuda()) {
+    return cuda::call(like.get_device_index(), [&](void* workspace, void* stream, size_t* size) {
+      return cuda::momentum_kernels(structure, p, workspace, stream, size);
+    });
+  }
 #endif
   STD_TORCH_CHECK(like.is_cpu(), "unrolled_kernels: no kernels for this device");
   momentum_cpu(structure, p);

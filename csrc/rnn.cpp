@@ -16,7 +16,8 @@
 #include "common/tensors.h"
 #include "cpu/rnn_launch.h"
 #ifdef UNROLLED_KERNELS_WITH_CUDA
-#include "cuda/rnn_launch.h"
+#include "cuda/call.h"
+#include "cuda/rnn_kernels.h"
 #endif
 
 namespace unrolled_kernels {
@@ -126,7 +127,11 @@ struct Arguments {
 template <typename Problem>
 void launch(const Tensor& like, const Problem& p) {
 #ifdef UNROLLED_KERNELS_WITH_CUDA
-  if (like.is_cuda()) return rnn_cuda(p, like.get_device_index());
+  if (like.is_cuda()) {
+    return cuda::call(like.get_device_index(), [&](void* workspace, void* stream, size_t* size) {
+      return cuda::rnn_kernels(p, workspace, stream, size);
+    });
+  }
 #endif
   STD_TORCH_CHECK(like.is_cpu(), "unrolled_kernels: no kernels for this device");
   rnn_cpu(p);

@@ -1,9 +1,9 @@
 // The sum over the rows of a matrix, in an order that depends on the number of rows alone.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "cuda/platform.cuh"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 // How a block is divided: `columns` columns, and for each `strands` threads that share its rows.
 struct ColumnSums {
@@ -39,4 +39,4 @@ struct ColumnSums {
   }
 };
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -5,10 +5,10 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "common/cuda.cuh"
+#include "cuda/platform.cuh"
 #include "cuda/schedule.cuh"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 struct Device {
   int multiprocessors = 0;
@@ -173,4 +173,4 @@ const char* clear_sums(const MomentumBackward<Storage>& p, void* stream) {
   return describe(error);
 }
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -15,7 +15,7 @@
 #include "cuda/streamed.cuh"
 #include "cuda/tile.cuh"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 namespace {
 
 // One step on the rows that a thread owns.
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
 }  // namespace
 
 template <typename Storage>
-const char* momentum_dense_cuda(const MomentumForward<Storage>& p, void* workspace, void* stream, size_t* size) {
+const char* momentum_dense(const MomentumForward<Storage>& p, void* workspace, void* stream, size_t* size) {
   if (p.B == 0 || p.d == 0) return nullptr;
   const Device device;
   if (device.error != cudaSuccess) return describe(device.error);
@@ -388,7 +388,7 @@ const char* momentum_dense_cuda(const MomentumForward<Storage>& p, void* workspa
 }
 
 template <typename Storage>
-const char* momentum_dense_cuda(const MomentumBackward<Storage>& p, void* workspace, void* stream, size_t* size) {
+const char* momentum_dense(const MomentumBackward<Storage>& p, void* workspace, void* stream, size_t* size) {
   using C = compute_type<Storage>;
   if (p.B == 0 || p.d == 0) return size ? nullptr : clear_sums(p, stream);
   const Device device;
@@ -422,9 +422,9 @@ const char* momentum_dense_cuda(const MomentumBackward<Storage>& p, void* worksp
   });
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                       \
-  template const char* momentum_dense_cuda(const MomentumForward<Storage>&, void*, void*, size_t*); \
-  template const char* momentum_dense_cuda(const MomentumBackward<Storage>&, void*, void*, size_t*);
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                  \
+  template const char* momentum_dense(const MomentumForward<Storage>&, void*, void*, size_t*); \
+  template const char* momentum_dense(const MomentumBackward<Storage>&, void*, void*, size_t*);
 UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_INSTANTIATE)
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -11,7 +11,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 namespace {
 
 constexpr int block = 128, warps_of_block = block / 32, segment = 4;
@@ -293,7 +293,7 @@ const char* with_layout(const MomentumInputs<Storage>& p, std::initializer_list<
 }  // namespace
 
 template <typename Storage>
-const char* momentum_diagonal_cuda(const MomentumForward<Storage>& problem, void*, void* stream, size_t* size) {
+const char* momentum_diagonal(const MomentumForward<Storage>& problem, void*, void* stream, size_t* size) {
   if (problem.B == 0 || problem.d == 0 || size) return nullptr;
   const Device device;
   if (device.error != cudaSuccess) return describe(device.error);
@@ -307,8 +307,7 @@ const char* momentum_diagonal_cuda(const MomentumForward<Storage>& problem, void
 }
 
 template <typename Storage>
-const char* momentum_diagonal_cuda(const MomentumBackward<Storage>& problem, void* workspace, void* stream,
-                                   size_t* size) {
+const char* momentum_diagonal(const MomentumBackward<Storage>& problem, void* workspace, void* stream, size_t* size) {
   using C = compute_type<Storage>;
   if (problem.B == 0 || problem.d == 0) return size ? nullptr : clear_sums(problem, stream);
   const Device device;
@@ -347,9 +346,9 @@ const char* momentum_diagonal_cuda(const MomentumBackward<Storage>& problem, voi
   });
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                          \
-  template const char* momentum_diagonal_cuda(const MomentumForward<Storage>&, void*, void*, size_t*); \
-  template const char* momentum_diagonal_cuda(const MomentumBackward<Storage>&, void*, void*, size_t*);
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                     \
+  template const char* momentum_diagonal(const MomentumForward<Storage>&, void*, void*, size_t*); \
+  template const char* momentum_diagonal(const MomentumBackward<Storage>&, void*, void*, size_t*);
 UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_INSTANTIATE)
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -12,28 +12,28 @@
 
 #include "momentum.h"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 template <typename Storage>
-const char* momentum_dense_cuda(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
+const char* momentum_dense(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
-const char* momentum_dense_cuda(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
+const char* momentum_dense(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
-const char* momentum_diagonal_cuda(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
+const char* momentum_diagonal(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
-const char* momentum_diagonal_cuda(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
+const char* momentum_diagonal(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
-const char* momentum_spectral_cuda(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
+const char* momentum_spectral(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
-const char* momentum_spectral_cuda(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
+const char* momentum_spectral(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
 
 template <typename Problem>
-const char* momentum_cuda_kernels(Structure structure, const Problem& p, void* workspace, void* stream, size_t* size) {
+const char* momentum_kernels(Structure structure, const Problem& p, void* workspace, void* stream, size_t* size) {
   switch (structure) {
-    case Structure::dense: return momentum_dense_cuda(p, workspace, stream, size);
-    case Structure::diagonal: return momentum_diagonal_cuda(p, workspace, stream, size);
-    default: return momentum_spectral_cuda(p, workspace, stream, size);
+    case Structure::dense: return momentum_dense(p, workspace, stream, size);
+    case Structure::diagonal: return momentum_diagonal(p, workspace, stream, size);
+    default: return momentum_spectral(p, workspace, stream, size);
   }
 }
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -11,7 +11,7 @@
 #include "cuda/streamed.cuh"
 #include "cuda/tile.cuh"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 namespace {
 
 // (b, y_0) in the eigenbasis, for the columns that a thread owns; rows: the tile's
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
 }  // namespace
 
 template <typename Storage>
-const char* momentum_spectral_cuda(const MomentumForward<Storage>& p, void* workspace, void* stream, size_t* size) {
+const char* momentum_spectral(const MomentumForward<Storage>& p, void* workspace, void* stream, size_t* size) {
   if (p.B == 0 || p.d == 0) return nullptr;
   const Device device;
   if (device.error != cudaSuccess) return describe(device.error);
@@ -435,7 +435,7 @@ const char* momentum_spectral_cuda(const MomentumForward<Storage>& p, void* work
 }
 
 template <typename Storage>
-const char* momentum_spectral_cuda(const MomentumBackward<Storage>& p, void* workspace, void* stream, size_t* size) {
+const char* momentum_spectral(const MomentumBackward<Storage>& p, void* workspace, void* stream, size_t* size) {
   using C = compute_type<Storage>;
   if (p.B == 0 || p.d == 0) return size ? nullptr : clear_sums(p, stream);
   const Device device;
@@ -470,9 +470,9 @@ const char* momentum_spectral_cuda(const MomentumBackward<Storage>& p, void* wor
   });
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                          \
-  template const char* momentum_spectral_cuda(const MomentumForward<Storage>&, void*, void*, size_t*); \
-  template const char* momentum_spectral_cuda(const MomentumBackward<Storage>&, void*, void*, size_t*);
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                     \
+  template const char* momentum_spectral(const MomentumForward<Storage>&, void*, void*, size_t*); \
+  template const char* momentum_spectral(const MomentumBackward<Storage>&, void*, void*, size_t*);
 UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_INSTANTIATE)
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

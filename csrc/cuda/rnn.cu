@@ -8,7 +8,7 @@
 #include "cuda/rnn_cell.cuh"
 #include "cuda/rnn_kernels.h"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 namespace {
 
 template <typename T>
@@ -229,7 +229,7 @@ const char* clear_rnn_sums(const RnnBackward<Storage>& p, void* stream) {
 }  // namespace
 
 template <typename Storage>
-const char* rnn_cuda_kernels(const RnnForward<Storage>& p, void* workspace, void* stream, size_t* size) {
+const char* rnn_kernels(const RnnForward<Storage>& p, void* workspace, void* stream, size_t* size) {
   if (p.B == 0 || p.d == 0) return nullptr;
   if (const char* error = check_sizes(p)) return error;
   const Device device;
@@ -248,7 +248,7 @@ const char* rnn_cuda_kernels(const RnnForward<Storage>& p, void* workspace, void
 }
 
 template <typename Storage>
-const char* rnn_cuda_kernels(const RnnBackward<Storage>& p, void* workspace, void* stream, size_t* size) {
+const char* rnn_kernels(const RnnBackward<Storage>& p, void* workspace, void* stream, size_t* size) {
   if (p.B == 0 || p.d == 0) return size ? nullptr : clear_rnn_sums(p, stream);
   if (const char* error = check_sizes(p)) return error;
   const Device device;
@@ -274,9 +274,9 @@ const char* rnn_cuda_kernels(const RnnBackward<Storage>& p, void* workspace, voi
   });
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                               \
-  template const char* rnn_cuda_kernels(const RnnForward<Storage>&, void*, void*, size_t*); \
-  template const char* rnn_cuda_kernels(const RnnBackward<Storage>&, void*, void*, size_t*);
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                          \
+  template const char* rnn_kernels(const RnnForward<Storage>&, void*, void*, size_t*); \
+  template const char* rnn_kernels(const RnnBackward<Storage>&, void*, void*, size_t*);
 UNROLLED_KERNELS_CUDA_TYPES(UNROLLED_KERNELS_INSTANTIATE)
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

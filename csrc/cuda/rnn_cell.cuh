@@ -15,7 +15,7 @@
 
 #include "cuda/rnn_tile.cuh"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 // `size` elements in shared memory, from byte `offset` on, or, if they do not fit, elsewhere.
 struct RnnPart {
@@ -280,4 +280,4 @@ class RnnCell {
   const C* weights_;
 };
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -10,11 +10,11 @@
 
 #include "rnn.h"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 template <typename Storage>
-const char* rnn_cuda_kernels(const RnnForward<Storage>&, void* workspace, void* stream, size_t* size);
+const char* rnn_kernels(const RnnForward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
-const char* rnn_cuda_kernels(const RnnBackward<Storage>&, void* workspace, void* stream, size_t* size);
+const char* rnn_kernels(const RnnBackward<Storage>&, void* workspace, void* stream, size_t* size);
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -7,10 +7,10 @@
 // and is done sooner where there are too few samples to fill the device.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "cuda/platform.cuh"
 #include "rnn.h"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 // One of the weights, W1, W2, W^2 ... W^L, V, [rows, columns], and the vectors that it takes and gives.
 struct RnnLayer {
@@ -157,4 +157,4 @@ struct RnnTile {
   }
 };
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -1,11 +1,11 @@
 // The schedule phi, beta, gamma as kernels read it, and the sums that become its gradient.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "cuda/platform.cuh"
 #include "cuda/columns.cuh"
 #include "momentum.h"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 template <typename C>
 struct StepCoefficients {
@@ -214,4 +214,4 @@ __global__ void __launch_bounds__(1024)
   if (out && t < size) out[group * size + t] = static_cast<C>(sum);
 }
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -7,7 +7,7 @@
 
 #include "cuda/launch.cuh"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 template <typename Storage>
 __host__ __device__ constexpr int64_t streamed_matrix_bytes(int64_t d) {
@@ -156,4 +156,4 @@ __device__ const Storage* streamed_matrix(const MomentumInputs<Storage>& p, cons
   return matrix;
 }
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

@@ -18,7 +18,7 @@
 
 #include "cuda/launch.cuh"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 template <typename Storage, int D_>
 struct Tile {
@@ -383,4 +383,4 @@ __device__ __forceinline__ void add_outer_product(const typename T::C (&a)[T::ro
   }
 }
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

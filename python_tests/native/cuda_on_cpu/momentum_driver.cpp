@@ -23,7 +23,7 @@ template <typename Problem>
 const char* run(int64_t structure, const Problem& p) {
   const auto which = static_cast<Structure>(structure);
   return run_with_workspace(
-      [&](void* workspace, size_t* size) { return momentum_cuda_kernels(which, p, workspace, nullptr, size); });
+      [&](void* workspace, size_t* size) { return cuda::momentum_kernels(which, p, workspace, nullptr, size); });
 }
 
 template <typename Storage>

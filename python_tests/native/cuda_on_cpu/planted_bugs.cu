@@ -3,13 +3,13 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "common/cuda.cuh"
+#include "cuda/platform.cuh"
 
 #ifndef BUG
 #define BUG 0
 #endif
 
-using namespace unrolled_kernels;
+using namespace unrolled_kernels::cuda;
 
 constexpr int threads = 64, d = 32;
 

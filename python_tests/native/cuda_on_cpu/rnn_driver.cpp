@@ -32,7 +32,7 @@ const char* run(const Header& h, void* const* pointers) {
   in.weights = static_cast<C*>(pointers[weights]);
   const auto run = [](const auto& p) {
     return run_with_workspace(
-        [&](void* workspace, size_t* size) { return rnn_cuda_kernels(p, workspace, nullptr, size); });
+        [&](void* workspace, size_t* size) { return cuda::rnn_kernels(p, workspace, nullptr, size); });
   };
   if (!h.backward) return run(RnnForward<Storage>{in, storage(5)});
   return run(RnnBackward<Storage>{in, storage(5), storage(6), storage(7), storage(8), storage(9),

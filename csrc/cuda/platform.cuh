@@ -15,7 +15,7 @@
 
 #include "common/types.h"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 constexpr unsigned all_lanes = 0xffffffffu;
 
@@ -193,4 +193,4 @@ class Arena {
   int64_t used_ = 0;
 };
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda

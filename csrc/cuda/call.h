@@ -10,7 +10,7 @@
 
 #include "common/tensors.h"
 
-namespace unrolled_kernels {
+namespace unrolled_kernels::cuda {
 
 // Looked up at the first use: a torch without CUDA lacks the symbol, and could not import a library that refers to it.
 inline void* current_stream(int32_t device) {
@@ -35,7 +35,7 @@ inline Tensor allocate_workspace(size_t bytes, int32_t device) {
   return Tensor(handle);
 }
 
-inline void check_cuda(const char* error) {
+inline void check(const char* error) {
   if (!error) return;
   std::string hint;
   if (std::string(error).find("no kernel image") != std::string::npos) {
@@ -48,14 +48,14 @@ inline void check_cuda(const char* error) {
 
 // launcher(workspace, stream, size): one of the functions of cuda/*_kernels.h.
 template <typename F>
-void call_cuda(int32_t device, F launcher) {
+void call(int32_t device, F launcher) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* const stream = current_stream(device);
   size_t bytes = 0;
-  check_cuda(launcher(nullptr, stream, &bytes));
+  check(launcher(nullptr, stream, &bytes));
   std::optional<Tensor> workspace;
   if (bytes > 0) workspace = allocate_workspace(bytes, device);
-  check_cuda(launcher(workspace ? workspace->mutable_data_ptr() : nullptr, stream, nullptr));
+  check(launcher(workspace ? workspace->mutable_data_ptr() : nullptr, stream, nullptr));
 }
 
-}  // namespace unrolled_kernels
+}  // namespace unrolled_kernels::cuda
