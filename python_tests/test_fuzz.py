@@ -9,18 +9,17 @@ import math
 import os
 from unittest import mock
 
-import laws
 import pytest
 import torch
 from conftest import BACKENDS, device_of
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from problems import COTANGENTS, DTYPES, LAYOUTS
 
 import unrolled_kernels.functional as F
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager
 
 EXAMPLES = int(os.environ.get("UNROLLED_KERNELS_FUZZ_EXAMPLES", "0"))
-DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULE = ("phi", "mu", "beta", "gamma")
 METHODS = {"gd": ("phi",), "nesterov": ("phi", "mu"), "momentum": ("phi", "beta", "gamma"), "rnn": ()}
 PARTS = {
@@ -49,7 +48,7 @@ def examples(number):
     )
 
 
-LAYOUTS = laws.LAYOUTS | {
+LAYOUTS = LAYOUTS | {
     "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
     # one sample for all of the first dimension, where the values are alike
     "expanded": lambda x: x[:1].expand(x.shape) if x.dim() else x,
@@ -64,7 +63,7 @@ EXTREMES = {
     "indefinite": lambda x, dtype: torch.where(torch.arange(x.shape[-1]) % 2 == 0, x, -x) if x.dim() else -x,
 }
 
-COTANGENTS = LAYOUTS | laws.COTANGENTS
+COTANGENTS = LAYOUTS | COTANGENTS
 
 
 class Short:

@@ -2,108 +2,26 @@
 
 import itertools
 
-import laws
+import problems
 import pytest
 import torch
 from conftest import BACKENDS, device_of, interpreted
+from problems import DTYPES, MomentumProblem, compare
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
 from unrolled_kernels.testing import (
     STRUCTURES,
-    assert_as_close_as_eager,
     bytes_kept_for_backward,
     random_quadratic,
 )
 
-DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 METHODS = ("gd", "momentum")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 structures = pytest.mark.parametrize("structure", STRUCTURES)
 methods = pytest.mark.parametrize("method", METHODS)
 trajectories = pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
-
-
-class Problem:
-    """Leaf tensors of one call, and the call as a function of them on any backend and in any dtype."""
-
-    def __init__(
-        self,
-        structure,
-        batch,
-        d,
-        k,
-        *,
-        method="momentum",
-        form="both",
-        warm=True,
-        shared=False,
-        trajectory=False,
-        device="cpu",
-        seed=0,
-    ):
-        self.k, self.method, self.trajectory = k, method, trajectory
-        leaves, self.make_Q, b = random_quadratic(
-            structure, batch, d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed
-        )
-        generator = torch.Generator().manual_seed(seed + 1)
-        shape = {"scalar": (), "step": (k,), "sample": (*batch, 1), "both": (*batch, k)}[form]
-        uniform = lambda: torch.rand(shape, generator=generator, dtype=torch.float64)
-        self.leaves = {f"Q{i}": x for i, x in enumerate(leaves)} | {"b": b}
-        if warm:
-            self.leaves["y0"] = torch.randn(*batch, d, generator=generator, dtype=torch.float64)
-        self.leaves["phi"] = 0.3 + 0.7 * uniform()
-        if method == "momentum":
-            self.leaves |= {"beta": 0.7 * uniform(), "gamma": 0.7 * uniform()}
-        # one rounding for all dtypes: the reference sees what the low-precision run sees
-        self.leaves = {name: x.bfloat16().to(torch.float64).to(device) for name, x in self.leaves.items()}
-        self.cotangent = None
-
-    def cast(self, dtype):
-        schedule = torch.promote_types(dtype, torch.float32)
-        return {n: x.to(schedule if n in ("phi", "beta", "gamma") else dtype) for n, x in self.leaves.items()}
-
-    def call(self, backend, leaves):
-        Q = self.make_Q(*(x for n, x in leaves.items() if n.startswith("Q")))
-        options = {"y0": leaves.get("y0"), "return_trajectory": self.trajectory, "backend": backend}
-        if self.method == "gd":
-            return F.gradient_descent(Q, leaves["b"], leaves["phi"], self.k, **options)
-        return F.momentum(Q, leaves["b"], leaves["phi"], leaves["beta"], leaves["gamma"], self.k, **options)
-
-    def run(self, backend, dtype, cotangent=None, without=()):
-        """The output and the gradient of every leaf not in ``without``, as ``{name: tensor}``."""
-        leaves = {n: x.detach().clone().requires_grad_(n not in without) for n, x in self.cast(dtype).items()}
-        y = self.call(backend, leaves)
-        if self.cotangent is None:
-            generator = torch.Generator().manual_seed(7)
-            self.cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().double()
-        g = self.cotangent.to(y) if cotangent is None else cotangent(y)
-        wanted = [n for n in leaves if n not in without]
-        if not y.requires_grad:
-            return {"y": y.detach()} | {n: None for n in wanted}
-        grads = torch.autograd.grad(y, [leaves[n] for n in wanted], g, allow_unused=True)
-        return {"y": y.detach()} | {n: g for n, g in zip(wanted, grads, strict=True)}
-
-
-def compare(problem, backend, dtype, **options):
-    exact = problem.run("eager", torch.float64, **options)
-    eager = problem.run("eager", torch.float32 if dtype == torch.float64 else dtype, **options)
-    actual = problem.run(backend, dtype, **options)
-    for name in exact:
-        if exact[name] is None:
-            # autograd leaves out what does not reach the output; a kernel may return zeros for it
-            assert actual[name] is None or not actual[name].any(), name
-            continue
-        got = torch.zeros_like(eager[name]) if actual[name] is None else actual[name]
-        scale = 0.0
-        if name in ("phi", "beta", "gamma"):
-            # a coefficient's gradient sums wᵀz + aᵀb over samples and steps, which cancels near the minimizer, where z
-            # is up to L/μ = 10 times as long as b, and by chance elsewhere; autograd forms the small Qz + b first.
-            # The terms aᵀb are those of b̄ = -Σ φ_t a
-            terms = 0.0 if exact.get("b") is None else (exact["b"] * problem.leaves["b"]).abs().sum().item()
-            scale = max(10 * exact[name].abs().max().item() if exact[name].numel() else 0.0, terms)
-        assert_as_close_as_eager(got, exact[name], eager[name], what=f"{backend} {name}", scale=scale)
 
 
 @backends
@@ -113,7 +31,7 @@ def compare(problem, backend, dtype, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "d", "k"), [(3, 5, 7), (19, 33, 4)], ids=["B3-d5-k7", "B19-d33-k4"])
 def test_forward_and_gradients(backend, structure, method, trajectory, dtype, B, d, k):
-    problem = Problem(structure, (B,), d, k, method=method, trajectory=trajectory, device=device_of(backend))
+    problem = MomentumProblem(structure, (B,), d, k, method=method, trajectory=trajectory, device=device_of(backend))
     compare(problem, backend, DTYPES[dtype])
 
 
@@ -125,7 +43,7 @@ def test_forward_and_gradients(backend, structure, method, trajectory, dtype, B,
 def test_edges(backend, structure, method, dtype, warm):
     steps, sizes = ((0, 1, 3), (1, 5)) if interpreted(backend) else ((0, 1, 7), (1, 5, 33))
     for k, B, d, trajectory in itertools.product(steps, (0, 1, 3), sizes, (False, True)):
-        problem = Problem(
+        problem = MomentumProblem(
             structure, (B,), d, k, method=method, warm=warm, trajectory=trajectory, device=device_of(backend), seed=3
         )
         compare(problem, backend, DTYPES[dtype])
@@ -140,7 +58,7 @@ def test_sizes(backend, structure, dtype, d):
     if d == 256 and interpreted(backend):
         pytest.skip("interpreted, a product of this size takes seconds")
     for B in (37 if 8 < d <= 16 else 3,) if interpreted(backend) else (1, 5, 37):
-        problem = Problem(structure, (B,), d, 3, form="step", device=device_of(backend), seed=d)
+        problem = MomentumProblem(structure, (B,), d, 3, form="step", device=device_of(backend), seed=d)
         compare(problem, backend, DTYPES[dtype])
 
 
@@ -154,7 +72,7 @@ def test_schedule_forms_and_shared_Q(backend, structure, method, form, shared):
     if interpreted(backend):
         cases = ((2, 5), True, torch.float64), ((70,), False, torch.float32)
     for batch, trajectory, dtype in cases:
-        problem = Problem(
+        problem = MomentumProblem(
             structure,
             batch,
             6,
@@ -202,7 +120,7 @@ def test_diagonal_of_an_image(backend):
 def test_gradcheck(backend, structure, trajectory):
     cases = (("gd", "scalar"), ("momentum", "both"), ("momentum", "step"))
     for method, form in cases[:2] if interpreted(backend) else cases:
-        problem = Problem(
+        problem = MomentumProblem(
             structure, (2,), 3, 3, method=method, form=form, trajectory=trajectory, device=device_of(backend)
         )
         names = list(problem.leaves)
@@ -217,7 +135,7 @@ def test_gradcheck(backend, structure, trajectory):
 @structures
 def test_second_order_needs_no_first_order_copy(backend, structure):
     """A Hessian-vector product through ``create_graph`` equals eager's: nothing is silently dropped."""
-    problem = Problem(structure, (3,), 4, 5, device=device_of(backend))
+    problem = MomentumProblem(structure, (3,), 4, 5, device=device_of(backend))
     results = []
     for name in ("eager", backend):
         leaves = {n: x.clone().requires_grad_() for n, x in problem.leaves.items()}
@@ -310,7 +228,7 @@ def test_layouts(backend, structure):
     (*leaves,), make_Q, b = random_quadratic(structure, (6,), 5, symmetric=False, dtype=torch.float64, device=device)
     phi = torch.rand(6, 4, dtype=torch.float64, device=device)
     expected = F.gradient_descent(make_Q(*leaves), b, phi, 4, backend="eager")
-    for layout in laws.LAYOUTS.values():
+    for layout in problems.LAYOUTS.values():
         y = F.gradient_descent(make_Q(*(layout(x) for x in leaves)), layout(b), layout(phi), 4, backend=backend)
         torch.testing.assert_close(y, expected)
     expanded = F.gradient_descent(make_Q(*leaves), b[:1].expand(6, 5), phi[:1].expand(6, 4), 4, backend=backend)
@@ -322,15 +240,15 @@ def test_layouts(backend, structure):
 @structures
 @trajectories
 def test_cotangent_layouts(backend, structure, trajectory):
-    problem = Problem(structure, (5,), 6, 4, trajectory=trajectory, device=device_of(backend))
-    for cotangent in laws.cotangents():
+    problem = MomentumProblem(structure, (5,), 6, 4, trajectory=trajectory, device=device_of(backend))
+    for cotangent in problems.cotangents():
         compare(problem, backend, torch.float64, cotangent=cotangent)
 
 
 @backends
 @structures
 def test_some_inputs_without_gradient(backend, structure):
-    problem = Problem(structure, (4,), 5, 4, device=device_of(backend))
+    problem = MomentumProblem(structure, (4,), 5, 4, device=device_of(backend))
     names = list(problem.leaves)
     for without in [(n,) for n in names] + [tuple(m for m in names if m != n) for n in names]:
         compare(problem, backend, torch.float64, without=without)
@@ -352,7 +270,7 @@ def test_steps_compose(backend, structure):
 @structures
 @pytest.mark.parametrize("d", [5, 40])
 def test_rows_are_independent(backend, structure, d):
-    problem = Problem(structure, (21,), d, 5, device=device_of(backend))
+    problem = MomentumProblem(structure, (21,), d, 5, device=device_of(backend))
     whole = problem.call(backend, problem.leaves)
     for i in (0, 7, 20):
         row = problem.call(backend, {n: x[i : i + 1] for n, x in problem.leaves.items()})
@@ -364,8 +282,8 @@ def test_rows_are_independent(backend, structure, d):
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_reruns_are_bit_equal(backend, structure, shared):
     batch = (100 if interpreted(backend) else 333,)
-    problem = Problem(structure, batch, 7, 6, form="step", shared=shared, device=device_of(backend))
-    laws.assert_reruns_are_bit_equal(problem, backend)
+    problem = MomentumProblem(structure, batch, 7, 6, form="step", shared=shared, device=device_of(backend))
+    problems.assert_reruns_are_bit_equal(problem, backend)
 
 
 @backends
@@ -374,21 +292,23 @@ def test_reruns_are_bit_equal(backend, structure, shared):
 def test_nothing_unwritten_is_read(backend, structure, trajectory):
     for B, d in ((3, 5), (17, 9), (2, 40)):
         for warm in (False, True):
-            problem = Problem(structure, (B,), d, 4, warm=warm, trajectory=trajectory, device=device_of(backend))
-            laws.assert_nothing_unwritten_is_read(problem, backend)
+            problem = MomentumProblem(
+                structure, (B,), d, 4, warm=warm, trajectory=trajectory, device=device_of(backend)
+            )
+            problems.assert_nothing_unwritten_is_read(problem, backend)
 
 
 @backends
 @structures
 def test_nan_and_inf_stay_in_their_row(backend, structure):
-    problem = Problem(structure, (20,), 6, 5, device=device_of(backend))
-    laws.assert_bad_values_stay_in_their_row(problem, backend, ("y", "b", "Q0"))
+    problem = MomentumProblem(structure, (20,), 6, 5, device=device_of(backend))
+    problems.assert_bad_values_stay_in_their_row(problem, backend, ("y", "b", "Q0"))
 
 
 @backends
 @structures
 def test_diverging_steps_overflow_as_eager_does(backend, structure):
-    problem = Problem(structure, (4,), 5, 200, method="gd", form="scalar", device=device_of(backend))
+    problem = MomentumProblem(structure, (4,), 5, 200, method="gd", form="scalar", device=device_of(backend))
     problem.leaves["phi"] = torch.tensor(1e3, dtype=torch.float64, device=device_of(backend))
     actual, eager = (problem.run(name, torch.float32)["y"] for name in (backend, "eager"))
     assert not actual.isfinite().all()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_sources import CSRC, NATIVE, compiled
+from native.build import CSRC, NATIVE, compiled
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F

@@ -2,102 +2,21 @@
 
 import itertools
 
-import laws
+import problems
 import pytest
 import torch
 from conftest import BACKENDS, device_of, interpreted
+from problems import DTYPES, RnnProblem, compare, nested, random_weights
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
 from unrolled_kernels.ops.rnn import native
-from unrolled_kernels.ops.rnn.reference import weight_shapes
-from unrolled_kernels.testing import assert_as_close_as_eager, bytes_kept_for_backward, random_quadratic
-
-DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+from unrolled_kernels.testing import bytes_kept_for_backward, random_quadratic
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 native_backends = pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
 structures = pytest.mark.parametrize("structure", ["dense", "diagonal"])
 trajectories = pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
-
-
-def random_weights(hidden_dims, d, generator):
-    """W₁, W₂, W² … Wᴸ, V that keep the size of the states about what it is."""
-    for i, (rows, columns) in enumerate(weight_shapes(hidden_dims, d)):
-        inputs = 2 * columns if i < 2 else columns
-        yield torch.randn(rows, columns, generator=generator, dtype=torch.float64) * (1.5 / inputs) ** 0.5
-
-
-def nested(matrices):
-    """``(W1, W2, [W^2 … W^L], V)``."""
-    W1, W2, *inner, V = matrices
-    return W1, W2, inner, V
-
-
-class Problem:
-    """Leaf tensors of one call, and the call as a function of them on any backend and in any dtype."""
-
-    def __init__(
-        self,
-        structure,
-        batch,
-        d,
-        k,
-        hidden_dims=(10, 7, 12),
-        *,
-        warm=True,
-        shared=False,
-        trajectory=False,
-        device="cpu",
-        seed=0,
-    ):
-        self.k, self.trajectory, self.cotangent = k, trajectory, None
-        generator = torch.Generator().manual_seed(seed + 1)
-        leaves, self.make_Q, b = random_quadratic(
-            structure, batch, d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed
-        )
-        self.leaves = {"Q": leaves[0], "b": b}
-        if warm:
-            self.leaves["y0"] = torch.randn(*batch, d, generator=generator, dtype=torch.float64)
-        self.leaves |= {f"W{i}": W for i, W in enumerate(random_weights(hidden_dims, d, generator))}
-        # one rounding for all dtypes: the reference sees what the low-precision run sees
-        self.leaves = {name: x.bfloat16().to(torch.float64).to(device) for name, x in self.leaves.items()}
-
-    def cast(self, dtype):
-        compute = torch.promote_types(dtype, torch.float32)
-        return {n: x.to(compute if n.startswith("W") else dtype) for n, x in self.leaves.items()}
-
-    def call(self, backend, leaves):
-        weights = nested([x for n, x in leaves.items() if n.startswith("W")])
-        options = {"y0": leaves.get("y0"), "return_trajectory": self.trajectory, "backend": backend}
-        return F.rnn(self.make_Q(leaves["Q"]), leaves["b"], weights, self.k, **options)
-
-    def run(self, backend, dtype, cotangent=None, without=()):
-        """The output and the gradient of every leaf not in ``without``, as ``{name: tensor}``."""
-        leaves = {n: x.detach().clone().requires_grad_(n not in without) for n, x in self.cast(dtype).items()}
-        y = self.call(backend, leaves)
-        if self.cotangent is None:
-            generator = torch.Generator().manual_seed(7)
-            self.cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().double()
-        g = self.cotangent.to(y) if cotangent is None else cotangent(y)
-        wanted = [n for n in leaves if n not in without]
-        if not y.requires_grad:
-            return {"y": y.detach()} | {n: None for n in wanted}
-        grads = torch.autograd.grad(y, [leaves[n] for n in wanted], g, allow_unused=True)
-        return {"y": y.detach()} | {n: g for n, g in zip(wanted, grads, strict=True)}
-
-
-def compare(problem, backend, dtype, **options):
-    exact = problem.run("eager", torch.float64, **options)
-    eager = problem.run("eager", torch.float32 if dtype == torch.float64 else dtype, **options)
-    actual = problem.run(backend, dtype, **options)
-    for name in exact:
-        if exact[name] is None:
-            # autograd leaves out what does not reach the output; a kernel may return zeros for it
-            assert actual[name] is None or not actual[name].any(), name
-            continue
-        got = torch.zeros_like(eager[name]) if actual[name] is None else actual[name]
-        assert_as_close_as_eager(got, exact[name], eager[name], what=f"{backend} {name}")
 
 
 @backends
@@ -110,7 +29,7 @@ def compare(problem, backend, dtype, **options):
     ids=["B3-d5-k7-h10-20-20", "B19-d33-k3-h40-9"],
 )
 def test_forward_and_gradients(backend, structure, trajectory, dtype, B, d, k, hidden_dims):
-    problem = Problem(structure, (B,), d, k, hidden_dims, trajectory=trajectory, device=device_of(backend))
+    problem = RnnProblem(structure, (B,), d, k, hidden_dims, trajectory=trajectory, device=device_of(backend))
     compare(problem, backend, DTYPES[dtype])
 
 
@@ -122,7 +41,7 @@ def test_edges(backend, structure, dtype, warm):
     steps, sizes = ((0, 3), (1, 5)) if interpreted(backend) else ((0, 1, 7), (1, 5, 33))
     for k, B, d, trajectory in itertools.product(steps, (0, 1, 3), sizes, (False, True)):
         options = {"warm": warm, "trajectory": trajectory, "device": device_of(backend), "seed": 3}
-        compare(Problem(structure, (B,), d, k, **options), backend, DTYPES[dtype])
+        compare(RnnProblem(structure, (B,), d, k, **options), backend, DTYPES[dtype])
 
 
 @backends
@@ -133,7 +52,7 @@ def test_sizes(backend, structure, dtype, d):
     if d > 32 and interpreted(backend):
         pytest.skip("interpreted, products of this size take seconds")
     for B in (5,) if interpreted(backend) else (1, 5, 37):
-        compare(Problem(structure, (B,), d, 2, device=device_of(backend), seed=d), backend, DTYPES[dtype])
+        compare(RnnProblem(structure, (B,), d, 2, device=device_of(backend), seed=d), backend, DTYPES[dtype])
 
 
 @backends
@@ -146,7 +65,7 @@ def test_sizes(backend, structure, dtype, d):
 )
 def test_widths_and_depths(backend, structure, dtype, hidden_dims):
     """Unequal widths, one layer to the most that is fused, and what is beyond."""
-    problem = Problem(structure, (37,), 4, 3, hidden_dims, trajectory=True, device=device_of(backend))
+    problem = RnnProblem(structure, (37,), 4, 3, hidden_dims, trajectory=True, device=device_of(backend))
     compare(problem, backend, DTYPES[dtype])
 
 
@@ -156,7 +75,7 @@ def test_many_steps(backend, k, hidden_dims):
     """More steps than backward treats in one go, of few weights and of many."""
     if interpreted(backend):
         pytest.skip("interpreted, this many steps take minutes")
-    problem = Problem("dense", (50,), 6, k, hidden_dims, trajectory=True, device=device_of(backend))
+    problem = RnnProblem("dense", (50,), 6, k, hidden_dims, trajectory=True, device=device_of(backend))
     compare(problem, backend, torch.float32)
 
 
@@ -165,13 +84,13 @@ def test_many_steps(backend, k, hidden_dims):
 def test_shared_Q(backend, d):
     for batch, trajectory, dtype in (((2, 5), True, torch.float64), ((70,), False, torch.float32)):
         options = {"shared": True, "trajectory": trajectory, "device": device_of(backend)}
-        compare(Problem("dense", batch, d, 4, **options), backend, dtype)
+        compare(RnnProblem("dense", batch, d, 4, **options), backend, dtype)
 
 
 @backends
 @structures
 def test_broadcast_batches(backend, structure):
-    problem = Problem(structure, (4, 1), 5, 4, device=device_of(backend))
+    problem = RnnProblem(structure, (4, 1), 5, 4, device=device_of(backend))
     problem.leaves |= {"b": problem.leaves["b"][0].expand(3, 5).clone(), "y0": problem.leaves["y0"][0, 0]}
     assert problem.call(backend, problem.leaves).shape == (4, 3, 5)
     compare(problem, backend, torch.float64)
@@ -194,7 +113,7 @@ def test_spectral_runs_as_dense(backend):
 @structures
 @trajectories
 def test_gradcheck(backend, structure, trajectory):
-    problem = Problem(structure, (2,), 3, 2, (4, 3), trajectory=trajectory, device=device_of(backend))
+    problem = RnnProblem(structure, (2,), 3, 2, (4, 3), trajectory=trajectory, device=device_of(backend))
     names = list(problem.leaves)
     leaves = [problem.leaves[n].requires_grad_() for n in names]
     function = lambda *xs: problem.call(backend, dict(zip(names, xs, strict=True)))
@@ -207,7 +126,7 @@ def test_gradcheck(backend, structure, trajectory):
 @structures
 def test_second_order_needs_no_first_order_copy(backend, structure):
     """A Hessian-vector product through ``create_graph`` equals eager's: nothing is silently dropped."""
-    problem = Problem(structure, (3,), 4, 5, device=device_of(backend))
+    problem = RnnProblem(structure, (3,), 4, 5, device=device_of(backend))
     results = []
     for name in ("eager", backend):
         leaves = {n: x.clone().requires_grad_() for n, x in problem.leaves.items()}
@@ -220,7 +139,7 @@ def test_second_order_needs_no_first_order_copy(backend, structure):
 
 def _canonical(structure, k, B, device, *, permuted=False, trajectory=False):
     """Arguments of the raw ops, optionally with every layout a user's tensors may have."""
-    problem = Problem(structure, (B,), 5, k, (6, 4), device=device)
+    problem = RnnProblem(structure, (B,), 5, k, (6, 4), device=device)
     Q, b, y0, *weights = problem.leaves.values()
     grad = torch.randn((k + 1, B, 5) if trajectory else (B, 5), dtype=torch.float64, device=device)
     if permuted:
@@ -284,9 +203,9 @@ def test_compile_dynamic(backend):
 @structures
 def test_layouts(backend, structure):
     """Sliced, transposed and expanded inputs, weights too, give what contiguous ones give."""
-    problem = Problem(structure, (6,), 5, 4, device=device_of(backend))
+    problem = RnnProblem(structure, (6,), 5, 4, device=device_of(backend))
     expected = problem.call("eager", problem.leaves)
-    for layout in laws.LAYOUTS.values():
+    for layout in problems.LAYOUTS.values():
         y = problem.call(backend, {n: layout(x) for n, x in problem.leaves.items()})
         torch.testing.assert_close(y, expected)
     expanded = problem.leaves | {n: problem.leaves[n][:1].expand(6, 5) for n in ("b", "y0")}
@@ -297,15 +216,15 @@ def test_layouts(backend, structure):
 @structures
 @trajectories
 def test_cotangent_layouts(backend, structure, trajectory):
-    problem = Problem(structure, (5,), 6, 4, trajectory=trajectory, device=device_of(backend))
-    for cotangent in laws.cotangents():
+    problem = RnnProblem(structure, (5,), 6, 4, trajectory=trajectory, device=device_of(backend))
+    for cotangent in problems.cotangents():
         compare(problem, backend, torch.float64, cotangent=cotangent)
 
 
 @backends
 @structures
 def test_some_inputs_without_gradient(backend, structure):
-    problem = Problem(structure, (4,), 5, 3, (6, 4), device=device_of(backend))
+    problem = RnnProblem(structure, (4,), 5, 3, (6, 4), device=device_of(backend))
     names = list(problem.leaves)
     frozen = tuple(n for n in names if n.startswith("W"))
     for without in [(n,) for n in names] + [tuple(m for m in names if m != n) for n in names] + [frozen]:
@@ -316,7 +235,7 @@ def test_some_inputs_without_gradient(backend, structure):
 @structures
 def test_steps_compose(backend, structure):
     """k₁ cells, then k₂ from there, are k₁ + k₂ cells."""
-    problem = Problem(structure, (4,), 6, 7, device=device_of(backend))
+    problem = RnnProblem(structure, (4,), 6, 7, device=device_of(backend))
     whole = problem.call(backend, problem.leaves)
     problem.k = 3
     first = problem.call(backend, problem.leaves)
@@ -328,7 +247,7 @@ def test_steps_compose(backend, structure):
 @structures
 @pytest.mark.parametrize("d", [5, 40])
 def test_rows_are_independent(backend, structure, d):
-    problem = Problem(structure, (21,), d, 3, device=device_of(backend))
+    problem = RnnProblem(structure, (21,), d, 3, device=device_of(backend))
     whole = problem.call(backend, problem.leaves)
     for i in (0, 7, 20):
         row = {n: x if n.startswith("W") else x[i : i + 1] for n, x in problem.leaves.items()}
@@ -339,8 +258,8 @@ def test_rows_are_independent(backend, structure, d):
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_reruns_are_bit_equal(backend, shared):
     batch = (40 if interpreted(backend) else 333,)
-    problem = Problem("dense", batch, 7, 6, shared=shared, device=device_of(backend))
-    laws.assert_reruns_are_bit_equal(problem, backend)
+    problem = RnnProblem("dense", batch, 7, 6, shared=shared, device=device_of(backend))
+    problems.assert_reruns_are_bit_equal(problem, backend)
 
 
 @backends
@@ -349,21 +268,21 @@ def test_reruns_are_bit_equal(backend, shared):
 def test_nothing_unwritten_is_read(backend, structure, trajectory):
     for B, d in ((3, 5), (17, 9), (2, 40)):
         for warm in (False, True):
-            problem = Problem(structure, (B,), d, 3, warm=warm, trajectory=trajectory, device=device_of(backend))
-            laws.assert_nothing_unwritten_is_read(problem, backend)
+            problem = RnnProblem(structure, (B,), d, 3, warm=warm, trajectory=trajectory, device=device_of(backend))
+            problems.assert_nothing_unwritten_is_read(problem, backend)
 
 
 @backends
 @structures
 def test_nan_and_inf_stay_in_their_row_and_do_not_vanish(backend, structure):
-    problem = Problem(structure, (20,), 6, 5, device=device_of(backend))
-    laws.assert_bad_values_stay_in_their_row(problem, backend, ("y", "b", "Q"))
+    problem = RnnProblem(structure, (20,), 6, 5, device=device_of(backend))
+    problems.assert_bad_values_stay_in_their_row(problem, backend, ("y", "b", "Q0"))
 
 
 @backends
 def test_relu_passes_nothing_at_zero(backend):
     """Units that get exactly 0 have gradient 0, as in torch."""
-    problem = Problem("dense", (3,), 4, 3, (6, 5), device=device_of(backend))
+    problem = RnnProblem("dense", (3,), 4, 3, (6, 5), device=device_of(backend))
     problem.leaves["W0"][2] = problem.leaves["W1"][2] = 0
     problem.leaves["W2"][1] = 0
     compare(problem, backend, torch.float64)
@@ -376,7 +295,7 @@ def test_backward_keeps_only_the_inputs(backend, structure, k):
     """Bytes that autograd holds between the passes: those of the inputs, whatever k is."""
     if interpreted(backend) and k > 3:
         pytest.skip("interpreted, this many steps take minutes")
-    problem = Problem(structure, (8,), 6, k, warm=False, device=device_of(backend))
+    problem = RnnProblem(structure, (8,), 6, k, warm=False, device=device_of(backend))
     leaves = {n: x.requires_grad_() for n, x in problem.cast(torch.float32).items()}
     held = sum(x.untyped_storage().nbytes() for x in leaves.values())
     assert bytes_kept_for_backward(lambda: problem.call(backend, leaves)) == held
@@ -386,7 +305,7 @@ def test_backward_keeps_only_the_inputs(backend, structure, k):
 @structures
 def test_func_transforms(backend, structure):
     device = device_of(backend)
-    problem = Problem(structure, (3, 2), 4, 2, (5, 3), device=device)
+    problem = RnnProblem(structure, (3, 2), 4, 2, (5, 3), device=device)
     args = tuple(problem.leaves.values())
 
     def loss(name, *args):
@@ -416,7 +335,7 @@ def test_func_transforms(backend, structure):
 
 @native_backends
 def test_compiled_func_grad_is_loud(backend):
-    problem = Problem("dense", (3,), 4, 2, (5,), device=device_of(backend))
+    problem = RnnProblem("dense", (3,), 4, 2, (5,), device=device_of(backend))
     gradient = torch.func.grad(lambda b: problem.call(backend, problem.leaves | {"b": b}).square().sum())
     # torch's own refusal comes first where the transform is traced, ours where it is not
     refusal = pytest.raises(RuntimeError, match=r"bypasses the layer's backward|functorch transforms")

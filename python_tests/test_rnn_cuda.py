@@ -1,39 +1,36 @@
-"""The CUDA kernels of `rnn` executed on the CPU; what the compiler makes of them is in test_cuda.py."""
+"""The CUDA kernels of `rnn` executed on the CPU; what the compiler makes of them is in test_momentum_cuda.py."""
 
 import itertools
 
 import pytest
 import torch
-from cuda_sources import (
+from native.emulation import (
     CSRC,
     DTYPES,
     EMULATION,
-    ORDERS,
-    emulated,
-    environment,
+    Emulation,
     execute,
     needs_emulation,
     poisoned,
     stride,
 )
-from cuda_sources import spread as spread_rows
+from native.emulation import spread as spread_rows
 
 from unrolled_kernels.ops.rnn import manual
 from unrolled_kernels.ops.rnn.native import hidden_dims_of
 from unrolled_kernels.ops.rnn.reference import weight_shapes
-from unrolled_kernels.testing import assert_as_close_as_eager, random_quadratic
+from unrolled_kernels.testing import random_quadratic
 
 pytestmark = needs_emulation
 structures = pytest.mark.parametrize("structure", ["dense", "shared", "diagonal"])
 MAX_LAYERS = 6
 
 
-class Emulation:
+class Rnn(Emulation):
     """The contract of ``manual.forward`` and ``manual.backward``, fulfilled by the executed kernels."""
 
-    def __init__(self, mode="plain", order="up", copies="early", shift=0, **more):
-        self.executable = emulated("rnn", mode, [CSRC / "cuda" / "rnn.cu", EMULATION / "rnn_driver.cpp"])
-        self.environment, self.shift = environment(order, copies, **more), shift
+    family, reference = "rnn", manual
+    sources = (CSRC / "cuda" / "rnn.cu", EMULATION / "rnn_driver.cpp")
 
     def forward(self, eigenvalues, matrix, b, y0, weights, k, trajectory):
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
@@ -110,22 +107,11 @@ def _run(implementation, tensors, k, dtype, needs=(True, True, True)):
 
 
 def _check(emulation, tensors, k, dtype, needs=(True, True, True)):
-    """The executed kernels against the float64 reference; returns what they computed."""
-    actual = _run(emulation, tensors, k, dtype, needs)
-    exact = _run(manual, tensors, k, torch.float64, needs)
-    eager = _run(manual, tensors, k, torch.float32 if dtype == torch.float64 else dtype, needs)
-    for name in exact:
-        assert_as_close_as_eager(actual[name], exact[name], eager[name], what=name)
-    return actual
+    return emulation.check(lambda implementation, dtype: _run(implementation, tensors, k, dtype, needs), dtype)
 
 
 def _in_every_order(tensors, k, dtype, **options):
-    """Right, and bit-equal whatever the order of the threads."""
-    first = _check(Emulation(**options), tensors, k, dtype)
-    for order, copies in ORDERS[1:]:
-        again = _run(Emulation(order=order, copies=copies, **options), tensors, k, dtype)
-        for name in first:
-            assert torch.equal(first[name], again[name]), f"{name}: the order of the threads shows ({order})"
+    Rnn.check_every_order(lambda implementation, dtype: _run(implementation, tensors, k, dtype), dtype, **options)
 
 
 # few samples, then so many that each of the two blocks of the emulated device takes a second, larger tile
@@ -142,7 +128,7 @@ def test_tiles(structure, B, d, hidden_dims):
 def test_dtypes(structure, dtype, trajectory):
     for B, d, hidden_dims, k in ((19, 5, (10, 20, 20), 4), (2, 17, (9, 3, 4, 5, 6, 7), 2)):
         tensors = _problem(structure, B, d, hidden_dims, k, trajectory=trajectory, seed=3)
-        _check(Emulation(order="7", copies="late"), tensors, k, DTYPES[dtype])
+        _check(Rnn(order="7", copies="late"), tensors, k, DTYPES[dtype])
 
 
 @structures
@@ -151,14 +137,14 @@ def test_edges(structure, trajectory):
     for k, B, (d, hidden_dims, warm) in itertools.product((0, 1, 7), (0, 1, 3), ((1, (1,), True), (6, (2, 9), False))):
         tensors = _problem(structure, B, d, hidden_dims, k, warm=warm, trajectory=trajectory, seed=5)
         for dtype in (torch.float32, torch.float64):
-            _check(Emulation(), tensors, k, dtype)
+            _check(Rnn(), tensors, k, dtype)
 
 
 @structures
 def test_largest(structure):
     """d = 64 and widths of 128: the weights stay in global memory, whose L2 serves them."""
     hidden_dims = (128, 128, 128)
-    _check(Emulation(), _problem(structure, 3, 64, hidden_dims, 2), 2, torch.float32)
+    _check(Rnn(), _problem(structure, 3, 64, hidden_dims, 2), 2, torch.float32)
 
 
 @structures
@@ -179,22 +165,22 @@ def test_strides_and_alignment(structure, dtype):
     eigenvalues, matrix, b, y0 = operands
     expanded = [eigenvalues, matrix, b[:1].expand(5, 7), y0[:1].expand(5, 7)]
     for case in (spread, expanded):
-        _check(Emulation(shift=1), [grad, *case, weights], 3, DTYPES[dtype])
+        _check(Rnn(shift=1), [grad, *case, weights], 3, DTYPES[dtype])
 
 
 @structures
 def test_gradients_that_are_not_needed(structure):
     for needs in itertools.product((True, False), repeat=3):
         tensors = _problem(structure, 9, 6, (5, 8), 4, seed=2)
-        _check(Emulation(), tensors, 4, torch.float32, needs)
+        _check(Rnn(), tensors, 4, torch.float32, needs)
 
 
 def test_nan_stays_in_its_row():
     for structure, B in itertools.product(("dense", "diagonal"), (9, 70)):
         tensors = _problem(structure, B, 6, (5, 8), 3, seed=8)
-        clean = _run(Emulation(), tensors, 3, torch.float32)
+        clean = _run(Rnn(), tensors, 3, torch.float32)
         tensors[3][1, 3] = torch.nan
-        spoiled = _run(Emulation(), tensors, 3, torch.float32)
+        spoiled = _run(Rnn(), tensors, 3, torch.float32)
         others = [i for i in range(B) if i != 1]
         assert spoiled["y"][1].isnan().all()
         for name in ("y", "db", "dy0"):
@@ -203,7 +189,7 @@ def test_nan_stays_in_its_row():
 
 def test_sizes_beyond_the_kernels_are_refused():
     with pytest.raises(AssertionError, match="at most 8192 expected; use backend='eager'"):
-        _run(Emulation(), _problem("diagonal", 1, 1, (8193,), 1), 1, torch.float32)
+        _run(Rnn(), _problem("diagonal", 1, 1, (8193,), 1), 1, torch.float32)
 
 
 @structures
@@ -212,7 +198,7 @@ def test_sanitizers(structure, mode):
     hidden_dims = (7, 12, 9)
     for B, trajectory in itertools.product((1, 10, 71), (False, True)):
         tensors = _problem(structure, B, 5, hidden_dims, 3, trajectory=trajectory, seed=9)
-        _check(Emulation(mode, order="7", copies="late", shift=1), tensors, 3, torch.float32)
+        _check(Rnn(mode, order="7", copies="late", shift=1), tensors, 3, torch.float32)
     for limit in (12000, 2000):
         tensors = _problem(structure, 18, 6, hidden_dims, 4)
-        _check(Emulation(mode, CUDA_ON_CPU_SHARED_MEMORY=str(limit)), tensors, 4, torch.float32)
+        _check(Rnn(mode, CUDA_ON_CPU_SHARED_MEMORY=str(limit)), tensors, 4, torch.float32)

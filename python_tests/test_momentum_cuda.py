@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cuda_sources import (
+from native.emulation import (
     ARCHITECTURES,
     CSRC,
     DTYPES,
     EMULATION,
     MODES,
     ORDERS,
+    Emulation,
     emulated,
     environment,
     execute,
@@ -29,7 +30,7 @@ from cuda_sources import (
 )
 
 from unrolled_kernels.ops.momentum import manual
-from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
+from unrolled_kernels.testing import STRUCTURES, random_quadratic
 
 STEMS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
 
@@ -87,13 +88,11 @@ def test_resources(resources, stem, architecture):
 # what they compute
 
 
-class Emulation:
+class Momentum(Emulation):
     """The contract of ``manual.forward`` and ``manual.backward``, fulfilled by the executed kernels."""
 
-    def __init__(self, mode="plain", order="up", copies="early", shift=0, **more):
-        sources = [*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "momentum_driver.cpp"]
-        self.executable = emulated("momentum", mode, sources)
-        self.environment, self.shift = environment(order, copies, **more), shift
+    family, reference = "momentum", manual
+    sources = (*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "momentum_driver.cpp")
 
     def forward(self, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed):
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
@@ -198,22 +197,11 @@ def _run(implementation, tensors, k, dtype, needs=(True, True, True)):
 
 
 def _check(emulation, tensors, k, dtype, needs=(True, True, True)):
-    """The executed kernels against the float64 reference; returns what they computed."""
-    actual = _run(emulation, tensors, k, dtype, needs)
-    exact = _run(manual, tensors, k, torch.float64, needs)
-    eager = _run(manual, tensors, k, torch.float32 if dtype == torch.float64 else dtype, needs)
-    for name in exact:
-        assert_as_close_as_eager(actual[name], exact[name], eager[name], what=name)
-    return actual
+    return emulation.check(lambda implementation, dtype: _run(implementation, tensors, k, dtype, needs), dtype)
 
 
 def _in_every_order(tensors, k, dtype, **options):
-    """Right, and bit-equal whatever the order of the threads."""
-    first = _check(Emulation(**options), tensors, k, dtype)
-    for order, copies in ORDERS[1:]:
-        again = _run(Emulation(order=order, copies=copies, **options), tensors, k, dtype)
-        for name in first:
-            assert torch.equal(first[name], again[name]), f"{name}: the order of the threads shows ({order})"
+    Momentum.check_every_order(lambda implementation, dtype: _run(implementation, tensors, k, dtype), dtype, **options)
 
 
 # enough samples that every warp takes a second item, with a remainder; the emulated device runs two blocks
@@ -234,7 +222,7 @@ def test_tilings(structure, d):
 def test_dtypes(structure, dtype, trajectory):
     for B, d, k in ((3, 5, 7), (2, 16, 2), (5, 24, 4), (2, 40, 2), (1, 72, 2), (1, 132, 2)):
         tensors = _problem(structure, B, d, k, form="step", trajectory=trajectory, seed=3)
-        _check(Emulation(order="7", copies="late"), tensors, k, DTYPES[dtype])
+        _check(Momentum(order="7", copies="late"), tensors, k, DTYPES[dtype])
 
 
 @needs_emulation
@@ -244,7 +232,7 @@ def test_dtypes(structure, dtype, trajectory):
 def test_schedule_forms(structure, method, shared):
     for form, (B, d) in itertools.product(("scalar", "step", "sample", "both"), ((37, 6), (3, 36), (3, 130))):
         tensors = _problem(structure, B, d, 5, form=form, method=method, shared=shared, warm=form != "step", seed=1)
-        _check(Emulation(order="down", copies="late"), tensors, 5, torch.float64)
+        _check(Momentum(order="down", copies="late"), tensors, 5, torch.float64)
 
 
 @needs_emulation
@@ -254,7 +242,7 @@ def test_edges(structure, trajectory):
     for k, B, (d, warm) in itertools.product((0, 1, 9), (0, 1), ((1, True), (6, False), (70, True), (129, False))):
         for form, shared in (("step", True), ("sample", False)):
             tensors = _problem(structure, B, d, k, form=form, shared=shared, warm=warm, trajectory=trajectory, seed=5)
-            _check(Emulation(), tensors, k, torch.float64)
+            _check(Momentum(), tensors, k, torch.float64)
 
 
 @needs_emulation
@@ -273,25 +261,25 @@ def test_strides_and_alignment(structure, dtype):
     for d, shift in ((8, 1), (7, 0), (32, 3), (40, 1), (136, 1)):
         grad, eigenvalues, matrix, b, y0, *schedule, observed = _problem(structure, 5, d, 3, seed=6)
         wide = [x if x is None else spread(x.to(DTYPES[dtype])) for x in (eigenvalues, matrix, b, y0, observed)]
-        _check(Emulation(shift=shift), [grad, *wide[:4], *schedule, wide[4]], 3, DTYPES[dtype])
+        _check(Momentum(shift=shift), [grad, *wide[:4], *schedule, wide[4]], 3, DTYPES[dtype])
         expanded = [grad, eigenvalues, matrix, b[:1].expand(5, d), y0[:1].expand(5, d), *schedule, observed]
-        _check(Emulation(shift=shift), expanded, 3, DTYPES[dtype])
+        _check(Momentum(shift=shift), expanded, 3, DTYPES[dtype])
 
 
 @needs_emulation
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gradients_that_are_not_needed(structure):
     for needs, d in itertools.product(itertools.product((True, False), repeat=3), (6, 40, 130)):
-        _check(Emulation(), _problem(structure, 3, d, 4, seed=2), 4, torch.float64, needs)
+        _check(Momentum(), _problem(structure, 3, d, 4, seed=2), 4, torch.float64, needs)
 
 
 @needs_emulation
 def test_nan_stays_in_its_row():
     for structure, (B, d) in itertools.product(STRUCTURES, ((37, 6), (9, 20), (3, 40), (3, 130))):
         tensors = _problem(structure, B, d, 3, seed=8)
-        clean = _run(Emulation(), tensors, 3, torch.float32)
+        clean = _run(Momentum(), tensors, 3, torch.float32)
         tensors[3][1, d // 2] = torch.nan
-        spoiled = _run(Emulation(), tensors, 3, torch.float32)
+        spoiled = _run(Momentum(), tensors, 3, torch.float32)
         others = [i for i in range(B) if i != 1]
         assert not spoiled["y"][1].isfinite().all()
         for name in ("y", "db", "dy0"):
@@ -304,9 +292,9 @@ def test_nan_stays_in_its_row():
 def test_sanitizers(structure, mode):
     for (B, d), shared in itertools.product(((5, 5), (18, 11), (5, 20), (3, 33), (1, 66), (3, 130)), (False, True)):
         tensors = _problem(structure, B, d, 5, form="step", shared=shared, trajectory=shared, seed=9)
-        _check(Emulation(mode, order="7", copies="late"), tensors, 5, torch.float32)
-    _check(Emulation(mode, CUDA_ON_CPU_SHARED_MEMORY="12000"), _problem(structure, 3, 40, 9), 9, torch.float32)
-    _check(Emulation(mode, shift=1), _problem(structure, 3, 34, 3), 3, torch.float32)
+        _check(Momentum(mode, order="7", copies="late"), tensors, 5, torch.float32)
+    _check(Momentum(mode, CUDA_ON_CPU_SHARED_MEMORY="12000"), _problem(structure, 3, 40, 9), 9, torch.float32)
+    _check(Momentum(mode, shift=1), _problem(structure, 3, 34, 3), 3, torch.float32)
 
 
 # what the emulation finds

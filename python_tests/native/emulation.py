@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from native_sources import CSRC, NATIVE, cached, compiled
+from native.build import CSRC, NATIVE, cached, compiled
+from problems import assert_all_close
 
 EMULATION = NATIVE / "cuda_on_cpu"
 
@@ -105,6 +106,35 @@ def environment(order, copies, **more):
         }
         | more
     )
+
+
+class Emulation:
+    """The contract of a family's ``reference``, forward and backward, fulfilled by the executed kernels."""
+
+    family: str
+    sources: tuple
+    reference: object
+
+    def __init__(self, mode="plain", order="up", copies="early", shift=0, **more):
+        self.executable = emulated(self.family, mode, self.sources)
+        self.environment, self.shift = environment(order, copies, **more), shift
+
+    def check(self, run, dtype):
+        """The kernels' results by name, ``run(implementation, dtype)``, when they are close to the float64 ones."""
+        actual = run(self, dtype)
+        exact = run(self.reference, torch.float64)
+        eager = run(self.reference, torch.float32 if dtype == torch.float64 else dtype)
+        assert_all_close(actual, exact, eager)
+        return actual
+
+    @classmethod
+    def check_every_order(cls, run, dtype, **options):
+        """Right, and bit-equal whatever the order of the threads."""
+        first = cls(**options).check(run, dtype)
+        for order, copies in ORDERS[1:]:
+            again = run(cls(order=order, copies=copies, **options), dtype)
+            for name in first:
+                assert torch.equal(first[name], again[name]), f"{name}: the order of the threads shows ({order})"
 
 
 def _memory(x):

@@ -1,0 +1,233 @@
+"""Problems to try an op on, the one way to compare its backends, and the laws that every op keeps."""
+
+import math
+
+import torch
+
+import unrolled_kernels.functional as F
+from unrolled_kernels.ops.rnn.reference import weight_shapes
+from unrolled_kernels.testing import assert_as_close_as_eager, poisoned_memory, random_quadratic
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+class Problem:
+    """Leaf tensors of one call, and the call as a function of them on any backend and in any dtype."""
+
+    # leaves that are held in the dtype that is computed in
+    in_compute_dtype: tuple = ()
+
+    def __init__(self, structure, batch, d, k, *, shared=False, trajectory=False, device="cpu", seed=0):
+        self.k, self.trajectory, self.device, self.cotangent = k, trajectory, device, None
+        leaves, self.make_Q, b = random_quadratic(
+            structure, batch, d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed
+        )
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.leaves = {}
+        self.add({f"Q{i}": x for i, x in enumerate(leaves)} | {"b": b})
+
+    def add(self, leaves):
+        """Leaves, rounded once for all dtypes: the reference sees what the low-precision run sees."""
+        self.leaves |= {name: x.bfloat16().double().to(self.device) for name, x in leaves.items()}
+
+    def normal(self, *shape):
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, *shape):
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def cast(self, dtype):
+        compute = torch.promote_types(dtype, torch.float32)
+        return {n: x.to(compute if n.startswith(self.in_compute_dtype) else dtype) for n, x in self.leaves.items()}
+
+    def arguments(self, leaves):
+        """Q and b, and the options of every op."""
+        Q = self.make_Q(*(x for n, x in leaves.items() if n.startswith("Q")))
+        return (Q, leaves["b"]), {"y0": leaves.get("y0"), "return_trajectory": self.trajectory}
+
+    def call(self, backend, leaves):
+        raise NotImplementedError
+
+    def scale(self, name, exact):
+        """Size of the terms that the leaf's gradient sums, where they may cancel; 0 where they do not."""
+        return 0.0
+
+    def run(self, backend, dtype, cotangent=None, without=()):
+        """The output and the gradient of every leaf not in ``without``, as ``{name: tensor}``."""
+        leaves = {n: x.detach().clone().requires_grad_(n not in without) for n, x in self.cast(dtype).items()}
+        y = self.call(backend, leaves)
+        if self.cotangent is None:
+            generator = torch.Generator().manual_seed(7)
+            self.cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().double()
+        g = self.cotangent.to(y) if cotangent is None else cotangent(y)
+        wanted = [n for n in leaves if n not in without]
+        if not y.requires_grad:
+            return {"y": y.detach()} | {n: None for n in wanted}
+        grads = torch.autograd.grad(y, [leaves[n] for n in wanted], g, allow_unused=True)
+        return {"y": y.detach()} | {n: g for n, g in zip(wanted, grads, strict=True)}
+
+
+class MomentumProblem(Problem):
+    """Gradient descent or momentum; ``form`` says how the coefficients vary."""
+
+    in_compute_dtype = ("phi", "beta", "gamma")
+
+    def __init__(self, structure, batch, d, k, *, method="momentum", form="both", warm=True, **options):
+        super().__init__(structure, batch, d, k, **options)
+        self.method = method
+        shape = {"scalar": (), "step": (k,), "sample": (*batch, 1), "both": (*batch, k)}[form]
+        if warm:
+            self.add({"y0": self.normal(*batch, d)})
+        self.add({"phi": 0.3 + 0.7 * self.uniform(shape)})
+        if method == "momentum":
+            self.add({"beta": 0.7 * self.uniform(shape), "gamma": 0.7 * self.uniform(shape)})
+
+    def call(self, backend, leaves):
+        arguments, options = self.arguments(leaves)
+        options["backend"] = backend
+        if self.method == "gd":
+            return F.gradient_descent(*arguments, leaves["phi"], self.k, **options)
+        return F.momentum(*arguments, leaves["phi"], leaves["beta"], leaves["gamma"], self.k, **options)
+
+    def scale(self, name, exact):
+        if name not in self.in_compute_dtype:
+            return 0.0
+        # a coefficient's gradient sums wᵀz + aᵀb over samples and steps, which cancels near the minimizer, where z
+        # is up to L/μ = 10 times as long as b, and by chance elsewhere; autograd forms the small Qz + b first.
+        # The terms aᵀb are those of b̄ = -Σ φ_t a
+        terms = 0.0 if exact.get("b") is None else (exact["b"] * self.leaves["b"]).abs().sum().item()
+        return max(10 * exact[name].abs().max().item() if exact[name].numel() else 0.0, terms)
+
+
+def random_weights(hidden_dims, d, generator):
+    """W₁, W₂, W² … Wᴸ, V that keep the size of the states about what it is."""
+    for i, (rows, columns) in enumerate(weight_shapes(hidden_dims, d)):
+        inputs = 2 * columns if i < 2 else columns
+        yield torch.randn(rows, columns, generator=generator, dtype=torch.float64) * (1.5 / inputs) ** 0.5
+
+
+def nested(matrices):
+    """``(W1, W2, [W^2 … W^L], V)``."""
+    W1, W2, *inner, V = matrices
+    return W1, W2, inner, V
+
+
+class RnnProblem(Problem):
+    """The RNN with layers of ``hidden_dims``."""
+
+    in_compute_dtype = ("W",)
+
+    def __init__(self, structure, batch, d, k, hidden_dims=(10, 7, 12), *, warm=True, **options):
+        super().__init__(structure, batch, d, k, **options)
+        if warm:
+            self.add({"y0": self.normal(*batch, d)})
+        self.add({f"W{i}": W for i, W in enumerate(random_weights(hidden_dims, d, self.generator))})
+
+    def call(self, backend, leaves):
+        arguments, options = self.arguments(leaves)
+        weights = nested([x for n, x in leaves.items() if n.startswith("W")])
+        return F.rnn(*arguments, weights, self.k, backend=backend, **options)
+
+
+def assert_all_close(actual, exact, eager, what="", scale=lambda name: 0.0):
+    """Results by name, of which some may be None, each as close to the exact one as eager's."""
+    for name in exact:
+        if exact[name] is None:
+            # autograd leaves out what does not reach the output; a kernel may return zeros for it
+            assert actual[name] is None or not actual[name].any(), name
+            continue
+        got = torch.zeros_like(eager[name]) if actual[name] is None else actual[name]
+        assert_as_close_as_eager(got, exact[name], eager[name], f"{what} {name}", scale(name))
+
+
+def compare(problem, backend, dtype, **options):
+    """A backend against the float64 reference; returns what it computed."""
+    exact = problem.run("eager", torch.float64, **options)
+    eager = problem.run("eager", torch.float32 if dtype == torch.float64 else dtype, **options)
+    actual = problem.run(backend, dtype, **options)
+    assert_all_close(actual, exact, eager, backend, lambda name: problem.scale(name, exact))
+    return actual
+
+
+def _transposed(x):
+    return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+
+
+def _sliced(x):
+    wide = torch.nn.functional.pad(x, (2, 1), value=math.nan)
+    return wide[..., 2 : 2 + x.shape[-1]]
+
+
+def _every_other(x):
+    return torch.stack([x, torch.full_like(x, math.nan)], 1)[:, 0]
+
+
+def _interleaved(x):
+    return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
+
+
+def _offset(x):
+    storage = x.new_full((x.numel() + 4,), math.nan)
+    storage[3 : 3 + x.numel()] = x.flatten()
+    return storage[3 : 3 + x.numel()].view(x.shape)
+
+
+# strides: each returns the values of x elsewhere in memory, with NaN between
+LAYOUTS = {
+    "transposed": _transposed,
+    "sliced": _sliced,
+    "every_other": _every_other,
+    "interleaved": _interleaved,
+    "offset": _offset,
+}
+
+# from values to a cotangent of fewer: that of y.sum(), and ones expanded in a dimension
+COTANGENTS = {
+    "one_number": lambda g: torch.ones((), dtype=g.dtype, device=g.device).expand(g.shape),
+    "one_of_a_row": lambda g: g[..., :1].expand(g.shape),
+    "one_row": lambda g: g[..., :1, :].expand(g.shape) if g.dim() > 1 and g.shape[-2] else g,
+}
+
+
+def cotangents():
+    """Functions from y to a cotangent of it, in every layout: the same values at every call."""
+    for layout in (LAYOUTS | COTANGENTS).values():
+
+        def cotangent(y, layout=layout):
+            return layout(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
+
+        yield cotangent
+
+
+def assert_reruns_are_bit_equal(problem, backend):
+    """Outputs and gradients, run to run and for any number of threads."""
+    results = []
+    for threads in (2, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(problem.run(backend, torch.float32))
+    torch.set_num_threads(2)
+    for name in results[0]:
+        # eager's own reductions may depend on the number of threads; the kernels' do not
+        for other in results[1 : 2 if backend == "manual" else 3]:
+            assert torch.equal(results[0][name], other[name]), name
+
+
+def assert_nothing_unwritten_is_read(problem, backend):
+    """Memory that comes full of NaN changes nothing."""
+    clean = problem.run(backend, torch.float32)
+    with poisoned_memory():
+        poisoned = problem.run(backend, torch.float32)
+    for name in clean:
+        assert torch.equal(clean[name], poisoned[name]), name
+
+
+def assert_bad_values_stay_in_their_row(problem, backend, names):
+    """NaN and infinity in row 4 of b show in row 4 of y, and in no other row of the tensors ``names``."""
+    clean = problem.run(backend, torch.float32)
+    for bad in (math.nan, math.inf):
+        problem.leaves["b"][4, 2] = bad
+        spoiled = problem.run(backend, torch.float32)
+        assert not spoiled["y"][4].isfinite().all()
+        others = [i for i in range(len(problem.leaves["b"])) if i != 4]
+        for name in names:
+            assert torch.equal(spoiled[name][others], clean[name][others]), name
