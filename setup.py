@@ -1,4 +1,9 @@
-"""Builds the extension ``unrolled_kernels/_C``: CPU kernels with any C++17 compiler, CUDA kernels where nvcc is.
+"""Builds the extensions: CPU kernels with any C++17 compiler, CUDA kernels where nvcc is.
+
+    unrolled_kernels/_C               the ops of the library: csrc, but for
+    unrolled_kernels/_C_experiments   kernels of the paper's tasks, csrc/experiments
+
+Sources in a folder ``cpu`` are compiled once for each instruction set, all others once.
 
 The metadata is in pyproject.toml. Environment:
 
@@ -125,8 +130,8 @@ def sources_sha256():
     return digest.hexdigest()
 
 
-def ninja_file(compiler, library, build):
-    """The text of build.ninja, and the reason why there is no CUDA in it (None if there is)."""
+def ninja_file(compiler, core, experiments, build):
+    """The text of build.ninja, which makes both libraries, and why there is no CUDA in it (None if there is)."""
     import torch
 
     torch_root = Path(torch.__file__).parent
@@ -176,34 +181,37 @@ def ninja_file(compiler, library, build):
         *rule("nvcc", "$nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out", "compile $in", depfile="$out.d"),
         *rule("link", f"$cxx -shared -Wl,--as-needed $in {' '.join(link_flags)} -o $out", "link $out"),
     ]
-    objects = []
 
     def compile_source(rule_name, path, extra=(), level=None):
         suffix = "" if level is None else f".{level}"
-        objects.append(build / f"{path.relative_to(CSRC).as_posix().replace('/', '.')}{suffix}.o")
-        lines.append(f"build {quote(objects[-1])}: {rule_name} {quote(path)}")
+        output = build / f"{path.relative_to(CSRC).as_posix().replace('/', '.')}{suffix}.o"
+        lines.append(f"build {quote(output)}: {rule_name} {quote(path)}")
         lines.extend([f"  extra = {' '.join(extra)}"] if extra else [])
         lines.extend([f"  level = for {LEVELS[level]}"] if level is not None else [])
+        return output
+
+    def compile_folder(folder):
+        objects = []
+        for path in sorted(folder.glob("cpu/*.cpp")):
+            objects += [compile_source("cxx", path, [f"-DUNROLLED_KERNELS_ISA={level}"], level) for level in levels]
+        for path in sorted(folder.glob("*.cpp")):
+            objects.append(compile_source("cxx", path, module_flags if path.name == "module.cpp" else ()))
+        return objects
+
+    def link(library, objects):
+        lines.append(f"build {quote(library)}: link {' '.join(map(quote, objects))}")
+        lines.append(f"default {quote(library)}")
 
     # what takes longest first
-    for path in sorted(CSRC.glob("cuda/*.cu")) if nvcc else []:
-        compile_source("nvcc", path)
-    plain = []
-    for path in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/**/*.cpp")]):
-        if '#include "cpu/simd/simd.h"' not in path.read_text():
-            plain.append(path)
-            continue
-        for level in levels:
-            compile_source("cxx", path, [f"-DUNROLLED_KERNELS_ISA={level}"], level)
-    for path in plain:
-        compile_source("cxx", path, extra=module_flags if path.name == "module.cpp" else ())
-    lines.append(f"build {quote(library)}: link {' '.join(map(quote, objects))}")
-    lines.append(f"default {quote(library)}")
+    cuda_objects = [compile_source("nvcc", path) for path in sorted(CSRC.glob("cuda/*.cu"))] if nvcc else []
+    shared = [compile_source("cxx", path) for path in sorted(CSRC.glob("cpu/simd/*.cpp"))]
+    link(core, [*cuda_objects, *compile_folder(CSRC), *shared])
+    link(experiments, [*compile_folder(CSRC / "experiments"), *shared])
     return "\n".join(lines) + "\n", cuda_reason
 
 
-def build_library(library):
-    """Compile everything to the file ``library``; return the reason why it has no CUDA kernels, or None."""
+def build_libraries(core, experiments):
+    """Compile everything to these two files; return the reason why there are no CUDA kernels, or None."""
     if os.environ.get("UNROLLED_KERNELS_EXTENSION") == "0":
         raise BuildError("UNROLLED_KERNELS_EXTENSION=0")
     compiler = next(
@@ -218,16 +226,17 @@ def build_library(library):
         raise BuildError("ninja was not found: pip install ninja")
     build = ROOT / "build" / f"extension-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     build.mkdir(parents=True, exist_ok=True)
-    text, cuda_reason = ninja_file(compiler, build / library.name, build)
+    text, cuda_reason = ninja_file(compiler, build / core.name, build / experiments.name, build)
     (build / "build.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     if subprocess.run([ninja, "-C", str(build), *jobs]).returncode != 0:
         raise BuildError("the compilation failed; its messages are above")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # a process that has the old library loaded keeps it: a new file takes its name
-    fresh = library.with_name(library.name + ".new")
-    shutil.copyfile(build / library.name, fresh)
-    os.replace(fresh, library)
+    for library in (core, experiments):
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # a process that has the old library loaded keeps it: a new file takes its name
+        fresh = library.with_name(library.name + ".new")
+        shutil.copyfile(build / library.name, fresh)
+        os.replace(fresh, library)
     return cuda_reason
 
 
@@ -235,25 +244,27 @@ class BuildExtension(build_ext):
     """Builds with ninja, and leaves a record of what was built and why the rest was not."""
 
     def run(self):
-        (extension,) = self.extensions
-        library = Path(self.get_ext_fullpath(extension.name))
+        libraries = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
         record = {"extension": True, "extension_reason": None}
         try:
-            record["cuda_reason"] = build_library(library)
+            record["cuda_reason"] = build_libraries(*libraries)
         except BuildError as error:
             if os.environ.get("UNROLLED_KERNELS_EXTENSION") == "1":
                 raise SystemExit(f"unrolled_kernels: {error}") from None
             print(f"unrolled_kernels: installing without the extension: {error}", file=sys.stderr)
             record = {"extension": False, "extension_reason": str(error), "cuda_reason": str(error)}
-            # a library of an earlier build would belong to other sources
-            library.unlink(missing_ok=True)
+            # libraries of an earlier build would belong to other sources
+            for library in libraries:
+                library.unlink(missing_ok=True)
             self.extensions = []
         record["cuda"] = record["cuda_reason"] is None
-        library.parent.mkdir(parents=True, exist_ok=True)
-        (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+        package = libraries[0].parent
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def get_outputs(self):
         return [self.get_ext_fullpath(extension.name) for extension in self.extensions]
 
 
-setup(ext_modules=[Extension("unrolled_kernels._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+NAMES = ("unrolled_kernels._C", "unrolled_kernels._C_experiments")
+setup(ext_modules=[Extension(name, sources=[]) for name in NAMES], cmdclass={"build_ext": BuildExtension})

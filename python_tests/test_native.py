@@ -69,9 +69,9 @@ def _driver(level, mode):
         f"-isystem{Path(torch.__file__).parent / 'include'}",
         *MODES[mode],
     ]
-    headers = [*CSRC.glob("*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cpu/**/*.h"), *(NATIVE / "cpu").rglob("*.h")]
+    headers = [*CSRC.rglob("*.h"), *(NATIVE / "cpu").rglob("*.h")]
     # what takes longest first
-    sources = sorted(CSRC.glob("cpu/**/*.cpp"), key=lambda path: -path.stat().st_size)
+    sources = sorted([*CSRC.rglob("cpu/**/*.cpp"), *CSRC.glob("*_cpu.cpp")], key=lambda path: -path.stat().st_size)
     return compiled(f"cpu-{mode}-{level}", flags, [*sources, NATIVE / "cpu" / "driver.cpp"], headers)
 
 

@@ -222,18 +222,21 @@ def check_contents(wheel, tmp_path):
     assert own == package | {"unrolled_kernels/_build.json", *libraries}
     assert "unrolled_kernels/py.typed" in own
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
-    (library,) = libraries
-    assert re.fullmatch(r"unrolled_kernels/_C\..*\.so", library)
-    dynamic = subprocess.run(["readelf", "-d", tmp_path / library], capture_output=True, text=True).stdout
+    names = [re.fullmatch(r"unrolled_kernels/(\w+)\..*\.so", library)[1] for library in libraries]
+    assert names == ["_C", "_C_experiments"]
+    for library in libraries:
+        check_library(tmp_path / library)
+
+
+def check_library(library):
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
     needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
     assert needed
     assert not [name for name in needed if re.search(r"torch.*\d+\.\d+", name)], needed
     # where torch lies is nobody's business but the importing process's
     assert not re.findall(r"R(?:UN)?PATH.*", dynamic)
     # every torch symbol is of the stable C interface: no C++ symbol of libtorch or c10
-    symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", "-C", tmp_path / library], capture_output=True, text=True
-    ).stdout
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", "-C", library], capture_output=True, text=True).stdout
     assert not re.findall(r"(?:at|c10|torch)::", symbols)
     assert re.search(r"aoti_torch_|torch_", symbols)
 

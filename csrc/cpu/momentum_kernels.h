@@ -1,4 +1,4 @@
-// What the launcher of `momentum` (momentum_launch.cpp) and its CPU kernels (momentum_{dense,diagonal,spectral}.cpp)
+// What the launcher of `momentum` (momentum_cpu.cpp) and its CPU kernels (momentum_{dense,diagonal,spectral}.cpp)
 // agree on.
 //
 // The work is a row of tiles, cut into chunks by the plan. A plan depends on the problem and never on the number of

@@ -22,7 +22,7 @@
 #include "cpu/launch.h"
 #include "cpu/momentum_launch.h"
 #include "cpu/rnn_launch.h"
-#include "cpu/synthetic_training_kernel.h"
+#include "experiments/cpu/synthetic_training_kernel.h"
 
 // the scratch of for_chunks
 void* operator new(size_t bytes, std::align_val_t alignment) {

@@ -2,18 +2,14 @@
 
 import torch
 
-from unrolled_kernels import _backend
+from unrolled_kernels.experiments import native
 from unrolled_kernels.experiments.synthetic.data import MU, L
 from unrolled_kernels.schedules import nesterov_momentum
 
 
 def can_train(ensemble):
     """Whether the op serves this ensemble: backend "cpu", a fixed step size, float32 or float64."""
-    return (
-        not ensemble.learned
-        and ensemble.dtype in (torch.float32, torch.float64)
-        and _backend.resolve("auto", ensemble.device) == "cpu"
-    )
+    return not ensemble.learned and ensemble.dtype in (torch.float32, torch.float64) and native.runs_on(ensemble.device)
 
 
 def train(ensemble, orders):

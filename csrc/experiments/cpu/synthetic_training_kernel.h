@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/simd/isa.h"
-#include "synthetic_training.h"
+#include "experiments/synthetic_training.h"
 
 namespace unrolled_kernels {
 

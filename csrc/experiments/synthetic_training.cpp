@@ -1,9 +1,9 @@
 // The op `synthetic_training`: schema, internal checks, and the models shared out among threads. CPU only.
-#include "synthetic_training.h"
+#include "experiments/synthetic_training.h"
 
 #include "common/tensors.h"
 #include "cpu/launch.h"
-#include "cpu/synthetic_training_kernel.h"
+#include "experiments/cpu/synthetic_training_kernel.h"
 
 namespace unrolled_kernels {
 namespace {

@@ -12,12 +12,12 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/synthetic_training_kernel.h"
+#include "experiments/cpu/synthetic_training_kernel.h"
 // the headers above are compiled for the baseline, those below for the level of this file
 #include "cpu/simd/simd.h"
 
 #include "cpu/simd/arena.h"
-#include "cpu/simd/vector_math.h"
+#include "experiments/cpu/vector_math.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {

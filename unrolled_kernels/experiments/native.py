@@ -1,0 +1,20 @@
+"""The experiments' own extension: kernels of the paper's tasks, which the library itself knows nothing of."""
+
+import functools
+import importlib
+
+from unrolled_kernels import _backend
+
+
+@functools.cache
+def _extension():
+    """The compiled module ``unrolled_kernels._C_experiments``, which registers its ops; None where it was not built."""
+    try:
+        return importlib.import_module("unrolled_kernels._C_experiments")
+    except ImportError:
+        return None
+
+
+def runs_on(device):
+    """Whether kernels of the experiments serve tensors on ``device``: it is a CPU, and the backend there is "cpu"."""
+    return _backend.resolve("auto", device) == "cpu" and _extension() is not None
