@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import datetime
-import gc
 import hashlib
 import importlib.util
 import itertools
@@ -12,12 +11,12 @@ import os
 import platform
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import torch
 
 from unrolled_kernels import _backend
+from unrolled_kernels.experiments.timing import in_turns
 
 # the profiler, which peak_memory uses, logs its stages otherwise
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -51,7 +50,7 @@ def measure_roof(device):
     n = 8192 if device == "cuda" else 1536
     square, one = torch.rand(n, n, device=device), torch.ones(1, device=device)
     calls = {"copy": lambda: target.copy_(source), "product": lambda: square @ square, "launch": lambda: one.add_(one)}
-    copy, product, launch = (timing.p20 for timing in interleave(calls, device, rounds=10).values())
+    copy, product, launch = (timing.p20 for timing in in_turns(calls, device, rounds=10).values())
     return Roof(2 * source.nbytes / copy, 2 * n**3 / product, launch)
 
 
@@ -70,62 +69,6 @@ def peak_memory(call, device):
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return max(held, default=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Quantiles of the time of one call, in seconds."""
-
-    p20: float
-    p50: float
-    p80: float
-
-
-def interleave(functions, device, *, rounds=30, min_seconds=0.02, max_seconds=20.0):
-    """Time ``{name: call}`` in turns, so that a noisy moment falls on all of them alike.
-
-    A turn begins with a call that is not timed: the first one after another function's finds the caches cold, and
-    that function's threads still spinning, so it would tell who comes after whom.
-
-    Args:
-        functions: each is called without arguments, several times a round if it is short.
-        device: "cpu" or "cuda".
-        min_seconds: length of a turn.
-        rounds: turns for each function, fewer for one that would take more than ``max_seconds`` in all.
-    Returns:
-        ``{name: Timing}``.
-    """
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    repeats, allowed, samples = {}, {}, {name: [] for name in functions}
-
-    def run(call, n):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(n):
-            call()
-        synchronize()
-        return (time.perf_counter() - start) / n
-
-    for name, call in functions.items():
-        run(call, 2)
-        once = run(call, 1)
-        repeats[name] = max(1, int(min_seconds / max(once, 1e-7)))
-        allowed[name] = max(3, min(rounds, int(max_seconds / max(once * (repeats[name] + 1), 1e-9))))
-    # what compilers and earlier cases left on the heap is not for these calls to be searched for garbage
-    gc.collect()
-    gc.freeze()
-    for i in range(rounds):
-        for name, call in functions.items():
-            if i < allowed[name]:
-                run(call, 1)
-                samples[name].append(run(call, repeats[name]))
-    gc.unfreeze()
-    return {name: _timing(values) for name, values in samples.items()}
-
-
-def _timing(samples):
-    quantiles = torch.quantile(torch.tensor(samples, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
-    return Timing(*quantiles.tolist())
 
 
 def environment(device):

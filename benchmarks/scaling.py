@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import harness, peers, suite
 from benchmarks.momentum import Case
+from unrolled_kernels.experiments.timing import in_turns
 
 SWEEPS = {
     "k": [Case(s, "gd", 1000, 16, k) for s in ("dense", "spectral", "diagonal") for k in (1, 2, 5, 10, 20, 50, 100)],
@@ -52,7 +53,7 @@ def measure(case, device, rounds):
     for name in names:
         prepare = peers.step(case.function(name), "forward+backward")
         calls[name] = suite.rotating([prepare(*inputs) for inputs in sets])
-    return harness.interleave(calls, device, rounds=rounds, max_seconds=4.0)
+    return in_turns(calls, device, rounds=rounds, max_seconds=4.0)
 
 
 def main(arguments=None):

@@ -8,6 +8,7 @@ import torch
 
 import unrolled_kernels as uk
 from benchmarks import harness, peers
+from unrolled_kernels.experiments.timing import in_turns
 from unrolled_kernels.testing import assert_as_close_as_eager
 
 FUSED = ("cpu", "cuda", "triton")
@@ -86,7 +87,7 @@ def run(case, device, roof, where, *, modes, wanted_peers, rounds):
             timed = peers.jax_peer(case, mode, sets[0])
             if timed:
                 calls["jax"], compile_seconds["jax"] = timed
-        for name, timing in harness.interleave(calls, device, rounds=rounds).items():
+        for name, timing in in_turns(calls, device, rounds=rounds).items():
             yield harness.row(
                 case, name, mode, timing, roof, where,
                 compile_seconds=compile_seconds.get(name), peak=peaks.get(name),

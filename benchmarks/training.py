@@ -21,6 +21,7 @@ from unrolled_kernels.experiments.synthetic import speed
 from unrolled_kernels.experiments.synthetic.data import FIRST_SEED, generate
 from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
 from unrolled_kernels.experiments.synthetic.grid import PRESETS, Training, Trial
+from unrolled_kernels.experiments.timing import in_turns
 
 # fmt: off
 COLUMNS = (
@@ -56,7 +57,7 @@ def model_epochs(task, device):
                     ensemble.train(orders)
 
             calls[backend] = call
-        timings = harness.interleave(calls, device, rounds=7, min_seconds=0.1)
+        timings = in_turns(calls, device, rounds=7, min_seconds=0.1)
         eager, fused = (timings[name].p50 / (_EPOCHS * len(trials)) for name in ("eager", "auto"))
         flops = sum(map(flops_of_epoch, trials)) / len(trials)
         yield {

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-import time
 
 import torch
 
 from unrolled_kernels.experiments.denoising.grid import Training, Trial
 from unrolled_kernels.experiments.denoising.model import energy_layer
 from unrolled_kernels.experiments.denoising.train import Trainer
+from unrolled_kernels.experiments.timing import in_turns
 from unrolled_kernels.testing import bytes_kept_for_backward
 
 _BATCH, _ROUNDS = 10, 5
@@ -35,10 +35,9 @@ def speed(task, device="cpu", backend="auto"):
         steps = {name: lambda trainer=t: trainer.train_step(clean, clean, _BATCH) for name, t in trainers.items()}
         layers = {name: _layer_call(clean, algorithm, 12, name) for name in ("eager", backend)}
         for what, calls in (("layer", layers), ("training step", steps)):
-            medians = _medians_ms(calls, device)
-            rows.append(
-                {"what": f"{algorithm.upper()}, {what}", "eager_ms": medians["eager"], "fused_ms": medians[backend]}
-            )
+            timings = in_turns(calls, device, rounds=_ROUNDS)
+            eager, fused = (1e3 * timings[name].p50 for name in ("eager", backend))
+            rows.append({"what": f"{algorithm.upper()}, {what}", "eager_ms": eager, "fused_ms": fused})
     return rows
 
 
@@ -87,16 +86,3 @@ def _layer_call(clean, algorithm, num_steps, backend):
         torch.autograd.grad(y.square().mean(), (f, g))
 
     return call
-
-
-def _medians_ms(calls, device):
-    """Median of each call, the calls in turns, after one that is not counted."""
-    times = {name: [] for name in calls}
-    for _ in range(_ROUNDS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: sorted(series[1:])[_ROUNDS // 2] for name, series in times.items()}

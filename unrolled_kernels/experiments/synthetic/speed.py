@@ -1,7 +1,6 @@
-"""How much faster the fused layer makes this task, measured against the eager loop in the same run."""
+"""How much faster the fused layer makes this task, measured in turns with the eager loop."""
 
 import torch
-from torch.utils.benchmark import Timer
 
 from unrolled_kernels import functional as F
 from unrolled_kernels import use_backend
@@ -10,59 +9,95 @@ from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
 from unrolled_kernels.experiments.synthetic.evaluation import distance
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 from unrolled_kernels.experiments.synthetic.train import make_model, make_optimizer, train_step
+from unrolled_kernels.experiments.timing import in_turns
 
-BATCH, NUM_STEPS, HIDDEN, MODELS, EPOCHS = 50, 30, 16, 256, 8
+BATCH, NUM_STEPS, HIDDEN, MODELS, EPOCHS = 50, 30, 16, 256, 2
 
 
-def measure(task, backend="auto", seconds=1.0):
+def measure(task, backend="auto", rounds=5):
     """Time the layer and the training step of one model: NAG, k = 30, minibatch 50, float32, hidden 16, one CPU thread.
 
     Args:
         task: the data, on the device to measure on.
-        backend: what is compared with ``"eager"``.
-        seconds: how long each timing goes on.
+        backend: what is compared with ``"eager"``, on the same form of Q in every row.
+        rounds: turns of each.
     Returns:
-        A list of dicts ``{"what", "eager_us", "fused_us"}``, medians in microseconds. The eager training step makes
-        the matrix Q_θ and loops over k products with it; the others use the spectral form, as the trainers do.
+        A list of dicts ``{"what", "eager_us", "fused_us"}``, medians in microseconds. A training step of one of many
+        models is an epoch of the ensemble, half for each of its two steps, evaluation included.
     """
-    training = Training(epochs=0)
-    trial = Trial(HIDDEN, "adam", "nag", NUM_STEPS, FIRST_SEED, 1e-2)
-    index = task.train_index(trial.seed)[:BATCH].to(task.x.device)
-    x, R, b, y_star = (tensor[index] for tensor in (task.x, task.R, task.b, task.y_star))
+    threads = torch.get_num_threads()
+    # as the workers have: a minibatch is too small to share
+    torch.set_num_threads(1)
+    try:
+        return [_row(task, what, make, backend, rounds) for what, make in _STEPS.items()]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _row(task, what, make, backend, rounds):
+    calls = {name: _under(name, make(task)) for name in ("eager", backend)}
+    timings = in_turns(calls, task.x.device, rounds=rounds)
+    scale = 1e6 / (2 * EPOCHS * MODELS) if make is _ensemble else 1e6
+    return {"what": what, "eager_us": scale * timings["eager"].p50, "fused_us": scale * timings[backend].p50}
+
+
+def _under(backend, call):
+    def run():
+        with use_backend(backend):
+            call()
+
+    return run
+
+
+def _minibatch(task):
+    index = task.train_index(FIRST_SEED)[:BATCH].to(task.x.device)
+    return index, *(tensor[index] for tensor in (task.x, task.R, task.b, task.y_star))
+
+
+def _model(task):
+    trial, training = _TRIAL, Training(epochs=0)
+    model = make_model(task, trial, training)
+    return model, make_optimizer(model, trial, training)
+
+
+def _layer(task):
+    index, _, R, b, y_star = _minibatch(task)
     Q = (R * task.eigenvalues[index].unsqueeze(1) @ R.mT).requires_grad_()
-    b_leaf = b.clone().requires_grad_()
+    b = b.clone().requires_grad_()
+    loss = lambda: distance(F.nesterov(Q, b, 1.0, MU, NUM_STEPS), y_star).mean()
+    return lambda: torch.autograd.grad(loss(), (Q, b))
 
-    def layer():
-        y = F.nesterov(Q, b_leaf, 1.0, MU, NUM_STEPS)
-        torch.autograd.grad(distance(y, y_star).mean(), (Q, b_leaf))
 
-    def dense_step(model, optimizer):
-        # what the task costs without structure: Q_θ in full, then the loop
+def _dense_step(task):
+    _, x, R, b, y_star = _minibatch(task)
+    model, optimizer = _model(task)
+
+    def step():
         optimizer.zero_grad()
-        full = (R * model.network(x).unsqueeze(1)) @ R.mT
-        distance(model.layer(full, b), y_star).mean().backward()
+        Q = (R * model.network(x).unsqueeze(1)) @ R.mT
+        distance(model.layer(Q, b), y_star).mean().backward()
         optimizer.step()
 
-    model = make_model(task, trial, training)
-    optimizer = make_optimizer(model, trial, training)
-    with use_backend("eager"):
-        eager_layer = _median_us(layer, seconds)
-        eager_step = _median_us(lambda: dense_step(model, optimizer), seconds)
-    with use_backend(backend):
-        fused_layer = _median_us(layer, seconds)
-        fused_step = _median_us(lambda: train_step(model, optimizer, x, R, b, y_star), seconds)
-        ensemble = Ensemble(task, [trial] * MODELS, training)
-        orders = torch.arange(NUM_TRAIN, device=task.x.device).expand(EPOCHS, 1, -1)
-        # an epoch is two steps and one evaluation; all of it is counted here
-        ensemble_step = _median_us(lambda: ensemble.train(orders), seconds) / (2 * EPOCHS * MODELS)
-    return [
-        {"what": "layer, forward and backward", "eager_us": eager_layer, "fused_us": fused_layer},
-        {"what": "training step, one model", "eager_us": eager_step, "fused_us": fused_step},
-        {"what": f"training step, one of {MODELS} models", "eager_us": eager_step, "fused_us": ensemble_step},
-    ]
+    return step
 
 
-def _median_us(function, seconds):
-    # one thread, as the workers have: a minibatch is too small to share
-    timer = Timer("function()", globals={"function": function}, num_threads=1)
-    return timer.blocked_autorange(min_run_time=seconds).median * 1e6
+def _spectral_step(task):
+    _, *samples = _minibatch(task)
+    model, optimizer = _model(task)
+    return lambda: train_step(model, optimizer, *samples)
+
+
+def _ensemble(task):
+    ensemble = Ensemble(task, [_TRIAL] * MODELS, Training(epochs=0))
+    orders = torch.arange(NUM_TRAIN, device=task.x.device).expand(EPOCHS, 1, -1)
+    return lambda: ensemble.train(orders)
+
+
+_TRIAL = Trial(HIDDEN, "adam", "nag", NUM_STEPS, FIRST_SEED, 1e-2)
+# the task gives Q as R diag(λ) Rᵀ; the trainers never form it
+_STEPS = {
+    "layer, forward and backward, Q dense": _layer,
+    "training step of one model, Q dense": _dense_step,
+    "training step of one model, Q spectral": _spectral_step,
+    f"training step of one of {MODELS} models, Q spectral": _ensemble,
+}
