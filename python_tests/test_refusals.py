@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -182,6 +183,60 @@ def test_use_backend_nests_and_restores():
             assert _backend.resolve(None, cpu) == before
         assert _backend.resolve("auto", cpu) == "eager"
     assert _backend.resolve(None, cpu) == before
+
+
+def test_use_backend_is_its_threads_own():
+    """Blocks of two threads that overlap, the first to enter the first to leave, end where they began."""
+    from unrolled_kernels import _backend
+
+    cpu = torch.device("cpu")
+    before = _backend.resolve(None, cpu)
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with uk.use_backend("eager"):
+            first_in.set()
+            second_in.wait(10)
+            seen["first"] = _backend.resolve(None, cpu)
+        seen["first after"] = _backend.resolve(None, cpu)
+        first_out.set()
+
+    def second():
+        first_in.wait(10)
+        seen["second before"] = _backend.resolve(None, cpu)
+        with uk.use_backend("auto"):
+            second_in.set()
+            first_out.wait(10)
+            seen["second"] = _backend.resolve(None, cpu)
+        seen["second after"] = _backend.resolve(None, cpu)
+
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen.pop("first") == "eager"
+    assert set(seen.values()) == {before} == {_backend.resolve(None, cpu)}
+
+
+def test_a_compiled_graph_keeps_its_backend():
+    compiled = torch.compile(lambda Q, b: F.gradient_descent(Q, b, 0.5, 3), fullgraph=True, backend=counting)
+    counting.graphs.clear()
+    with uk.use_backend("eager"):
+        compiled(Q, b)
+    compiled(Q, b)
+    (graph,) = counting.graphs
+    assert not any("unrolled_kernels" in str(node.target) for node in graph.graph.nodes)
+
+
+def counting(graph, inputs):
+    """A torch.compile backend that keeps what it is given."""
+    counting.graphs.append(graph)
+    return graph.forward
+
+
+counting.graphs = []
 
 
 def test_environment_variable_chooses_the_backend():

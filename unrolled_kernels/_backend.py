@@ -1,6 +1,7 @@
 """Which backends this machine has, and which of them runs a call."""
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 import torch
 
 NAMES = ("eager", "cpu", "cuda", "triton")
-_default = os.environ.get("UNROLLED_KERNELS_BACKEND") or "auto"
+# one for each thread and asynchronous task: blocks of use_backend that overlap in time do not see each other
+_default = contextvars.ContextVar("backend", default=os.environ.get("UNROLLED_KERNELS_BACKEND") or "auto")
 
 
 @functools.cache
@@ -57,20 +59,22 @@ def available_backends() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every call of this process in the block on backend ``name``, unless the call or the layer names its own.
+    """Run every call in the block on backend ``name``, unless the call or the layer names its own.
+
+    It holds for the thread (or the asynchronous task) that enters the block; a thread that is started inside begins
+    with the environment's. A compiled graph keeps the backend that it was compiled with.
 
     Args:
         name: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
     Raises:
         ValueError: the name is unknown, or that backend is not available here; the message says how to get it.
     """
-    global _default
     check_name(name)
-    previous, _default = _default, name
+    token = _default.set(name)
     try:
         yield
     finally:
-        _default = previous
+        _default.reset(token)
 
 
 def check_name(name):
@@ -86,11 +90,11 @@ def check_name(name):
 
 def resolve(backend, device):
     """The backend that runs a call on ``device``: the call's own, else ``use_backend``'s, the environment's, "auto"."""
-    return _decide(_default if backend is None or backend == "auto" else backend, device.type)
+    return _decide(backend, device.type)
 
 
 def _decide(backend, device_type):
-    return _choose(backend, device_type)
+    return _choose(_default.get() if backend is None or backend == "auto" else backend, device_type)
 
 
 @functools.cache
