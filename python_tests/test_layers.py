@@ -201,6 +201,101 @@ def test_stable_region_holds_the_step_size(problem, cls, largest):
     assert per_step.step_size.shape == (6,)
 
 
+def computed():
+    """Layers with a value that is held in other coordinates: its name, the parameter's, and a value to assign."""
+    region = {"learn_step_size": True, "stable_region": (0.1, 2.0)}
+    return [
+        (uk.UnrolledGD(4, 0.5, **region), "step_size", "step_size_logit", 0.1),
+        (uk.UnrolledGD(4, 0.5, per_step=True, **region), "step_size", "step_size_logit", torch.linspace(0.1, 0.4, 4)),
+        (uk.UnrolledNAG(4, 0.5, **region), "step_size", "step_size_logit", torch.tensor(0.2)),
+        (uk.UnrolledNAG(4, 0.5, learn_mu=True), "mu", "mu_log", 0.3),
+    ]
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_a_value_in_other_coordinates_is_assigned_as_what_it_is(problem, case):
+    layer, name, held, value = computed()[case]
+    parameter = getattr(layer, held)
+    setattr(layer, name, value)
+    assert getattr(layer, held) is parameter
+    assert held in layer.state_dict()
+    torch.testing.assert_close(getattr(layer, name).detach(), torch.as_tensor(value).expand(parameter.shape))
+    # training goes on from there
+    layer(*(x.float() for x in problem)).sum().backward()
+    assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_a_computed_value_refuses_to_be_written_into(case):
+    layer, name, held, _ = computed()[case]
+    before = getattr(layer, held).detach().clone()
+    writes = [
+        lambda x: x.fill_(0.2),
+        lambda x: x.copy_(torch.tensor(0.2)),
+        lambda x: x.__setitem__(..., 0.2),
+        lambda x: x.__iadd__(1),
+        lambda x: torch.nn.init.constant_(x, 0.2),
+    ]
+    for write in writes:
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="assign to the layer's attribute"):
+                write(getattr(layer, name))
+    assert torch.equal(getattr(layer, held), before)
+    # what is computed from it is a tensor like any other
+    twice = getattr(layer, name) * 2
+    assert type(twice) is torch.Tensor
+    twice.detach().fill_(1.0)
+    assert f"{getattr(layer, name).flatten()[0]:.3f}"
+
+
+def test_assigned_values_are_checked():
+    layer = uk.UnrolledGD(4, 0.5, learn_step_size=True, stable_region=(0.1, 2.0))
+    with pytest.raises(ValueError, match=r"step_size: expected a value inside the stable region \(0, 0.952381\)"):
+        layer.step_size = 1.0
+    with pytest.raises(
+        ValueError, match=r"step_size: shape \[3\] does not broadcast to the shape that the layer learns"
+    ):
+        layer.step_size = torch.full((3,), 0.5)
+    layer = uk.UnrolledNAG(4, 0.5, learn_mu=True)
+    with pytest.raises(ValueError, match="mu: expected a number > 0, got 0"):
+        layer.mu = 0
+    with pytest.raises(TypeError, match="mu: expected a float or a floating-point tensor, got None"):
+        layer.mu = None
+
+
+def test_learned_values_keep_their_dtype_and_device():
+    mu = torch.tensor(0.1, dtype=torch.float64)
+    layer = uk.UnrolledNAG(3, mu, mu, learn_step_size=True, learn_mu=True)
+    assert layer.step_size.dtype == layer.mu_log.dtype == layer.mu.dtype == torch.float64
+    assert layer.mu.item() == pytest.approx(0.1, rel=1e-15)
+    layer = uk.UnrolledNAG(3, mu, mu, learn_step_size=True, learn_mu=True, stable_region=(0.1, 1.0))
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+
+
+def test_repr_on_the_meta_device():
+    with torch.device("meta"):
+        made = uk.UnrolledNAG(3, 0.5, learn_step_size=True, learn_mu=True)
+    for layer in (made, uk.UnrolledNAG(3, 0.5, learn_step_size=True, learn_mu=True).to("meta")):
+        assert "step_size=[] (learned), mu=[] (learned)" in repr(layer)
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["data", "swap"])
+def test_conversion_while_a_finished_graph_is_referenced(swap):
+    """As torch's own modules: an output that is kept does not stand in the way of ``half()``."""
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        layers = [uk.UnrolledGD(4, 0.5, learn_step_size=True), uk.UnrolledMomentum.fista(4, 0.3), uk.UnrolledRNN(3, 5)]
+        for layer in [*layers, uk.UnrolledNAG(4, 0.5, learn_step_size=True, learn_mu=True)]:
+            b = torch.ones(2, 5, requires_grad=True)
+            y = layer(0.5 * torch.eye(5).expand(2, 5, 5), b)
+            y.sum().backward()
+            layer.half()
+            assert {p.dtype for p in layer.parameters()} == {torch.float16}
+            assert layer(0.5 * torch.eye(5).half().expand(2, 5, 5), b.half()).dtype == torch.float16
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_warm_start_and_trajectory(problem):
     Q, b = problem
     layer = uk.UnrolledNAG(6, 0.8)

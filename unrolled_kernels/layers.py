@@ -46,13 +46,37 @@ class _Unrolled(nn.Module):
             value = getattr(self, name)
             if isinstance(value, torch.Tensor):
                 kind = "fixed" if name in self._buffers else "learned"
-                value = f"{value.item():.6g} ({kind})" if value.numel() == 1 else f"{list(value.shape)} ({kind})"
+                single = value.numel() == 1 and not value.is_meta
+                value = f"{value.item():.6g} ({kind})" if single else f"{list(value.shape)} ({kind})"
             shown.append(f"{name}={value}")
         return ", ".join([*shown, f"backend={self.backend!r}"])
 
 
+class _Computed(torch.Tensor):
+    """A value that a layer computes from a parameter: it reads as any tensor, and refuses to be written into."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        in_place = name == "__setitem__" or (
+            name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        )
+        if in_place and isinstance((*args, *kwargs.values())[0], cls):
+            raise RuntimeError(
+                f"{name}: this value is computed from a parameter in other coordinates, and writing into it would "
+                "change nothing; assign to the layer's attribute instead, layer.step_size = 0.1 for instance"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            args = (x.as_subclass(torch.Tensor) if isinstance(x, cls) else x for x in args)
+            return func(*args, **kwargs)
+
+
 class _StepSize(_Unrolled):
-    """A layer with one step size: fixed or learned, for all steps or per step, free or kept in a stable region."""
+    """A layer with one step size: fixed or learned, for all steps or per step, free or kept in a stable region.
+
+    What a step of an optimizer must not carry out of its range is held in other coordinates, φ as ``step_size_logit``
+    and μ as ``mu_log``. It reads and is assigned as what it is.
+    """
 
     step_size: Number
 
@@ -61,29 +85,57 @@ class _StepSize(_Unrolled):
         _check.check_number("step_size", step_size)
         if per_step and not (isinstance(step_size, torch.Tensor) and step_size.dim() > 0):
             step_size = torch.as_tensor(step_size, dtype=torch.get_default_dtype()).expand(self.num_steps)
+        self.stable_region = None if stable_region is None else _check_region(stable_region)
         self.max_step_size = None
         if stable_region is not None:
-            self.max_step_size = self.largest_stable_step(*_check_region(stable_region))
-            inside = torch.as_tensor(step_size, dtype=torch.float64)
-            # on the meta device there is no value to check
-            if not inside.is_meta and not bool(((inside > 0) & (inside < self.max_step_size)).all()):
-                raise ValueError(
-                    f"step_size: expected a value inside the stable region (0, {self.max_step_size:.6g}) of "
-                    f"stable_region={tuple(stable_region)}, got {step_size}"
-                )
+            self.max_step_size = self.largest_stable_step(*self.stable_region)
+            logit = self._step_size_logit(step_size)
             if learn_step_size:
                 dtype = step_size.dtype if isinstance(step_size, torch.Tensor) else torch.get_default_dtype()
-                self._coefficient("step_size_logit", torch.logit(inside / self.max_step_size).to(dtype), learn=True)
+                self._coefficient("step_size_logit", logit.to(dtype), learn=True)
+                self._computed = ("step_size",)
                 return
         self._coefficient("step_size", step_size, learn_step_size)
 
+    # names of the values that are held in other coordinates
+    _computed: tuple[str, ...] = ()
+
+    def _step_size_logit(self, step_size):
+        """The coordinate in which ``step_size`` is held, in float64; refuses one outside the region."""
+        inside = torch.as_tensor(step_size, dtype=torch.float64).detach()
+        # on the meta device there is no value to check
+        if not inside.is_meta and not bool(((inside > 0) & (inside < self.max_step_size)).all()):
+            raise ValueError(
+                f"step_size: expected a value inside the stable region (0, {self.max_step_size:.6g}) of "
+                f"stable_region={self.stable_region}, got {step_size}"
+            )
+        return torch.logit(inside / self.max_step_size)
+
+    def _value(self, name):
+        """φ or μ as the functions take it."""
+        if name not in self._computed:
+            return getattr(self, name)
+        return self.max_step_size * torch.sigmoid(self.step_size_logit) if name == "step_size" else self.mu_log.exp()
+
     def __getattr__(self, name):
-        # held in other coordinates, but read as what they are; looked up as attributes, which a parametrization is too
-        if name == "step_size" and hasattr(self, "step_size_logit"):
-            return self.max_step_size * torch.sigmoid(self.step_size_logit)
-        if name == "mu" and hasattr(self, "mu_log"):
-            return self.mu_log.exp()
-        return super().__getattr__(name)
+        if name not in self._computed:
+            return super().__getattr__(name)
+        value = self._value(name)
+        # torch.compile does not trace the refusals
+        return value if torch.compiler.is_compiling() else value.as_subclass(_Computed)
+
+    def __setattr__(self, name, value):
+        if name not in self._computed:
+            return super().__setattr__(name, value)
+        _check.check_number(name, value)
+        if name == "step_size":
+            parameter, value = self.step_size_logit, self._step_size_logit(value)
+        else:
+            _check.check_positive(name, value)
+            parameter, value = self.mu_log, torch.as_tensor(value, dtype=torch.float64).log()
+        _check.check_broadcast(name, value.shape, tuple(parameter.shape), "the shape that the layer learns")
+        with torch.no_grad():
+            parameter.copy_(value)
 
 
 class UnrolledGD(_StepSize):
@@ -127,7 +179,13 @@ class UnrolledGD(_StepSize):
     ) -> torch.Tensor:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.gradient_descent``."""
         return F.gradient_descent(
-            Q, b, self.step_size, self.num_steps, y0=y0, return_trajectory=return_trajectory, backend=self.backend
+            Q,
+            b,
+            self._value("step_size"),
+            self.num_steps,
+            y0=y0,
+            return_trajectory=return_trajectory,
+            backend=self.backend,
         )
 
 
@@ -172,7 +230,9 @@ class UnrolledNAG(_StepSize):
             _check.check_positive("mu", mu)
             if learn_mu:
                 # held as its logarithm, so that no update makes μ ≤ 0
-                self._coefficient("mu_log", torch.as_tensor(mu, dtype=torch.get_default_dtype()).log(), learn=True)
+                dtype = mu.dtype if isinstance(mu, torch.Tensor) else torch.get_default_dtype()
+                self._coefficient("mu_log", torch.as_tensor(mu, dtype=torch.float64).log().to(dtype), learn=True)
+                self._computed = (*self._computed, "mu")
             else:
                 self._coefficient("mu", mu, learn=False)
 
@@ -188,8 +248,8 @@ class UnrolledNAG(_StepSize):
         return F.nesterov(
             Q,
             b,
-            self.step_size,
-            self.mu,
+            self._value("step_size"),
+            self._value("mu"),
             self.num_steps,
             y0=y0,
             return_trajectory=return_trajectory,
