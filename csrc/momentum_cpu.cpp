@@ -40,9 +40,8 @@ template <typename Storage>
 void momentum_cpu(Structure structure, const MomentumForward<Storage>& p) {
   const auto kernels = momentum_kernels<Storage>(structure);
   const MomentumPlan plan = kernels.plan(p, nullptr);
-  for_chunks(plan, [&](int64_t chunk, void* scratch) {
-    kernels.forward(
-        p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch, nullptr, nullptr});
+  for_chunks(plan, [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
+    kernels.forward(p, plan, {begin, end, scratch, nullptr, nullptr});
   });
 }
 
@@ -52,13 +51,12 @@ void momentum_cpu(Structure structure, const MomentumBackward<Storage>& p) {
   const auto kernels = momentum_kernels<Storage>(structure);
   const MomentumPlan plan = kernels.plan(p, &p);
   const int64_t schedule_size = p.dphi ? 3 * plan.schedule_steps : 0;
-  const int64_t matrix_size = p.d_matrix && p.matrix_stride == 0 && p.B != 1 ? p.d * p.d : 0;
+  const int64_t matrix_size = p.d_matrix && shares_matrix(p) ? p.d * p.d : 0;
   std::vector<double> schedule(plan.chunks * schedule_size, 0.0);
   std::vector<C> matrix(plan.chunks * matrix_size, C(0));
-  for_chunks(plan, [&](int64_t chunk, void* scratch) {
+  for_chunks(plan, [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
     kernels.backward(p, plan,
-                     {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
-                      schedule_size ? schedule.data() + chunk * schedule_size : nullptr,
+                     {begin, end, scratch, schedule_size ? schedule.data() + chunk * schedule_size : nullptr,
                       matrix_size ? matrix.data() + chunk * matrix_size : nullptr});
   });
   const double* partial = schedule.data();

@@ -15,9 +15,8 @@ template <typename Storage>
 void rnn_cpu(const RnnForward<Storage>& p) {
   const auto kernels = rnn_kernels<Storage>();
   const RnnPlan plan = kernels.plan(p, nullptr);
-  for_chunks(plan, [&](int64_t chunk, void* scratch) {
-    kernels.forward(
-        p, plan, {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch, nullptr, nullptr});
+  for_chunks(plan, [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
+    kernels.forward(p, plan, {begin, end, scratch, nullptr, nullptr});
   });
 }
 
@@ -27,13 +26,12 @@ void rnn_cpu(const RnnBackward<Storage>& p) {
   const auto kernels = rnn_kernels<Storage>();
   const RnnPlan plan = kernels.plan(p, &p);
   const int64_t weights_size = p.d_weights ? rnn_weights_size(p) : 0;
-  const int64_t matrix_size = p.d_matrix && p.matrix_stride == 0 && p.B != 1 ? p.d * p.d : 0;
+  const int64_t matrix_size = p.d_matrix && shares_matrix(p) ? p.d * p.d : 0;
   // what each chunk leaves, written in full by it
   const std::unique_ptr<C[]> weights(new C[plan.chunks * weights_size]), matrix(new C[plan.chunks * matrix_size]);
-  for_chunks(plan, [&](int64_t chunk, void* scratch) {
+  for_chunks(plan, [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
     kernels.backward(p, plan,
-                     {chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch,
-                      weights_size ? weights.get() + chunk * weights_size : nullptr,
+                     {begin, end, scratch, weights_size ? weights.get() + chunk * weights_size : nullptr,
                       matrix_size ? matrix.get() + chunk * matrix_size : nullptr});
   });
   sum_chunks(weights.get(), plan.chunks, weights_size, p.d_weights);

@@ -1,4 +1,5 @@
-// Storage types of the kernels (float, double, half, bfloat16) and the type each computes in. No framework headers.
+// What the contracts and all kernels share: the storage types (float, double, half, bfloat16) and the type each computes
+// in. No framework headers.
 #pragma once
 #include <cstdint>
 
@@ -30,5 +31,18 @@ struct ComputeTypeOf<bfloat16> {
 };
 template <typename Storage>
 using compute_type = typename ComputeTypeOf<Storage>::type;
+
+// A type as an argument.
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// One matrix for a batch that is not a single sample: its gradient is then a sum over the batch. `p`: MomentumInputs or
+// RnnInputs.
+template <typename Inputs>
+constexpr bool shares_matrix(const Inputs& p) {
+  return p.matrix && p.matrix_stride == 0 && p.B != 1;
+}
 
 }  // namespace unrolled_kernels

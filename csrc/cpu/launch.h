@@ -22,17 +22,25 @@ struct FreeAligned {
 
 // Calls f(chunk, scratch) for every chunk, with one scratch a thread. A thread takes the next chunk when it is done with
 // one, so that one that is held up takes fewer; results do not depend on who took which.
-template <typename Plan, typename F>
-void for_chunks(const Plan& plan, const F& f) {
-  const int64_t threads = std::min<int64_t>(plan.chunks, torch::stable::get_num_threads());
+template <typename F>
+void for_chunks(int64_t chunks, size_t scratch_bytes, const F& f) {
+  const int64_t threads = std::min<int64_t>(chunks, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const std::unique_ptr<void, FreeAligned> scratch(::operator new(plan.scratch_bytes, std::align_val_t(64)));
+    const std::unique_ptr<void, FreeAligned> scratch(::operator new(scratch_bytes, std::align_val_t(64)));
     while (true) {
       const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= plan.chunks) return;
+      if (chunk >= chunks) return;
       f(chunk, scratch.get());
     }
+  });
+}
+
+// Calls f(chunk, begin, end, scratch) for every chunk of a plan, which takes the tiles from `begin` to `end`.
+template <typename Plan, typename F>
+void for_chunks(const Plan& plan, const F& f) {
+  for_chunks(plan.chunks, plan.scratch_bytes, [&](int64_t chunk, void* scratch) {
+    f(chunk, chunk * plan.tiles / plan.chunks, (chunk + 1) * plan.tiles / plan.chunks, scratch);
   });
 }
 

@@ -412,16 +412,16 @@ MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Stora
 template <typename Storage>
 void forward(const MomentumForward<Storage>& p, const MomentumPlan& plan,
              const MomentumChunk<compute_type<Storage>>& chunk) {
-  with_layout<DenseTiles>(p, [&](auto* type) {
-    std::remove_pointer_t<decltype(type)>(chunk.scratch, p, nullptr, plan.schedule_steps).forward(p, chunk);
+  with_layout<DenseTiles>(p, [&](auto type) {
+    typename decltype(type)::type(chunk.scratch, p, nullptr, plan.schedule_steps).forward(p, chunk);
   });
 }
 
 template <typename Storage>
 void backward(const MomentumBackward<Storage>& p, const MomentumPlan& plan,
               const MomentumChunk<compute_type<Storage>>& chunk) {
-  with_layout<DenseTiles>(p, [&](auto* type) {
-    std::remove_pointer_t<decltype(type)>(chunk.scratch, p, &p, plan.schedule_steps)
+  with_layout<DenseTiles>(p, [&](auto type) {
+    typename decltype(type)::type(chunk.scratch, p, &p, plan.schedule_steps)
         .backward(p, chunk, !constant_in_backward(p));
   });
 }

@@ -176,15 +176,9 @@ class DiagonalTiles {
 
   template <typename Part>
   void forward_part(const MomentumForward<Storage>& p, const Part& part) {
-    ElementwiseForward<C> e;
+    ElementwiseForward<C> e(p, schedule_.view());
     set_energy(part, e);
     e.y0 = input(part, p.y0, p.y0_stride, y0_);
-    e.schedule = schedule_.view();
-    e.k = p.k;
-    e.momentum = p.beta.data;
-    e.trajectory = p.trajectory;
-    e.traceless = is_traceless(p);
-    e.per_step = !constant_schedule(p);
     e.y = output(part, p.y, y_);
     e.row = row(part);
     run_elementwise(e, part.size());
@@ -193,15 +187,9 @@ class DiagonalTiles {
 
   template <typename Part>
   void backward_part(const MomentumBackward<Storage>& p, const Part& part) {
-    ElementwiseBackward<C> e;
+    ElementwiseBackward<C> e(p, schedule_.view());
     set_energy(part, e);
     e.y0 = input(part, p.y0, p.y0_stride, y0_);
-    e.schedule = schedule_.view();
-    e.k = p.k;
-    e.momentum = p.beta.data;
-    e.trajectory = p.trajectory;
-    e.traceless = is_traceless(p);
-    e.per_step = !constant_schedule(p);
     e.grad_y = input(part, p.grad_y, p.d, y_);
     for (int64_t t = 1; t <= (p.trajectory ? p.k : 0); ++t) input(part, p.grad_y + t * p.B * p.d, p.d, y_ + t * row_);
     e.row = row(part);

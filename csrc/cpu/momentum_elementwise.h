@@ -19,30 +19,45 @@
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
 
-// A strip of `vectors` vectors; a row of a trajectory is `row` elements behind the one before.
+// gradient descent, one step size for all steps, final iterate only, at least one step
+template <typename Inputs>
+inline bool is_traceless(const Inputs& p) {
+  return !p.beta.data && p.phi.step_stride == 0 && !p.trajectory && p.k > 0;
+}
+
+// A strip of vectors; a row of a trajectory is `row` elements behind the one before.
 template <typename C>
-struct ElementwiseForward {
-  const C *lambda, *b, *y0;  // y0 may be nullptr: zeros
+struct Elementwise {
   ScheduleView<C> schedule;
   int64_t k;
   bool momentum, trajectory, traceless;
-  bool per_step;  // whether a coefficient varies over steps
-  C* y;
-  int64_t row;
+  bool per_step;                                           // whether a coefficient varies over steps
+  const C *lambda = nullptr, *b = nullptr, *y0 = nullptr;  // y0 may stay nullptr: zeros
+  int64_t row = 0;                                         // of y or grad_y
+
+  template <typename Inputs>
+  Elementwise(const Inputs& p, const ScheduleView<C>& schedule)
+      : schedule(schedule),
+        k(p.k),
+        momentum(p.beta.data),
+        trajectory(p.trajectory),
+        traceless(is_traceless(p)),
+        per_step(!constant_schedule(p)) {}
 };
 
 template <typename C>
-struct ElementwiseBackward {
-  const C *lambda, *b, *y0;
-  ScheduleView<C> schedule;
-  int64_t k;
-  bool momentum, trajectory, traceless;
-  bool per_step;  // whether a coefficient varies over steps
-  const C* grad_y;
-  int64_t row;  // of grad_y
-  C *dlambda, *db, *dy0;
-  ScheduleSums<C> sums;
-  C* trace;  // [2, k, vectors_at_once] vectors
+struct ElementwiseForward : Elementwise<C> {
+  using Elementwise<C>::Elementwise;
+  C* y = nullptr;
+};
+
+template <typename C>
+struct ElementwiseBackward : Elementwise<C> {
+  using Elementwise<C>::Elementwise;
+  const C* grad_y = nullptr;
+  C *dlambda = nullptr, *db = nullptr, *dy0 = nullptr;
+  ScheduleSums<C> sums{};
+  C* trace = nullptr;  // [2, k, vectors_at_once] vectors
 };
 
 // vectors in registers at once
@@ -290,12 +305,6 @@ UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseBackward<C>& p, 
       p.per_step ? elementwise_backward<false, true, n>(p, offset) : elementwise_backward<false, false, n>(p, offset);
     }
   });
-}
-
-// gradient descent, one step size for all steps, final iterate only, at least one step
-template <typename Inputs>
-inline bool is_traceless(const Inputs& p) {
-  return !p.beta.data && p.phi.step_stride == 0 && !p.trajectory && p.k > 0;
 }
 
 }  // namespace UNROLLED_KERNELS_NAMESPACE

@@ -5,6 +5,10 @@
 // threads, and sums over chunks are taken in their order: results are bit-equal run to run and for any thread count.
 #pragma once
 
+#ifdef UNROLLED_KERNELS_NAMESPACE
+#error "include this before cpu/simd/simd.h: its functions are compiled once, for the baseline"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 

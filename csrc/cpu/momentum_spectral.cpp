@@ -96,16 +96,10 @@ class SpectralTiles {
       }
       if (first == 1) fill_zero(grad_h_, row_);
 
-      ElementwiseBackward<C> e;
+      ElementwiseBackward<C> e(p, schedule_.view());
       e.lambda = lambda_;
       e.b = bh_;
       e.y0 = p.y0 ? y0h_ : nullptr;
-      e.schedule = schedule_.view();
-      e.k = p.k;
-      e.momentum = p.beta.data;
-      e.trajectory = p.trajectory;
-      e.traceless = is_traceless(p);
-      e.per_step = !constant_schedule(p);
       e.grad_y = grad_h_;
       e.row = p.trajectory ? row_ : 0;
       e.dlambda = dlambda_;
@@ -152,16 +146,10 @@ class SpectralTiles {
   }
 
   void forward_eigenbasis(C* y) const {
-    ElementwiseForward<C> e;
+    ElementwiseForward<C> e(p_, schedule_.view());
     e.lambda = lambda_;
     e.b = bh_;
     e.y0 = p_.y0 ? y0h_ : nullptr;
-    e.schedule = schedule_.view();
-    e.k = p_.k;
-    e.momentum = p_.beta.data;
-    e.trajectory = p_.trajectory;
-    e.traceless = is_traceless(p_);
-    e.per_step = !constant_schedule(p_);
     e.y = y;
     e.row = p_.trajectory ? row_ : 0;
     run_elementwise(e, tile_.size());
@@ -188,16 +176,16 @@ MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Stora
 template <typename Storage>
 void forward(const MomentumForward<Storage>& p, const MomentumPlan& plan,
              const MomentumChunk<compute_type<Storage>>& chunk) {
-  with_layout<SpectralTiles>(p, [&](auto* type) {
-    std::remove_pointer_t<decltype(type)>(chunk.scratch, p, nullptr, plan.schedule_steps).forward(p, chunk);
+  with_layout<SpectralTiles>(p, [&](auto type) {
+    typename decltype(type)::type(chunk.scratch, p, nullptr, plan.schedule_steps).forward(p, chunk);
   });
 }
 
 template <typename Storage>
 void backward(const MomentumBackward<Storage>& p, const MomentumPlan& plan,
               const MomentumChunk<compute_type<Storage>>& chunk) {
-  with_layout<SpectralTiles>(p, [&](auto* type) {
-    std::remove_pointer_t<decltype(type)>(chunk.scratch, p, &p, plan.schedule_steps).backward(p, chunk);
+  with_layout<SpectralTiles>(p, [&](auto type) {
+    typename decltype(type)::type(chunk.scratch, p, &p, plan.schedule_steps).backward(p, chunk);
   });
 }
 

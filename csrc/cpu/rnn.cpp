@@ -10,12 +10,18 @@
 //
 // float32, (B, d, k) = (1000, 5, 20), widths 10-20-20, one core of an EPYC with AVX2: 60 to 64 % of the FMA peak, both
 // passes together. What is lost is at the ends of blocks: their sums are 5 to 20 products long.
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/rnn_kernels.h"
+// the headers above are compiled for the baseline, those below for the level of this file
 #include "cpu/simd/simd.h"
 
 #include "cpu/simd/arena.h"
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/panels.h"
-#include "cpu/rnn_kernels.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
@@ -31,12 +37,6 @@ struct Layer {
   C* columns;       // its transpose
   C* gradient;      // [out, in] vectors, or scalars in rows of whole vectors
 };
-
-// one matrix for more than one sample: its gradient is a sum over the batch
-template <typename Inputs>
-bool shares_matrix(const Inputs& p) {
-  return p.matrix && p.matrix_stride == 0 && p.B != 1;
-}
 
 // [W1; W2], each [h, d], to and from [W1 W2]
 template <typename C>
@@ -337,7 +337,7 @@ class Tile {
   void add_gradients(int64_t first, int64_t steps) {
     const P x = row(first), a = adjoint_row(0);
     if (layers_[0].gradient && gradients_in_rows_) add_gradients_in_rows(x, a, steps);
-    OuterOperands<C> o{nullptr, nullptr, a.plane, x.plane, S * steps};  // groups follow each other as steps do
+    PanelOuterOperands<C> o{nullptr, nullptr, a.plane, x.plane, S * steps};  // groups follow each other as steps do
     for (int l = 0; layers_[0].gradient && !gradients_in_rows_ && l <= p_.num_layers; ++l) {
       const Layer<C>& layer = layers_[l];
       o.a = a.rows(layer.adjoint).data;
@@ -382,15 +382,15 @@ class Tile {
   C *first_rows_, *inputs_ = nullptr, *sums_;
 };
 
-// Calls f with a null pointer to the Tile that suits: two groups of samples, or one where they are too few for two, or
+// Calls f(Type<Tile>(), groups) with the Tile that suits: two groups of samples, or one where they are too few for two, or
 // where every sample has a large Q of its own that would not stay in the second-level cache twice.
 template <typename Storage, typename F>
 void with_tile(const RnnInputs<Storage>& p, F f) {
   const bool large = p.matrix && !shares_matrix(p) && p.d > 32;
   if (p.B > lanes<compute_type<Storage>> && !large) {
-    f(static_cast<Tile<Storage, 2>*>(nullptr), 2);
+    f(Type<Tile<Storage, 2>>(), 2);
   } else {
-    f(static_cast<Tile<Storage, 1>*>(nullptr), 1);
+    f(Type<Tile<Storage, 1>>(), 1);
   }
 }
 
@@ -401,8 +401,8 @@ RnnPlan plan(const RnnInputs<Storage>& p, const RnnBackward<Storage>* backward) 
   RnnPlan plan{};
   plan.variant = "samples in lanes";
   plan.lanes = lanes<C>;
-  with_tile(p, [&](auto* type, int groups) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_tile(p, [&](auto type, int groups) {
+    using T = typename decltype(type)::type;
     plan.groups = groups;
     plan.tiles = ceil_div(p.B, groups * plan.lanes);
     const int64_t row = T(nullptr, p, backward, 1).row_elements() * static_cast<int64_t>(sizeof(C));
@@ -420,8 +420,8 @@ RnnPlan plan(const RnnInputs<Storage>& p, const RnnBackward<Storage>* backward) 
 
 template <typename Storage>
 void forward(const RnnForward<Storage>& p, const RnnPlan& plan, const RnnChunk<compute_type<Storage>>& chunk) {
-  with_tile(p, [&](auto* type, int) {
-    std::remove_pointer_t<decltype(type)> tile(chunk.scratch, p, nullptr, plan.segment);
+  with_tile(p, [&](auto type, int) {
+    typename decltype(type)::type tile(chunk.scratch, p, nullptr, plan.segment);
     tile.begin_chunk();
     for (int64_t i = chunk.begin; i < chunk.end; ++i) tile.forward(p, i);
   });
@@ -429,8 +429,8 @@ void forward(const RnnForward<Storage>& p, const RnnPlan& plan, const RnnChunk<c
 
 template <typename Storage>
 void backward(const RnnBackward<Storage>& p, const RnnPlan& plan, const RnnChunk<compute_type<Storage>>& chunk) {
-  with_tile(p, [&](auto* type, int) {
-    std::remove_pointer_t<decltype(type)> tile(chunk.scratch, p, &p, plan.segment);
+  with_tile(p, [&](auto type, int) {
+    typename decltype(type)::type tile(chunk.scratch, p, &p, plan.segment);
     tile.begin_chunk();
     for (int64_t i = chunk.begin; i < chunk.end; ++i) tile.backward(p, i);
     tile.end_chunk(chunk.d_weights, chunk.d_matrix);

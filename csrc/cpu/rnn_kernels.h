@@ -2,6 +2,10 @@
 // on the problem and never on the number of threads, and sums over chunks are taken in their order.
 #pragma once
 
+#ifdef UNROLLED_KERNELS_NAMESPACE
+#error "include this before cpu/simd/simd.h: its functions are compiled once, for the baseline"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 

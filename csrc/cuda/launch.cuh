@@ -65,7 +65,7 @@ const char* launch(void (*kernel)(Parameters...), int64_t grid, int threads, int
 template <typename Storage>
 PartialSums<Storage> partial_sums(const MomentumBackward<Storage>& p) {
   PartialSums<Storage> sums{};
-  const bool matrix = p.d_matrix && p.matrix_stride == 0 && p.B != 1;
+  const bool matrix = p.d_matrix && shares_matrix(p);
   const int own = coefficients_per_sample(p);
   sums.groups = 1;
   sums.steps = schedule_steps(p);

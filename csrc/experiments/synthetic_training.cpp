@@ -8,12 +8,6 @@
 namespace unrolled_kernels {
 namespace {
 
-// a model is a chunk of its own, so that the number of threads changes nothing
-struct Plan {
-  int64_t chunks;
-  size_t scratch_bytes;
-};
-
 void check(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == type, name,
                   ": expected a contiguous CPU tensor of dtype ", torch::headeronly::toString(type));
@@ -82,8 +76,8 @@ void synthetic_training(Tensor theta, Tensor first_moment, Tensor second_moment,
                                  batch_size,
                                  first_epoch};
     const auto kernel = UNROLLED_KERNELS_AT_ACTIVE_ISA(synthetic_training_kernel<C>());
-    const Plan plan{M, kernel.scratch_bytes(p)};
-    for_chunks(plan, [&](int64_t model, void* scratch) { kernel.train(p, model, scratch); });
+    // a model is a chunk of its own, so that the number of threads changes nothing
+    for_chunks(M, kernel.scratch_bytes(p), [&](int64_t model, void* scratch) { kernel.train(p, model, scratch); });
   };
   type == ScalarType::Float ? run(float()) : run(double());
 }

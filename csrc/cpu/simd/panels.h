@@ -16,7 +16,7 @@ namespace UNROLLED_KERNELS_NAMESPACE {
 
 // as many accumulators as the registers hold beside the operands: 32 registers, or 16
 constexpr int block_rows = vector_bytes == 64 ? 10 : 6;
-constexpr int outer_rows = vector_bytes == 64 ? 5 : 4, outer_columns = vector_bytes == 64 ? 5 : 3;
+constexpr int outer_block_rows = vector_bytes == 64 ? 5 : 4, outer_block_columns = vector_bytes == 64 ? 5 : 3;
 
 template <typename T>
 struct Panel {
@@ -126,13 +126,13 @@ UNROLLED_KERNELS_NOINLINE void panel_product(M m, int64_t rows, Panel<const C> x
 
 // Operands of outer_sums: element i of term n at a + n a_step + i W, likewise z.
 template <typename C>
-struct OuterOperands {
+struct PanelOuterOperands {
   const C *a, *z;
   int64_t a_step, z_step, terms;
 };
 
 template <int I, int J, typename C>
-inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, int64_t columns, C* out) {
+inline void outer_block(const PanelOuterOperands<C>& o, int64_t i0, int64_t j0, int64_t columns, C* out) {
   constexpr int W = lanes<C>;
   Vector<C> sum[I][J];
 #pragma GCC unroll 5
@@ -161,9 +161,9 @@ inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, int64
 
 // out [rows, columns] vectors += the sums
 template <typename C>
-UNROLLED_KERNELS_NOINLINE void outer_sums(const OuterOperands<C>& o, int64_t rows, int64_t columns, C* out) {
-  for_constant_blocks<outer_rows>(rows, [&](int64_t i0, auto I) {
-    for_constant_blocks<outer_columns>(columns, [&](int64_t j0, auto J) {
+UNROLLED_KERNELS_NOINLINE void outer_sums(const PanelOuterOperands<C>& o, int64_t rows, int64_t columns, C* out) {
+  for_constant_blocks<outer_block_rows>(rows, [&](int64_t i0, auto I) {
+    for_constant_blocks<outer_block_columns>(columns, [&](int64_t j0, auto J) {
       outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, columns, out + (i0 * columns + j0) * lanes<C>);
     });
   });
@@ -211,8 +211,8 @@ inline void row_outer_block(const RowOuterOperands<C>& o, int64_t i0, int64_t j0
 template <typename C>
 UNROLLED_KERNELS_NOINLINE void row_outer_sums(const RowOuterOperands<C>& o, int64_t rows, int64_t columns, C* out) {
   const int64_t row = columns * lanes<C>;
-  for_constant_blocks<outer_columns>(columns, [&](int64_t j0, auto J) {
-    for_constant_blocks<outer_rows>(rows, [&](int64_t i0, auto I) {
+  for_constant_blocks<outer_block_columns>(columns, [&](int64_t j0, auto J) {
+    for_constant_blocks<outer_block_rows>(rows, [&](int64_t i0, auto I) {
       row_outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, row, out + i0 * row + j0 * lanes<C>);
     });
   });

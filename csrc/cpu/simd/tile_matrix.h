@@ -11,12 +11,6 @@
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
 
-// one matrix for more than one sample: its gradient is a sum over the batch
-template <typename Inputs>
-inline bool shares_matrix(const Inputs& p) {
-  return p.matrix_stride == 0 && p.B > 1;
-}
-
 template <typename M_, typename X_, typename C>
 struct BlockedMatrix {
   using M = M_;  // operand of the matrix
@@ -134,7 +128,7 @@ class TileMatrix {
   const C* data_ = nullptr;
 };
 
-// Calls f with a null pointer to Tiles<Storage, layout, operand of the matrix>: samples in lanes up to the d that Tiles
+// Calls f(Type<Tiles<Storage, layout, operand of the matrix>>()): samples in lanes up to the d that Tiles
 // names, and at any d where the matrix is shared and only broadcast; rows in lanes for the rest and where the samples
 // are too few to fill the lanes.
 template <template <typename, template <typename> class, template <typename> class> class Tiles, typename Storage,
@@ -142,11 +136,11 @@ template <template <typename, template <typename> class, template <typename> cla
 void with_layout(const MomentumInputs<Storage>& p, F f) {
   constexpr int64_t W = lanes<compute_type<Storage>>;
   if (shares_matrix(p) && (p.d <= W || 2 * p.B >= W)) {
-    f(static_cast<Tiles<Storage, SampleLanes, ScalarOperand>*>(nullptr));
+    f(Type<Tiles<Storage, SampleLanes, ScalarOperand>>());
   } else if (!shares_matrix(p) && p.d <= Tiles<Storage, SampleLanes, VectorOperand>::max_d && p.B * W >= 2 * p.d) {
-    f(static_cast<Tiles<Storage, SampleLanes, VectorOperand>*>(nullptr));
+    f(Type<Tiles<Storage, SampleLanes, VectorOperand>>());
   } else {
-    f(static_cast<Tiles<Storage, RowLanes, VectorOperand>*>(nullptr));
+    f(Type<Tiles<Storage, RowLanes, VectorOperand>>());
   }
 }
 
@@ -158,8 +152,8 @@ MomentumPlan matrix_plan(const MomentumInputs<Storage>& p, const MomentumBackwar
   plan.lanes = lanes<compute_type<Storage>>;
   plan.tiles_per_sample = 1;
   plan.schedule_steps = constant ? min(p.k, 1) : p.k;
-  with_layout<Tiles>(p, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_layout<Tiles>(p, [&](auto type) {
+    using T = typename decltype(type)::type;
     plan.variant = !T::samples_in_lanes ? "rows in lanes"
                    : shares_matrix(p)   ? "samples in lanes, shared matrix"
                                         : "samples in lanes";

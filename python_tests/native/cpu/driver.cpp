@@ -262,11 +262,7 @@ void synthetic_training(int64_t M, int64_t n, int64_t h, int64_t batch_size) {
     p.step_size = 1, p.momentum = 0.5, p.mu = 0.1, p.L = 1, p.weight_decay = 1e-4;
     p.adam = flip(), p.batch_size = batch_size;
     const auto kernel = UNROLLED_KERNELS_AT_ACTIVE_ISA(synthetic_training_kernel<C>());
-    struct {
-      int64_t chunks;
-      size_t scratch_bytes;
-    } plan{M, kernel.scratch_bytes(p)};
-    for_chunks(plan, [&](int64_t model, void* scratch) { kernel.train(p, model, scratch); });
+    for_chunks(M, kernel.scratch_bytes(p), [&](int64_t model, void* scratch) { kernel.train(p, model, scratch); });
   });
 }
 
