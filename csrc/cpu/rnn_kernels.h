@@ -1,4 +1,4 @@
-// What the launcher of `rnn` (rnn_cpu.cpp) and its CPU kernels (rnn.cpp) agree on. As for `momentum`, a plan depends
+// What the launcher of `rnn` (rnn_cpu.cpp) and its CPU kernels (rnn_cells.cpp) agree on. As for `momentum`, a plan depends
 // on the problem and never on the number of threads, and sums over chunks are taken in their order.
 #pragma once
 
