@@ -63,7 +63,7 @@ class Ensemble:
         self._order = torch.zeros(self.samples.shape[::2], dtype=torch.int64, device=self.device)  # [S, n]
         self._epochs_done = torch.zeros((), dtype=torch.int64, device=self.device)
         self._run_epoch = StepGraph(self._epoch, self.device)
-        self.init = self.training_loss(), self.evaluate()[0]
+        self.init = self.training_loss(), self.evaluate()[0].mean(1)
 
     def _column(self, values):
         return torch.tensor(values, dtype=self.dtype, device=self.device).unsqueeze(1)
@@ -153,15 +153,19 @@ class Ensemble:
 
     def _losses(self, views, samples, fixed):
         """The loss of each sample, ``[M, n]``, of samples ``[M or 1, F, n]``, and the learned eigenvalues."""
-        x, b, y_star = samples.tensor_split([X_DIM, (X_DIM + samples.shape[1]) // 2], dim=1)
-        inner = self._inner_eigenvalues(views, x.expand(len(self.trials), -1, -1))
+        inner = self._inner_eigenvalues(views, samples[:, :X_DIM].expand(len(self.trials), -1, -1))
+        return self._distances(inner, views, samples, fixed), inner
+
+    def _distances(self, inner, views, samples, fixed):
+        """‖y_k - y*‖ ``[M, n]`` where the inner eigenvalues are ``[M, d-2, n]``."""
+        b, y_star = samples[:, X_DIM:].chunk(2, dim=1)
         eigenvalues = inner
         if self.learned:
             edge = torch.ones_like(inner[:, :1])
             eigenvalues = torch.cat([L * edge, inner, MU * edge], 1)
         y = self._run(eigenvalues, b.expand_as(eigenvalues), self._step_sizes(views[-1] if self.learned else None))
         squared = (y - y_star).square().sum(1)
-        return (squared if fixed is None else squared + fixed).sqrt(), inner
+        return (squared if fixed is None else squared + fixed).sqrt()
 
     # -- training
 
@@ -231,46 +235,49 @@ class Ensemble:
         """The kept parameters on all samples.
 
         Returns:
-            The mean loss ``[M]``, and the spectral and the squared Frobenius norm of Q_θ - Q* of each sample
-            ``[M, N]``.
+            ``[M, N]`` each: the loss, the loss of the same layer on Q*, and the spectral and the squared Frobenius
+            norm of Q_θ - Q*.
         """
         views = self._views(self.best_theta)
-        losses, spectral, frobenius2 = [], [], []
+        parts = []
         for lo in range(0, self.everything.shape[1], _EVALUATED_AT_ONCE):
             part = slice(lo, lo + _EVALUATED_AT_ONCE)
             fixed = None if self.fixed is None else self.fixed[:, part]
-            loss, inner = self._losses(views, self.everything[None, :, part], fixed)
-            errors = evaluation.spectrum_errors(inner, self.true_inner[:, part], dim=1)
-            losses.append(loss)
-            spectral.append(errors[0])
-            frobenius2.append(errors[1])
-        return torch.cat(losses, 1).mean(1), torch.cat(spectral, 1), torch.cat(frobenius2, 1)
+            samples, true = self.everything[None, :, part], self.true_inner[:, part]
+            loss, inner = self._losses(views, samples, fixed)
+            on_true = self._distances(true.expand_as(inner), views, samples, fixed)
+            parts.append((loss, on_true, *evaluation.spectrum_errors(inner, true, dim=1)))
+        return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
 
     def results(self):
         """One row of the results table for each model."""
         start = time.perf_counter()
-        train = self.training_loss()
-        test, *errors = self.evaluate()
-        q_test = torch.stack([e.mean(1) for e in errors], 1).tolist()
-        q_train = torch.stack([e.gather(1, self.train_index).mean(1) for e in errors], 1).tolist()
+        train, (loss, *others) = self.training_loss(), self.evaluate()
+        on_test = torch.stack([x.mean(1) for x in others], 1).tolist()
+        on_train = torch.stack([x.gather(1, self.train_index).mean(1) for x in others], 1).tolist()
         step_size = self._step_sizes(self._views(self.best_theta)[-1] if self.learned else None)
         seconds = (self.seconds + time.perf_counter() - start) / len(self.trials)
-        columns = [x.flatten().tolist() for x in (self.best_epoch, train, test, *self.init, step_size)]
+        weights = self.best_theta.float().cpu().numpy()
+        # a model that diverged has no loss
+        lost = (self.best_epoch == 0) & (self.epoch > 0)
+        losses = [x.masked_fill(lost, math.nan) for x in (train, loss.mean(1), loss.square().mean(1))]
+        columns = [x.flatten().tolist() for x in (self.best_epoch, *losses, *self.init, step_size)]
         rows = []
-        for i, (trial, best_epoch, train_i, test_i, *init, phi) in enumerate(zip(self.trials, *columns, strict=True)):
-            diverged = self.epoch > 0 and best_epoch == 0
+        for i, (trial, best_epoch, *losses, init_train, init_test, phi) in enumerate(
+            zip(self.trials, *columns, strict=True)
+        ):
             rows.append(
                 trial_columns(trial)
                 | evaluation.result_columns(
                     epochs=self.epoch,
                     best_epoch=best_epoch,
-                    train=math.nan if diverged else train_i,
-                    test=math.nan if diverged else test_i,
-                    q_train=q_train[i],
-                    q_test=q_test[i],
-                    init=init,
+                    losses=losses,
+                    on_train=on_train[i],
+                    on_test=on_test[i],
+                    init=(init_train, init_test),
                     step_size=phi,
                     seconds=seconds,
+                    weights=weights[i],
                 )
             )
         return rows

@@ -18,20 +18,36 @@ def spectrum_errors(eigenvalues, true_eigenvalues, dim):
     return difference.abs().amax(dim), difference.square().sum(dim)
 
 
-def result_columns(*, epochs, best_epoch, train, test, q_train, q_test, init, step_size, seconds):
-    """The columns of a result, in order; ``q_train`` and ``q_test`` are pairs (spectral, squared Frobenius)."""
+def result_columns(*, epochs, best_epoch, losses, on_train, on_test, init, step_size, seconds, weights):
+    """The columns of a result, in order.
+
+    Args:
+        epochs, best_epoch: of the training, and the one that was kept, counted from 1.
+        losses: mean training loss, mean test loss, mean squared test loss (Lemma 4.2's P ℓ²).
+        on_train, on_test: means over the training samples and over all: the loss of the same layer on Q* (what of the
+            gap is which samples were drawn), the spectral and the squared Frobenius norm of Q_θ - Q*.
+        init: training and test loss before training.
+        step_size: φ.
+        seconds: of training and evaluation.
+        weights: the kept parameters, a float32 vector: W1, b1, W2, b2 row by row, then the logit of a learned φ.
+    """
+    train, test, test_squared = losses
     return {
         "epochs": epochs,
         "best_epoch": best_epoch,
         "train": train,
         "test": test,
         "gap": test - train,
-        "qspec_train": q_train[0],
-        "qspec_test": q_test[0],
-        "qfro2_train": q_train[1],
-        "qfro2_test": q_test[1],
+        "test_squared": test_squared,
+        "true_train": on_train[0],
+        "true_test": on_test[0],
+        "qspec_train": on_train[1],
+        "qspec_test": on_test[1],
+        "qfro2_train": on_train[2],
+        "qfro2_test": on_test[2],
         "init_train": init[0],
         "init_test": init[1],
         "step_size": step_size,
         "seconds": seconds,
+        "weights": weights,
     }

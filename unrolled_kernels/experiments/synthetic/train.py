@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from unrolled_kernels import Spectral
 from unrolled_kernels.experiments.synthetic import evaluation
 from unrolled_kernels.experiments.synthetic.data import epoch_blocks
 from unrolled_kernels.experiments.synthetic.grid import trial_columns
@@ -83,18 +84,26 @@ def train_one(task, trial, training, on_epochs=lambda count: None):
     init = mean_loss(model, [tensor[index] for tensor in everything]), mean_loss(model, everything)
     best_epoch, train, test = fit(model, optimizer, task, trial.seed, everything, training, on_epochs)
     with torch.no_grad():
+        on_true = evaluation.distance(model.layer(Spectral(task.eigenvalues, task.R), task.b), task.y_star)
         errors = evaluation.spectrum_errors(model.network(task.x), task.eigenvalues, dim=-1)
+        test_squared = _losses(model, everything).square().mean().item()
+    others = on_true, *errors
     return trial_columns(trial) | evaluation.result_columns(
         epochs=training.epochs,
         best_epoch=best_epoch,
-        train=train,
-        test=test,
-        q_train=[e[index].mean().item() for e in errors],
-        q_test=[e.mean().item() for e in errors],
+        losses=(train, test, test_squared if math.isfinite(test) else math.nan),
+        on_train=[x[index].mean().item() for x in others],
+        on_test=[x.mean().item() for x in others],
         init=init,
         step_size=float(torch.as_tensor(model.layer.step_size).detach()),
         seconds=time.perf_counter() - start,
+        weights=torch.cat([p.detach().flatten().float().cpu() for p in _weights(model)]).numpy(),
     )
+
+
+def _weights(model):
+    """The parameters in the order of ``evaluation.result_columns``."""
+    return [*model.network.parameters(), *model.layer.parameters()]
 
 
 @torch.no_grad()
@@ -104,5 +113,9 @@ def mean_loss(model, samples):
 
 
 def _loss(model, samples):
+    return _losses(model, samples).mean()
+
+
+def _losses(model, samples):
     *inputs, y_star = samples
-    return evaluation.distance(model(*inputs), y_star).mean()
+    return evaluation.distance(model(*inputs), y_star)
