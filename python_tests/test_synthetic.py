@@ -32,10 +32,10 @@ from unrolled_kernels.experiments.synthetic import (
     runner,
     train,
 )
+from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.experiments.synthetic.evaluation import distance, spectrum_errors
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial, fingerprint
 from unrolled_kernels.theory.bounds import predicted_gap
-from unrolled_kernels.theory.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.theory.properties import convergence_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,6 +8,7 @@ from torch import nn
 from unrolled_kernels import _backend, _check, schedules
 from unrolled_kernels import functional as F
 from unrolled_kernels.annotations import Number, Quadratic
+from unrolled_kernels.regions import largest_stable_step
 
 __all__ = ["UnrolledGD", "UnrolledMomentum", "UnrolledNAG"]
 
@@ -172,7 +173,7 @@ class UnrolledGD(_StepSize):
     @staticmethod
     def largest_stable_step(mu: Number, L: Number) -> Number:
         """2/(μ+L), the upper end of the paper's stable region (Table 1) for a spectrum in [μ, L]."""
-        return 2 / (mu + L)
+        return largest_stable_step("gd", mu, L)
 
     def forward(
         self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
@@ -239,7 +240,7 @@ class UnrolledNAG(_StepSize):
     @staticmethod
     def largest_stable_step(mu: Number, L: Number) -> Number:
         """4/(μ+3L), the upper end of the paper's stable region (Table 1) for a spectrum in [μ, L]."""
-        return 4 / (mu + 3 * L)
+        return largest_stable_step("nag", mu, L)
 
     def forward(
         self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False

@@ -10,6 +10,7 @@ from unrolled_kernels import _check
 from unrolled_kernels import functional as F
 from unrolled_kernels.annotations import Quadratic, Weights
 from unrolled_kernels.layers import _check_region, _Unrolled
+from unrolled_kernels.regions import rnn_contraction
 
 __all__ = ["UnrolledRNN"]
 
@@ -97,9 +98,6 @@ class UnrolledRNN(_Unrolled):
         weights = (self.W1, self.W2, list(self.W), self.V)
         if self.stable_region is None:
             return weights
-        # theory builds on the layers
-        from unrolled_kernels.theory import rnn_contraction
-
         mu, L = self.stable_region
         scale = (_LARGEST_CONTRACTION / rnn_contraction(weights, mu=mu, L=L)).clamp(max=1)
         return (*weights[:3], self.V * scale)
@@ -114,8 +112,6 @@ class UnrolledRNN(_Unrolled):
         Returns:
             A 0-dim tensor, differentiable in Q and the parameters.
         """
-        from unrolled_kernels.theory import rnn_contraction
-
         return rnn_contraction(self.weights, Q=Q)
 
     def forward(

@@ -10,7 +10,7 @@ from unrolled_kernels import info
 _SUBCOMMANDS = (
     "unrolled_kernels.experiments.synthetic.command",
     "unrolled_kernels.experiments.denoising.command",
-    "unrolled_kernels.theory.command",
+    "unrolled_kernels.experiments.theory.command",
 )
 
 

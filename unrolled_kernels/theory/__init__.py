@@ -4,6 +4,7 @@
 and the theorem, ``rademacher`` the complexities of finite sets of models, ``design`` the advice.
 """
 
+from unrolled_kernels.regions import rnn_contraction
 from unrolled_kernels.theory.bounds import (
     approximation_bound,
     check_lemmas,
@@ -32,7 +33,6 @@ from unrolled_kernels.theory.empirical import (
 from unrolled_kernels.theory.properties import (
     convergence_rate,
     rnn_best_convergence_rate,
-    rnn_contraction,
     rnn_sensitivity,
     rnn_stability,
     sensitivity,

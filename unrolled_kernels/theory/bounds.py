@@ -11,7 +11,8 @@ import torch
 
 from unrolled_kernels import _check
 from unrolled_kernels.annotations import Number, Quadratic, Steps
-from unrolled_kernels.theory.properties import check_spectrum, convergence_rate, stability
+from unrolled_kernels.regions import check_spectrum
+from unrolled_kernels.theory.properties import convergence_rate, stability
 
 REGIMES = ("under", "about_right", "over")
 

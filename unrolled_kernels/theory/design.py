@@ -8,9 +8,10 @@ from unrolled_kernels import _check, schedules
 from unrolled_kernels.annotations import Number, Quadratic
 from unrolled_kernels.layers import UnrolledGD, UnrolledMomentum, UnrolledNAG
 from unrolled_kernels.quadratics import Diagonal
+from unrolled_kernels.regions import check_spectrum
 from unrolled_kernels.theory.bounds import check_regime, predicted_gap
 from unrolled_kernels.theory.empirical import make_layer
-from unrolled_kernels.theory.properties import check_spectrum, convergence_rate, stability, stable_region
+from unrolled_kernels.theory.properties import convergence_rate, stability, stable_region
 
 # up to this size a full eigendecomposition is as fast as the products of Lanczos
 _EXACT_DIM = 256

@@ -12,13 +12,8 @@ import torch
 from unrolled_kernels import _check
 from unrolled_kernels.annotations import Number
 from unrolled_kernels.layers import UnrolledGD, UnrolledNAG
-from unrolled_kernels.theory.properties import (
-    LAYERS,
-    Stability,
-    check_algorithm,
-    check_spectrum,
-    stability,
-)
+from unrolled_kernels.regions import check_spectrum, largest_stable_step
+from unrolled_kernels.theory.properties import Stability, check_algorithm, stability
 
 _TINY = 1e-6
 Device: TypeAlias = torch.device | str | None
@@ -248,7 +243,7 @@ def measure_sensitivity(
     """
     check_algorithm(algorithm)
     Q, b = random_energies(num_samples, mu, L, dim=dim, seed=seed, device=device)
-    largest = LAYERS[algorithm].largest_stable_step(mu, L)
+    largest = largest_stable_step(algorithm, mu, L)
     if not 0 < smallest_step_size < largest:
         raise ValueError(
             f"smallest_step_size: expected a value inside the stable region (0, {largest:.6g}), "

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 
 from unrolled_kernels import _check
-from unrolled_kernels.annotations import Number, Quadratic, Steps, Weights
-from unrolled_kernels.layers import UnrolledGD, UnrolledNAG
+from unrolled_kernels.annotations import Number, Steps, Weights
+from unrolled_kernels.regions import CellNorms, check_spectrum, largest_stable_step
 
 ALGORITHMS = ("gd", "nag")
-LAYERS: dict[str, type[UnrolledGD] | type[UnrolledNAG]] = {"gd": UnrolledGD, "nag": UnrolledNAG}
 
 
 class Stability(NamedTuple):
@@ -43,7 +42,7 @@ def stable_region(algorithm: str, mu: Number, L: Number) -> tuple[float, Number]
     """
     check_algorithm(algorithm)
     check_spectrum(mu, L)
-    return 0.0, LAYERS[algorithm].largest_stable_step(mu, L)
+    return 0.0, largest_stable_step(algorithm, mu, L)
 
 
 def convergence_rate(algorithm: str, num_steps: Steps, step_size: Number, mu: Number) -> torch.Tensor:
@@ -137,34 +136,6 @@ def sensitivity(
     return b_norm * k * (k + 1) / 2 * (1 - (c0 * mu).sqrt()) ** before
 
 
-def rnn_contraction(
-    weights: Weights, *, Q: Quadratic | None = None, mu: Number | None = None, L: Number | None = None
-) -> torch.Tensor:
-    """c_φ = sup_Q ‖V‖ ‖W₁ + W₂Q‖ Π_{l≥2} ‖Wˡ‖ of an RNN cell, stable where c_φ < 1 (paper, Sec. 6 and Table 2).
-
-    The supremum is taken over given matrices, or bounded over all with spectrum in [μ, L]:
-    ‖W₁ + W₂Q‖ ≤ ‖W₁ + (μ+L)/2 W₂‖ + (L-μ)/2 ‖W₂‖.
-
-    Args:
-        weights: (W₁ ``[h, d]``, W₂ ``[h, d]``, [W² … Wᴸ], V ``[d, h]``), as in ``functional.rnn``.
-        Q: ``[*batch, d, d]`` tensor, or a ``Diagonal`` / ``Spectral``.
-        mu, L: bounds of the spectrum, instead of Q.
-    Returns:
-        A 0-dim tensor, differentiable in the weights.
-    Raises:
-        TypeError, ValueError: an argument out of its range, or neither or both of Q and (mu, L); the message names it.
-    """
-    if (Q is None) == (mu is None and L is None):
-        raise ValueError("Q, mu, L: expected either Q or both mu and L")
-    if Q is None:
-        return _CellNorms.of(weights, mu, L).contraction
-    W1, W2, inner, V = _unpack(weights)
-    _check.check_Q(Q)
-    dense = Q if isinstance(Q, torch.Tensor) else Q.to_dense()
-    norms = [_norm(V), *(_norm(W) for W in inner)]
-    return _norm(W1 + W2 @ dense).amax() * math.prod(norms)
-
-
 def rnn_stability(weights: Weights, num_steps: Steps, *, mu: Number, L: Number, b_norm: Number = 1.0) -> Stability:
     """Stab(k, φ) of an RNN cell (paper, Table 2; constants derived).
 
@@ -181,7 +152,7 @@ def rnn_stability(weights: Weights, num_steps: Steps, *, mu: Number, L: Number, 
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
     """
-    norms = _CellNorms.of(weights, mu, L)
+    norms = CellNorms.of(weights, mu, L)
     growth = norms.kappa * _geometric(norms.contraction, num_steps)
     return Stability(b_norm * growth**2, growth)
 
@@ -207,7 +178,7 @@ def rnn_sensitivity(
     """
     if radius < 0:
         raise ValueError(f"radius: expected a number ≥ 0, got {radius}")
-    norms = _CellNorms.of(weights, mu, L, radius)
+    norms = CellNorms.of(weights, mu, L, radius)
     growth = _geometric(norms.contraction, num_steps)
     state = norms.kappa * b_norm * growth
     hidden = norms.input * state + norms.W2 * b_norm
@@ -239,48 +210,6 @@ def check_algorithm(algorithm):
     """``"gd"`` or ``"nag"``."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: expected one of {ALGORITHMS}, got {algorithm!r}")
-
-
-def check_spectrum(mu, L):
-    """0 < mu ≤ L; the values of tensors are not read."""
-    for name, value in (("mu", mu), ("L", L)):
-        _check.check_number(name, value)
-        _check.check_positive(name, value)
-    if not isinstance(mu, torch.Tensor) and not isinstance(L, torch.Tensor) and not mu <= L:
-        raise ValueError(f"mu, L: expected 0 < mu <= L, got mu={mu}, L={L}")
-
-
-class _CellNorms(NamedTuple):
-    """Upper bounds of the spectral norms of a cell's weights; ``input`` is that of W₁ + W₂Q for Q in the class."""
-
-    V: torch.Tensor
-    inner: list
-    W2: torch.Tensor
-    input: torch.Tensor
-
-    @classmethod
-    def of(cls, weights, mu, L, radius=0.0):
-        check_spectrum(mu, L)
-        W1, W2, inner, V = _unpack(weights)
-        first = _norm(W1 + (mu + L) / 2 * W2) + (L - mu) / 2 * _norm(W2) + radius * (1 + L)
-        return cls(_norm(V) + radius, [_norm(W) + radius for W in inner], _norm(W2) + radius, first)
-
-    @property
-    def contraction(self):
-        return math.prod([self.V, *self.inner]) * self.input
-
-    @property
-    def kappa(self):
-        return math.prod([self.V, *self.inner]) * self.W2
-
-
-def _unpack(weights):
-    W1, W2, *inner, V = _check.check_weights(weights)
-    return W1, W2, inner, V
-
-
-def _norm(matrix):
-    return torch.linalg.matrix_norm(matrix, 2)
 
 
 def _geometric(c, num_steps):

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from unrolled_kernels.experiments.synthetic import comparison
+from unrolled_kernels.experiments.synthetic.comparison import CASES, REGIME_OF_HIDDEN
 from unrolled_kernels.experiments.synthetic.data import B_MAX, DIM, MU, L
-from unrolled_kernels.theory import comparison
 from unrolled_kernels.theory.bounds import predicted_gap
-from unrolled_kernels.theory.comparison import CASES, REGIME_OF_HIDDEN
 from unrolled_kernels.theory.properties import convergence_rate
 
 # deeper, the network's own error is what is left of ‖Q_θ - Q*‖², whatever the algorithm

@@ -4,15 +4,17 @@ import argparse
 import math
 from pathlib import Path
 
+import pandas as pd
 from tqdm import tqdm
 
 from unrolled_kernels.experiments.options import environment, resolve_device
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
-from unrolled_kernels.theory import comparison, empirical, figures, report
+from unrolled_kernels.experiments.synthetic import comparison
+from unrolled_kernels.experiments.synthetic.data import B_MAX, DIM, NUM_TRAIN
+from unrolled_kernels.experiments.synthetic.grid import select_best
+from unrolled_kernels.experiments.theory import figures, report
+from unrolled_kernels.theory import empirical
 from unrolled_kernels.theory.properties import ALGORITHMS, stable_region
-
-# the synthetic task's energies (paper, Sec. 7.1): b uniform on [-5, 5]⁵, n = 100 training samples
-_DIM, _NUM_TRAIN, _B_MAX = 5, 100, 5.0
 
 
 def add_parser(subparsers):
@@ -58,13 +60,13 @@ def run(arguments):
     table, orders = _measure(directory, arguments, device)
 
     problem = {
-        "num_samples": _NUM_TRAIN,
+        "num_samples": NUM_TRAIN,
         "radius": 0.0,
-        "dim": _DIM,
+        "dim": DIM,
         "mu": arguments.mu,
         "L": arguments.L,
-        "sigma_b": _B_MAX / math.sqrt(3),
-        "M": _B_MAX * math.sqrt(_DIM) / arguments.mu,
+        "sigma_b": B_MAX / math.sqrt(3),
+        "M": B_MAX * math.sqrt(DIM) / arguments.mu,
     }
     drawn = {
         "figure2_trends": figures.figure2(table),
@@ -140,10 +142,6 @@ def _write_report(path, settings, sections, figure_paths):
 
 
 def _read_results(directory):
-    import pandas as pd
-
-    from unrolled_kernels.experiments.synthetic.grid import select_best
-
     file = directory / "results.parquet" if directory.is_dir() else directory
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; --results takes the directory of a run of `synthetic`")

@@ -3,12 +3,12 @@
 import pandas as pd
 import torch
 
+from unrolled_kernels.regions import rnn_contraction
 from unrolled_kernels.theory import empirical
 from unrolled_kernels.theory.bounds import REGIMES, model_bound
 from unrolled_kernels.theory.properties import (
     ALGORITHMS,
     convergence_rate,
-    rnn_contraction,
     rnn_sensitivity,
     rnn_stability,
     sensitivity,

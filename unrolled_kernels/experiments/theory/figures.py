@@ -3,8 +3,8 @@
 import torch
 from matplotlib.figure import Figure
 
+from unrolled_kernels.experiments.synthetic.comparison import CASES, REGIME_OF_HIDDEN
 from unrolled_kernels.theory.bounds import REGIMES, predicted_gap
-from unrolled_kernels.theory.comparison import CASES, REGIME_OF_HIDDEN
 from unrolled_kernels.theory.properties import ALGORITHMS
 
 _NAMES = {"gd": "GD", "nag": "NAG"}
