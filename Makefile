@@ -20,10 +20,13 @@ demo: $(VENV)/.base
 	@$(MAKE) --no-print-directory -j2 $(if $(wildcard unrolled_kernels/_C*.so),build,build-native) $(VENV)/.experiments
 	$(BIN)/unrolled-kernels synthetic --preset quick --out runs/demo
 
+# as many processes as there are processors; one that is done takes tests of another
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist worksteal
+
 test: build $(VENV)/.experiments $(VENV)/.dev $(VENV)/.docs
-	$(BIN)/python -m pytest python_tests --numprocesses logical --maxprocesses 8
+	$(BIN)/python -m pytest python_tests $(SIDE_BY_SIDE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(patsubst %,python_tests/test_%.py,momentum rnn triton) -k triton \
-	  --numprocesses logical --maxprocesses 8
+	  $(SIDE_BY_SIDE)
 
 test-slow: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m pytest python_tests -m slow
@@ -31,8 +34,8 @@ test-slow: build $(VENV)/.experiments $(VENV)/.dev
 # problems that no run before has seen, as many as EXAMPLES says of each kind
 fuzz: EXAMPLES ?= 4000
 fuzz: build $(VENV)/.dev
-	UNROLLED_KERNELS_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest python_tests/test_fuzz.py --numprocesses logical \
-	  --maxprocesses 8
+	UNROLLED_KERNELS_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest python_tests/test_fuzz.py \
+	  $(SIDE_BY_SIDE)
 
 bench: build $(VENV)/.experiments
 	$(BIN)/python -m benchmarks.momentum --record

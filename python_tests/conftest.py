@@ -7,7 +7,9 @@ import torch
 
 from unrolled_kernels import _backend
 
-torch.set_num_threads(2)
+# most problems are too small to share, and two threads that wait for each other make a busy machine crawl; the tests
+# of what threads do ask for more
+torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -56,10 +58,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """For what is too small to share: two threads that wait for each other make a busy machine crawl."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# what compiles for a minute begins first, so that no process is left with it at the end
+FIRST = ("test_native.py", "test_momentum_cuda.py", "test_rnn_cuda.py", "test_triton.py", "test_package.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

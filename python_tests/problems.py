@@ -201,11 +201,11 @@ def cotangents():
 
 def assert_reruns_are_bit_equal(problem, backend):
     """Outputs and gradients, run to run and for any number of threads."""
-    results = []
+    results, before = [], torch.get_num_threads()
     for threads in (2, 2, 1):
         torch.set_num_threads(threads)
         results.append(problem.run(backend, torch.float32))
-    torch.set_num_threads(2)
+    torch.set_num_threads(before)
     for name in results[0]:
         # eager's own reductions may depend on the number of threads; the kernels' do not
         for other in results[1 : 2 if backend == "manual" else 3]:

@@ -25,7 +25,6 @@ from unrolled_kernels.experiments.denoising.model import CASES, DnCNN, StepSize,
 from unrolled_kernels.experiments.denoising.weights import to_tensors
 from unrolled_kernels.testing import assert_as_close_as_eager
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 BSD = ROOT.parent / "shared" / "data" / "bsd400"
 QUICK = Training(epochs=4, batch_size=4, crop=16)

@@ -27,7 +27,6 @@ from unrolled_kernels.experiments import cli
 from unrolled_kernels.experiments.denoising.images import photographs
 from unrolled_kernels.experiments.pool import run_jobs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 COMMANDS = {
     "synthetic": "synthetic --depths 1 2 4 --hidden 0 8 --seeds 1 --epochs 400 --no-speed",
     "learn-to-optimize": "synthetic --learn-to-optimize --depths 1 3 --seeds 1 --epochs 12 --learning-rates 1e-2",

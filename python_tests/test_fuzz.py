@@ -31,7 +31,6 @@ PARTS = {
 # elements of the matrices of a problem: what keeps thousands of problems cheap
 MOST_ELEMENTS = 10_000
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 # Triton compiles, or interprets, for each shape: thousands of them take hours
 backends = pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
 

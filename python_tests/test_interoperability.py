@@ -25,7 +25,6 @@ import unrolled_kernels.functional as F
 from unrolled_kernels import available_backends
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {
     "gd": lambda: uk.UnrolledGD(4, 0.5, learn_step_size=True),
     "gd-stable": lambda: uk.UnrolledGD(4, 0.5, learn_step_size=True, per_step=True, stable_region=(0.1, 2.0)),

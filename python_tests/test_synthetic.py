@@ -38,7 +38,6 @@ from unrolled_kernels.experiments.synthetic.grid import Training, Trial, fingerp
 from unrolled_kernels.theory.bounds import predicted_gap
 from unrolled_kernels.theory.properties import convergence_rate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference_synthetic"
 needs_reference = pytest.mark.skipif(
     not (REFERENCE / "reference.npz").is_file(), reason=f"the authors' data are not in {REFERENCE}"

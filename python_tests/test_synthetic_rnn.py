@@ -17,7 +17,6 @@ from unrolled_kernels.experiments.synthetic.grid import Training, select_best
 from unrolled_kernels.experiments.synthetic.learn_to_optimize import ALGORITHMS, Trial, make_trainable_layer, train_one
 from unrolled_kernels.testing import assert_as_close_as_eager
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINING = Training(epochs=5, learn_step_size=True)
 DEPTHS, SEEDS = (1, 3), (100, 101)
 

@@ -17,7 +17,6 @@ from unrolled_kernels.testing import assert_as_close_as_eager
 
 pytestmark = [
     pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built"),
-    pytest.mark.usefixtures("one_thread"),
 ]
 STATE = ("theta", "first_moment", "second_moment", "best_theta", "best_loss", "best_epoch")
 # every depth, algorithm, seed and learning rate of a chunk may differ

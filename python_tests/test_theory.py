@@ -21,7 +21,6 @@ MU, L, PHI = 0.1, 1.0, 1.0
 SLACK = 1 + 1e-11
 
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
-pytestmark = pytest.mark.usefixtures("one_thread")
 bounded_time = settings(max_examples=15, deadline=None, derandomize=True)
 spectra = st.tuples(st.floats(1e-3, 1.0), st.floats(1.01, 100.0)).map(lambda x: (x[0], x[0] * x[1]))
 fractions = st.floats(0.01, 1.0)
