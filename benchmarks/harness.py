@@ -1,7 +1,6 @@
-"""Interleaved timing, the roof measured in the same run, and the long CSV that every table and figure is made from."""
+"""The long CSV that every table and figure is made from: its columns, and where and of what a row was measured."""
 
 import csv
-import dataclasses
 import datetime
 import hashlib
 import importlib.util
@@ -15,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import roofs
 from unrolled_kernels import _backend
-from unrolled_kernels.experiments.timing import in_turns
 
 # the profiler, which peak_memory uses, logs its stages otherwise
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -24,34 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 COLUMNS = (
     "op", "structure", "method", "backend", "mode", "dtype", "B", "d", "k", "p50_us", "p20_us", "p80_us", "compile_s",
-    "bytes", "flops", "gb_s", "gflop_s", "percent_of_roof", "peak_mb", "copy_gb_s", "fma_gflop_s", "launch_us",
+    "bytes", "flops", "gb_s", "gflop_s", "percent_of_roof", "peak_mb", "stream_gb_s", "fma_gflop_s",
     "threads", "device", "torch", "triton", "commit", "kernel_sources_sha256", "date",
 )
 # fmt: on
-
-
-@dataclasses.dataclass(frozen=True)
-class Roof:
-    """What this machine reaches on memory and on arithmetic alone, measured when it is needed."""
-
-    copy_bytes_per_s: float
-    flops_per_s: float
-    launch_seconds: float  # one call of the smallest operation of torch, end to end
-
-    def seconds(self, num_bytes, flops):
-        """The least time the work can take: the slower of its memory traffic and its arithmetic."""
-        return max(num_bytes / self.copy_bytes_per_s, flops / self.flops_per_s)
-
-
-def measure_roof(device):
-    """Copy bandwidth (read + write, larger than the caches), float32 FMA rate (a large matrix product), launch."""
-    source = torch.ones((1024 if device == "cuda" else 64) * 2**20, device=device)
-    target = torch.empty_like(source)
-    n = 8192 if device == "cuda" else 1536
-    square, one = torch.rand(n, n, device=device), torch.ones(1, device=device)
-    calls = {"copy": lambda: target.copy_(source), "product": lambda: square @ square, "launch": lambda: one.add_(one)}
-    copy, product, launch = (timing.p20 for timing in in_turns(calls, device, rounds=10).values())
-    return Roof(2 * source.nbytes / copy, 2 * n**3 / product, launch)
 
 
 def peak_memory(call, device):
@@ -101,6 +76,7 @@ def results_directory(device):
         "gpu": gpu,
         "torch_cuda": torch.version.cuda,
         "extension": _backend.extension().build_info() if _backend.extension() else None,
+        "roofs": roofs.machine(device),
     }
     (directory / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     return directory
@@ -160,9 +136,8 @@ def row(case, backend, mode, timing, roof, where, *, compile_seconds=None, peak=
         "gflop_s": f"{flops / timing.p50 / 1e9:.2f}",
         "percent_of_roof": f"{100 * roof.seconds(num_bytes, flops) / timing.p50:.1f}",
         "peak_mb": "" if peak is None else f"{peak / 1e6:.3f}",
-        "copy_gb_s": f"{roof.copy_bytes_per_s / 1e9:.1f}",
-        "fma_gflop_s": f"{roof.flops_per_s / 1e9:.0f}",
-        "launch_us": f"{roof.launch_seconds * 1e6:.2f}",
+        "stream_gb_s": f"{roof.bytes_per_s / 1e9:.1f}",
+        "fma_gflop_s": f"{roof.flops_per_s / 1e9:.1f}",
         **where,
     }
 

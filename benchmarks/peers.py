@@ -1,53 +1,120 @@
-"""What the fused layers are compared with: the same function by the means a user would otherwise have.
-
-A case (benchmarks/momentum.py and its neighbours) offers
-
-    case.function(backend)   a function of its leaves (tensors that require grad) that returns y
-    case.inputs(device)      (leaves, cotangent of y)
-    case.jax_function()      the same function in JAX
-    case.library_functions() {peer: function} of what libraries offer for it: "solve", "deepinv"
-"""
+"""What the fused layers are compared with: the same function by the means a user would otherwise have."""
 
 import functools
 import importlib.util
 import time
 
+import numpy as np
 import torch
 
-MODES = ("forward", "backward", "forward+backward")
 # the eager loop as it is, by torch.func, captured, compiled twice; JAX; the exact minimizer; the library of the field
 PEERS = ("eager", "func", "cudagraph", "compile", "compile-max", "jax", "solve", "deepinv")
 
 
-def step(function, mode):
-    """``prepare(leaves, cotangent) -> call``: a call of ``function`` in one of ``MODES``, ready to be timed."""
+class Peer:
+    """A function of a case's leaves, differentiated by torch's autograd."""
 
-    def forward(leaves, cotangent):
-        def call():
+    def __init__(self, function):
+        self.function = function
+
+    def call(self, mode, leaves, cotangent):
+        """A call without arguments in one of ``MODES``, ready to be timed; None where there is no such thing."""
+
+        def forward():
             with torch.no_grad():
-                return function(*leaves)
+                return self.function(*leaves)
 
-        return call
+        if mode == "forward":
+            return forward
+        # allow_unused: the exact minimizer does not depend on the step size
+        if mode == "backward":
+            y = self.function(*leaves)
+            return lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True, allow_unused=True)
+        return lambda: torch.autograd.grad(self.function(*leaves), leaves, cotangent, allow_unused=True)
 
-    def backward(leaves, cotangent):
-        y = function(*leaves)
-        return lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True, allow_unused=True)
-
-    def both(leaves, cotangent):
-        # the exact minimizer does not depend on the step size
-        return lambda: torch.autograd.grad(function(*leaves), leaves, cotangent, allow_unused=True)
-
-    return {"forward": forward, "backward": backward, "forward+backward": both}[mode]
+    def results(self, leaves, cotangent):
+        """``[y, gradient of each leaf …]``, to be compared with other peers'."""
+        y = self.function(*leaves)
+        gradients = torch.autograd.grad(y, leaves, cotangent, materialize_grads=True, allow_unused=True)
+        return [y.detach(), *gradients]
 
 
-def functional_step(function):
-    """``prepare`` as of ``step`` for the forward and backward that a user of ``torch.func`` would write."""
+class Functional(Peer):
+    """Forward and backward as a user of ``torch.func`` would write them."""
 
-    def prepare(leaves, cotangent):
+    def call(self, mode, leaves, cotangent):
+        if mode != "forward+backward":
+            return None
         leaves = [x.detach() for x in leaves]
-        return lambda: torch.func.vjp(function, *leaves)[1](cotangent)
+        return lambda: torch.func.vjp(self.function, *leaves)[1](cotangent)
 
-    return prepare
+    def results(self, leaves, cotangent):
+        y, vjp = torch.func.vjp(self.function, *(x.detach() for x in leaves))
+        return [y, *vjp(cotangent)]
+
+
+class Jax(Peer):
+    """``jax.jit`` of a JAX function and of its gradient, in float32 and not in TF32."""
+
+    def call(self, mode, leaves, cotangent):
+        import jax
+
+        if mode == "backward":
+            return None
+        *leaves, cotangent = _to_jax(leaves, cotangent)
+        with jax.default_matmul_precision("highest"):
+            compiled = jax.jit(self.function if mode == "forward" else self._gradient)
+            arguments = leaves if mode == "forward" else (leaves, cotangent)
+            jax.block_until_ready(compiled(*arguments))
+        return lambda: jax.block_until_ready(compiled(*arguments))
+
+    def results(self, leaves, cotangent):
+        y = self.call("forward", leaves, cotangent)()
+        gradients = self.call("forward+backward", leaves, cotangent)()
+        return [torch.from_numpy(np.array(x)).to(cotangent.device) for x in (y, *gradients)]
+
+    def _gradient(self, leaves, cotangent):
+        import jax
+        import jax.numpy as jnp
+
+        return jax.grad(lambda leaves: jnp.vdot(self.function(*leaves), cotangent))(leaves)
+
+
+def make(name, case, leaves):
+    """The peer ``name`` of a case, or its fused function if ``name`` is a backend; None where there is no such thing.
+
+    Args:
+        name: one of ``PEERS`` or a backend.
+        case: what is compared.
+        leaves: inputs of the case; CUDA graphs are captured with copies of them.
+    """
+    if name in case.unreasonable:
+        return None
+    if name in ("solve", "deepinv"):
+        function = case.library_functions().get(name)
+        return None if function is None else Peer(function)
+    if name == "jax":
+        return Jax(case.jax_function())
+    if name not in PEERS:
+        return Peer(case.function(name))
+    eager = case.function("eager")
+    if name == "func":
+        return Functional(eager)
+    if name == "cudagraph":
+        # graphs read and write fixed buffers: copies of the leaves go in, as for any user of them
+        samples = tuple(x.detach().clone().requires_grad_() for x in leaves)
+        return Peer(torch.cuda.make_graphed_callables(eager, samples))
+    if name.startswith("compile"):
+        mode = "max-autotune" if name == "compile-max" else "default"
+        return Peer(torch.compile(eager, fullgraph=True, dynamic=False, mode=mode))
+    return Peer(eager)
+
+
+def reference(name, case):
+    """The function of the leaves, in torch operations, that a peer is to agree with."""
+    if name == "solve":
+        return lambda Q, b, step_size: -torch.linalg.solve(Q, b)
+    return case.function("eager")
 
 
 def missing(peer, device):
@@ -65,6 +132,16 @@ def missing(peer, device):
     return None
 
 
+def first_call(peer, mode, leaves, cotangent):
+    """``(call, seconds)``: what the first call took, which is compilation for a peer that compiles; (None, 0): none."""
+    start = time.perf_counter()
+    call = peer.call(mode, leaves, cotangent)
+    if call is None:
+        return None, 0.0
+    call()
+    return call, time.perf_counter() - start
+
+
 @functools.cache
 def _jax_has_gpu():
     import jax
@@ -72,51 +149,7 @@ def _jax_has_gpu():
     return jax.default_backend() == "gpu"
 
 
-def torch_peer(peer, case, sets):
-    """The eager loop as it is, captured in CUDA graphs, or compiled, or a library's: a function of the leaves, or None.
-
-    Args:
-        peer: one of ``PEERS`` but ``"jax"``.
-        case: what is compared.
-        sets: input sets; the first serves to capture.
-    """
-    if peer in ("solve", "deepinv"):
-        return case.library_functions().get(peer)
-    function = case.function("eager")
-    if peer == "cudagraph":
-        # graphs read and write fixed buffers: copies of the leaves go in, as for any user of them
-        samples = tuple(x.detach().clone().requires_grad_() for x in sets[0][0])
-        return torch.cuda.make_graphed_callables(function, samples)
-    if peer.startswith("compile"):
-        torch._dynamo.reset()
-        mode = "max-autotune" if peer == "compile-max" else "default"
-        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-    return function
-
-
-def seconds_to_first_result(prepare, leaves, cotangent):
-    """``(call, seconds)``: what the first forward and backward took, which is compilation for a peer that compiles."""
-    start = time.perf_counter()
-    call = prepare(leaves, cotangent)
-    call()
-    return call, time.perf_counter() - start
-
-
-def jax_peer(case, mode, inputs):
-    """``jax.jit`` of the function or of its gradient: ``(call, seconds until the first result)``; None for backward."""
-    import jax
+def _to_jax(leaves, cotangent):
     import jax.numpy as jnp
 
-    if mode == "backward":
-        return None
-    function = case.jax_function()
-    leaves, cotangent = inputs
-    *leaves, cotangent = (jnp.asarray(x.detach().cpu().numpy()) for x in (*leaves, cotangent))
-    if mode == "forward":
-        compiled, arguments = jax.jit(function), leaves
-    else:
-        gradient = jax.grad(lambda leaves, cotangent: jnp.vdot(function(*leaves), cotangent))
-        compiled, arguments = jax.jit(gradient), (leaves, cotangent)
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
-    return lambda: jax.block_until_ready(compiled(*arguments)), time.perf_counter() - start
+    return [jnp.asarray(x.detach().cpu().numpy()) for x in (*leaves, cotangent)]

@@ -1,13 +1,17 @@
 """How a list of cases is checked, timed against its peers and written down; each op's file holds the cases."""
 
 import argparse
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 import unrolled_kernels as uk
 from benchmarks import harness, peers
+from benchmarks.case import MODES
+from benchmarks.roofs import Roof
 from unrolled_kernels.experiments.timing import in_turns
 from unrolled_kernels.testing import assert_as_close_as_eager
 
@@ -16,27 +20,34 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [*(name for name in FUSED if harness.usable(name, DEVICE)), "eager"]
 
 
-def check(case, device, backends):
-    """Refuse to time what is wrong: gradients of each backend against float64, as close as the eager loop's."""
+def check(case, device, names, made=()):
+    """Refuse to time what is wrong: y and every gradient against float64, as close as the eager loop's.
+
+    Args:
+        case: of which two numbers of steps are compared, a few and its own.
+        names: backends and peers; one that does not exist for this case is passed over.
+        made: ``{name: Peer}`` of the case, what is made already.
+    """
     leaves, cotangent = case.inputs(device)
     wide = [x.detach().double().requires_grad_() for x in leaves]
     for k in sorted({min(case.k, 4), case.k}):
-        gradients = lambda backend, leaves, cotangent, k=k: torch.autograd.grad(
-            case.with_steps(k).function(backend)(*leaves), leaves, cotangent
-        )
-        exact = gradients("eager", wide, cotangent.double())
-        eager = gradients("eager", leaves, cotangent)
-        # a scalar's gradient is a sum over all samples whose terms, as large as those of other leaves, may cancel:
-        # what is left of their rounding is of the size of their norm
-        terms = max((x.detach() * g).norm().item() for x, g in zip(wide, exact, strict=True) if x.dim())
-        for backend in backends:
-            actual = gradients(backend, leaves, cotangent)
-            # after many steps y no longer depends on some leaves, and what is left of their gradient is the rounding
-            # of a sum that cancels: those are compared after a few
-            last = len(leaves) - (case.vanishing if k > 4 else 0)
-            for a, x, e in list(zip(actual, exact, eager, strict=True))[:last]:
-                scale = 0.0 if x.dim() else terms
-                assert_as_close_as_eager(a, x, e, what=f"{case.id} {backend} k={k}", scale=scale)
+        at_k = case.with_steps(k)
+        # after many steps y no longer depends on some leaves, and what is left of their gradient is the rounding of a
+        # sum that cancels: those are compared after a few
+        last = 1 + len(leaves) - (case.vanishing if k > 4 else 0)
+        for name in names:
+            peer = made[name] if k == case.k and name in made else peers.make(name, at_k, leaves)
+            if peer is None:
+                continue
+            reference = peers.Peer(peers.reference(name, at_k))
+            exact, eager = reference.results(wide, cotangent.double()), reference.results(leaves, cotangent)
+            # a scalar's gradient is a sum over all samples whose terms, as large as those of other leaves, may cancel:
+            # what is left of their rounding is of the size of their norm
+            terms = max((x.detach() * g).norm().item() for x, g in zip(wide, exact[1:], strict=True) if x.dim())
+            results = list(zip(peer.results(leaves, cotangent), exact, eager, strict=True))
+            for i, (a, x, e) in enumerate(results[:last]):
+                what = f"{case.id} {name} k={k}: {f'gradient of leaf {i - 1}' if i else 'y'}"
+                assert_as_close_as_eager(a, x, e, what=what, scale=0.0 if x.dim() else terms)
 
 
 def rotating(calls):
@@ -56,38 +67,39 @@ def input_sets(case, device, cache_bytes=64 * 2**20, most=8):
     return [case.inputs(device, seed) for seed in range(max(1, min(most, cache_bytes // max(one, 1) + 1)))]
 
 
-def run(case, device, roof, where, *, modes, wanted_peers, rounds):
-    """Rows of one case: the fused backends of this device and the peers, timed in turns, mode by mode."""
-    ours = [name for name in FUSED if harness.usable(name, device)]
-    check(case, device, ours)
+def run(case, device, where, *, modes, wanted_peers, rounds):
+    """Rows of one case: the fused backends of this device and the peers, all checked, then timed in turns by mode."""
+    # one function compiled for too many shapes is an error
+    torch._dynamo.reset()
+    names = [name for name in FUSED if harness.usable(name, device)]
+    names += [name for name in wanted_peers if peers.missing(name, device) is None]
     sets = input_sets(case, device)
-    functions = {name: case.function(name) for name in ours}
-    for peer in wanted_peers:
-        if peer != "jax" and peers.missing(peer, device) is None and peer not in case.unreasonable:
-            function = peers.torch_peer(peer, case, sets)
-            if function is not None:
-                functions[peer] = function
+    made, first_calls = {}, {}
+    for name in names:
+        try:
+            peer = peers.make(name, case, sets[0][0])
+            first_calls[name] = {mode: peers.first_call(peer, mode, *sets[0]) for mode in modes} if peer else {}
+            made[name] = peer
+            check(case, device, [name], made)
+        except torch.OutOfMemoryError:
+            print(f"{case.id}: {name} needs more memory than there is", file=sys.stderr)
+            made[name], first_calls[name] = None, {}
     for mode in modes:
         calls, compile_seconds, peaks = {}, {}, {}
-        for name, function in functions.items():
-            if name == "func" and mode != "forward+backward":
+        for name, first in first_calls.items():
+            call, seconds = first.get(mode, (None, 0.0))
+            if call is None:
                 continue
-            prepare = peers.functional_step(function) if name == "func" else peers.step(function, mode)
-            try:
-                first, seconds = peers.seconds_to_first_result(prepare, *sets[0])
-                calls[name] = rotating([first, *(prepare(*inputs) for inputs in sets[1:])])
-                peaks[name] = harness.peak_memory(calls[name], device)
-            except torch.OutOfMemoryError:
-                print(f"{case.id}: {name} needs more memory than there is", file=sys.stderr)
-                calls.pop(name, None)
-                continue
-            if name.startswith("compile"):
+            if name in ("compile", "compile-max", "jax"):
                 compile_seconds[name] = seconds
-        if "jax" in wanted_peers and not peers.missing("jax", device):
-            timed = peers.jax_peer(case, mode, sets[0])
-            if timed:
-                calls["jax"], compile_seconds["jax"] = timed
-        for name, timing in in_turns(calls, device, rounds=rounds).items():
+            if name == "jax":
+                # one set of inputs, which is to its advantage; what it allocates nobody counts
+                calls[name] = call
+            else:
+                calls[name] = rotating([call, *(made[name].call(mode, *inputs) for inputs in sets[1:])])
+                peaks[name] = harness.peak_memory(calls[name], device)
+        roof = Roof(device, torch.get_num_threads(), sum(x.nbytes for x in sets[0][0]), len(sets))
+        for name, timing in in_turns(calls, device, rounds=rounds, between=roof.sample).items():
             yield harness.row(
                 case, name, mode, timing, roof, where,
                 compile_seconds=compile_seconds.get(name), peak=peaks.get(name),
@@ -101,8 +113,8 @@ def benchmark_case(benchmark, case, mode, backend):
     benchmark.group = f"{case.op} {case.id} {mode}"
     num_bytes, flops = case.floor(mode)
     benchmark.extra_info |= {"bytes": num_bytes, "flops": flops, "device": DEVICE}
-    prepare = peers.step(case.function(backend), mode)
-    call = rotating([prepare(*inputs) for inputs in input_sets(case, DEVICE)])
+    peer, sets = peers.Peer(case.function(backend)), input_sets(case, DEVICE)
+    call = rotating([peer.call(mode, *inputs) for inputs in sets])
 
     def synchronized():
         call()
@@ -117,7 +129,7 @@ def main(cases, description, name_of_results, arguments=None):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default=DEVICE, choices=("cpu", "cuda"))
     parser.add_argument("--only", default="", help="run the cases whose id contains this text")
-    parser.add_argument("--modes", default="forward+backward", help=f"of {','.join(peers.MODES)}")
+    parser.add_argument("--modes", default="forward+backward", help=f"of {','.join(MODES)}")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help=f"of {','.join(peers.PEERS)}; '' for none")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each function, of which the median is taken")
     parser.add_argument("--out", type=Path, help="CSV to write (default: print only)")
@@ -125,7 +137,7 @@ def main(cases, description, name_of_results, arguments=None):
     options = parser.parse_args(arguments)
     device, modes = options.device, options.modes.split(",")
     wanted = [name for name in options.peers.split(",") if name]
-    for name, known, kind in [(m, peers.MODES, "modes") for m in modes] + [(p, peers.PEERS, "peers") for p in wanted]:
+    for name, known, kind in [(m, MODES, "modes") for m in modes] + [(p, peers.PEERS, "peers") for p in wanted]:
         if name not in known:
             parser.error(f"--{kind}: expected some of {','.join(known)}, got {name!r}")
     for peer in wanted:
@@ -135,21 +147,20 @@ def main(cases, description, name_of_results, arguments=None):
         sys.exit(f"no fused backend runs on {device}: available are {uk.available_backends()}")
     if options.record:
         options.out = harness.results_directory(device) / f"{name_of_results}.csv"
-    roof, where = harness.measure_roof(device), harness.environment(device)
-    print(
-        f"{where['device']}, torch {where['torch']}, {where['threads'] or 'no'} threads: copy "
-        f"{roof.copy_bytes_per_s / 1e9:.1f} GB/s, FMA {roof.flops_per_s / 1e9:.0f} GFLOP/s, "
-        f"launch {roof.launch_seconds * 1e6:.1f} µs"
-    )
+    where = harness.environment(device)
+    print(f"{where['device']}, torch {where['torch']}, {where['threads'] or 'no'} threads")
     rows = []
-    for case in cases(device):
-        if options.only in case.id:
-            new = list(run(case, device, roof, where, modes=modes, wanted_peers=wanted, rounds=options.rounds))
-            rows += new
-            _print(case, modes, new)
-            # the results so far outlive whatever stops the next case
-            if options.out:
-                harness.write_csv(options.out, rows)
+    # a compilation takes what it takes where nothing was compiled before
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for case in cases(device):
+            if options.only in case.id:
+                new = list(run(case, device, where, modes=modes, wanted_peers=wanted, rounds=options.rounds))
+                rows += new
+                _print(case, modes, new)
+                # the results so far outlive whatever stops the next case
+                if options.out:
+                    harness.write_csv(options.out, rows)
     if not rows:
         sys.exit(f"--only {options.only!r}: no case has this text in its id")
     if options.out:
