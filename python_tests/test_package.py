@@ -103,11 +103,22 @@ def sdist(tmp_path_factory):
     return archive
 
 
+HAS_COMPILER = shutil.which("c++") is not None or shutil.which("g++") is not None
+COMPILED = [pytest.mark.slow, pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")]
+
+
+@pytest.fixture(scope="module", params=["python", pytest.param("compiled", marks=COMPILED)])
+def kind(request):
+    """A wheel of Python alone, or with CPU kernels for this processor only, which takes minutes to compile."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory):
-    """The wheel that pip builds of it on a machine with a compiler alone: CPU kernels, for this processor only."""
+def wheel(kind, sdist, tmp_path_factory):
+    """The wheel that pip builds of it."""
     out = tmp_path_factory.mktemp("wheel")
-    environment = {"UNROLLED_KERNELS_CUDA": "0", "UNROLLED_KERNELS_EXTENSION": "1", "UNROLLED_KERNELS_NATIVE": "1"}
+    environment = {"UNROLLED_KERNELS_CUDA": "0", "UNROLLED_KERNELS_NATIVE": "1"}
+    environment["UNROLLED_KERNELS_EXTENSION"] = "1" if kind == "compiled" else "0"
     result = pip("wheel", "--no-build-isolation", "--no-deps", "-w", out, sdist, **environment)
     assert result.returncode == 0, result.stderr
     (archive,) = out.iterdir()
@@ -211,7 +222,7 @@ def test_a_required_extension_that_cannot_be_built_is_an_error(sdist, tmp_path):
     assert "no C++ compiler was found" in result.stdout + result.stderr
 
 
-def check_contents(wheel, tmp_path):
+def check_contents(kind, wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
@@ -223,7 +234,7 @@ def check_contents(wheel, tmp_path):
     assert "unrolled_kernels/py.typed" in own
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
     names = [re.fullmatch(r"unrolled_kernels/(\w+)\..*\.so", library)[1] for library in libraries]
-    assert names == ["_C", "_C_experiments"]
+    assert names == (["_C", "_C_experiments"] if kind == "compiled" else [])
     for library in libraries:
         check_library(tmp_path / library)
 
@@ -239,6 +250,14 @@ def check_library(library):
     symbols = subprocess.run(["nm", "-D", "--undefined-only", "-C", library], capture_output=True, text=True).stdout
     assert not re.findall(r"(?:at|c10|torch)::", symbols)
     assert re.search(r"aoti_torch_|torch_", symbols)
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_the_extensions_need_the_stable_interface_alone():
+    libraries = sorted((ROOT / "unrolled_kernels").glob("_C*.so"))
+    assert len(libraries) >= 2
+    for library in libraries:
+        check_library(library)
 
 
 def check_metadata(wheel, empty_environment):
@@ -264,10 +283,10 @@ def check_metadata(wheel, empty_environment):
     assert "does not provide the extra" not in result.stdout + result.stderr
 
 
-def check_it_runs_alone(empty_environment):
+def check_it_runs_alone(kind, empty_environment):
     step = run_in(empty_environment, "python", "-c", STEP)
     assert step.stdout.split()[0] == "True", step.stderr
-    assert "cpu" in step.stdout
+    assert ("cpu" in step.stdout) == (kind == "compiled")
     assert "cuda" not in step.stdout
     # the experiments want more, and say how to get it
     command = run_in(empty_environment, "unrolled-kernels", "--help")
@@ -288,14 +307,13 @@ def check_it_runs_alone(empty_environment):
     for option in ("--device", "--seeds", "--out"):
         assert option in helps.stdout
     info = run_in(empty_environment, "unrolled-kernels", "info")
-    assert re.search(r"cpu +available", info.stdout), info.stderr
+    assert re.search(rf"cpu +{'available' if kind == 'compiled' else 'not available'}", info.stdout), info.stderr
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler")
-def test_the_wheel_holds_says_and_requires_what_it_should(wheel, empty_environment, tmp_path):
+def test_the_wheel_holds_says_and_requires_what_it_should(kind, wheel, empty_environment, tmp_path):
     """One test, for one build: several could be given to several processes."""
-    check_contents(wheel, tmp_path)
-    check_it_runs_alone(empty_environment)
+    check_contents(kind, wheel, tmp_path)
+    check_it_runs_alone(kind, empty_environment)
     check_metadata(wheel, empty_environment)
 
 
