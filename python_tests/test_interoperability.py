@@ -93,8 +93,10 @@ def exactly(name):
 # compilers
 
 
-@main_layers
-@every_structure
+# every op: GD and the heavy ball run those of NAG
+@pytest.mark.parametrize(
+    ("name", "structure"), [("nag", s) for s in STRUCTURES] + [("rnn", "dense"), ("rnn", "diagonal"), ("gd", "dense")]
+)
 def test_compile_with_dynamic_sizes(name, structure):
     """One graph for every size, forward and backward; the ops' own tests go down to the compiler's C++."""
     torch._dynamo.reset()
