@@ -13,8 +13,13 @@ torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _patch_interpreter_once():
-    """Triton's interpreter patches ``triton.language`` at every call of a device function: a third of all its time."""
+def _patch_interpreter():
+    """The interpreter patches ``triton.language`` at every call of a device function: a third of all its time.
+
+    It also truncates float32 to bfloat16, where the instruction that the kernels compile to rounds to nearest even.
+    """
+    import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patched = set()
@@ -26,10 +31,20 @@ def _patch_interpreter_once():
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
+    convert = interpreter._convert_float
+
+    def convert_float(data, source, target, rounding_mode):
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert(data, source, target, rounding_mode)
+        bits = data.view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
+
+    interpreter._convert_float = convert_float
 
 
 if INTERPRETED:
-    _patch_interpreter_once()
+    _patch_interpreter()
 
 
 def _backends():

@@ -199,6 +199,61 @@ def cotangents():
         yield cotangent
 
 
+def ties(dtype, count):
+    """``count`` numbers above 1 halfway between neighbours in ``dtype``: to nearest even, every other one goes down."""
+    return 1 + torch.finfo(dtype).eps * (torch.arange(count, dtype=torch.float64) % 64 + 0.5)
+
+
+def momentum_at_ties(structure, d, dtype, *, shared=False, **options):
+    """A step of which every result is exact in float32 and most lie between two numbers of ``dtype``.
+
+    Q = 2 I, b = 0, y_0 = e_i and φ = -v_i for sample i: y_1 = ȳ_0 = (1 + 2 v_i) e_i, b̄ = v_i and Q̄ = v_i 1 e_iᵀ.
+    """
+    problem = MomentumProblem(structure, (d,), d, 1, form="sample", shared=shared, **options)
+    one, zero = torch.ones(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    identity = torch.eye(d, dtype=torch.float64).expand(*([] if shared else [d]), d, d)
+    operands = {
+        "dense": (2 * identity,),
+        "diagonal": (2 * one,),
+        "spectral": (2 * one, identity),
+        "tikhonov": (one, zero),  # 1 + f²
+    }[structure]
+    leaves = {f"Q{i}": x for i, x in enumerate(operands)} | {"b": zero, "y0": torch.eye(d, dtype=torch.float64)}
+    problem.leaves |= {n: x.to(problem.device) for n, x in (leaves | {"phi": -ties(dtype, d)[:, None]}).items()}
+    return problem
+
+
+def rnn_at_ties(structure, d, dtype, *, B=3, **options):
+    """The same of a cell: W₁ = 0, W₂ = I and V = diag(v); Q = 2 I, b = 0 and y_0 = 1, so that y_1 = ȳ_0 = 2 v."""
+    problem = RnnProblem(structure, (B,), d, 1, (d,), **options)
+    one, identity = torch.ones(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
+    Q = 2 * (one if structure == "diagonal" else identity)
+    leaves = {"b": 0 * one, "y0": one}
+    leaves = {n: x.expand(problem.leaves[n].shape) for n, x in (leaves | {"Q0": Q}).items()}
+    leaves |= {"W0": 0 * identity, "W1": identity, "W2": torch.diag(ties(dtype, d))}
+    problem.leaves |= {n: x.to(problem.device) for n, x in leaves.items()}
+    return problem
+
+
+def assert_rounded_once(problem, backend, dtype):
+    """What is stored in ``dtype`` is the exact result rounded to nearest even: half of the ties go down."""
+    ones = lambda y: torch.ones_like(y)
+    exact = problem.run("eager", torch.float64, ones)
+    actual = problem.run(backend, dtype, ones)
+    assert_nearest_even(actual, exact, dtype)
+
+
+def assert_nearest_even(actual, exact, dtype):
+    """Results by name against the exact ones, bit for bit where they are of ``dtype``."""
+    rounded = 0
+    for name, x in actual.items():
+        if x is not None and x.dtype == dtype:
+            expected = exact[name].to(dtype)
+            assert torch.equal(x, expected), f"{name}: {(x != expected).sum()} of {x.numel()} not to nearest even"
+            rounded += int((expected.double() != exact[name]).sum())
+    assert rounded > len(actual)
+
+
 def assert_reruns_are_bit_equal(problem, backend):
     """Outputs and gradients, run to run and for any number of threads."""
     results, before = [], torch.get_num_threads()

@@ -31,7 +31,7 @@ trajectories = pytest.mark.parametrize("trajectory", [False, True], ids=["last",
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "d", "k"), [(3, 5, 7), (19, 33, 4)], ids=["B3-d5-k7", "B19-d33-k4"])
 def test_forward_and_gradients(backend, structure, method, trajectory, dtype, B, d, k):
-    if interpreted(backend) and B > 3 and (dtype in ("f64", "f16") or method == "gd"):
+    if interpreted(backend) and B > 3 and (dtype != "bf16" or method == "gd"):
         pytest.skip("interpreted, a second: the small problem has every dtype and method")
     problem = MomentumProblem(structure, (B,), d, k, method=method, trajectory=trajectory, device=device_of(backend))
     compare(problem, backend, DTYPES[dtype])
@@ -300,8 +300,10 @@ def test_reruns_are_bit_equal(backend, structure, shared):
 @structures
 @trajectories
 def test_nothing_unwritten_is_read(backend, structure, trajectory):
-    for B, d in ((3, 5), (17, 9), (2, 40)):
-        for warm in (False, True):
+    # interpreted, as few as have every kind of memory
+    sizes = ((17, 9), (2, 40)) if interpreted(backend) else ((3, 5), (17, 9), (2, 40))
+    for B, d in sizes:
+        for warm in (trajectory,) if interpreted(backend) else (False, True):
             problem = MomentumProblem(
                 structure, (B,), d, 4, warm=warm, trajectory=trajectory, device=device_of(backend)
             )
@@ -313,6 +315,38 @@ def test_nothing_unwritten_is_read(backend, structure, trajectory):
 def test_nan_and_inf_stay_in_their_row(backend, structure):
     problem = MomentumProblem(structure, (20,), 6, 5, device=device_of(backend))
     problems.assert_bad_values_stay_in_their_row(problem, backend, ("y", "b", "Q0"))
+
+
+@backends
+@structures
+@trajectories
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_results_are_rounded_once(backend, structure, trajectory, dtype):
+    for d, shared in ((6, False), (40, False), (6, True), (40, True)):
+        options = {"shared": shared, "trajectory": trajectory, "device": device_of(backend)}
+        for method in METHODS[: 1 if interpreted(backend) else 2]:
+            problem = problems.momentum_at_ties(structure, d, DTYPES[dtype], method=method, **options)
+            problems.assert_rounded_once(problem, backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@pytest.mark.parametrize("form", ["scalar", "step"])
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+def test_sums_over_many_samples(backend, structure, form, dtype):
+    """The gradients of a shared Q and of a shared schedule, from more pieces of the batch than two."""
+    B = 90 if interpreted(backend) else 1200 if structure in ("dense", "spectral") else 6000
+    problem = MomentumProblem(structure, (B,), 6, 5, form=form, shared=True, device=device_of(backend))
+    # of one sign, so that the sums do not cancel
+    problem.leaves |= {name: problem.leaves[name].abs() for name in ("b", "y0")}
+    compare(problem, backend, DTYPES[dtype], cotangent=torch.ones_like)
+    if backend == "cpu":
+        from unrolled_kernels._C import kernel_plan
+
+        # tikhonov's kernels are those of a diagonal
+        kernels = "diagonal" if structure == "tikhonov" else structure
+        plan = kernel_plan(kernels, B, 6, 5, {"f64": "float64", "f32": "float32"}[dtype], backward=True, shared=True)
+        assert plan["chunks"] > 2
 
 
 @backends

@@ -29,6 +29,8 @@ trajectories = pytest.mark.parametrize("trajectory", [False, True], ids=["last",
     ids=["B3-d5-k7-h10-20-20", "B19-d33-k3-h40-9"],
 )
 def test_forward_and_gradients(backend, structure, trajectory, dtype, B, d, k, hidden_dims):
+    if interpreted(backend) and B > 3 and dtype != "bf16":
+        pytest.skip("interpreted, a second: the small problem has every dtype")
     problem = RnnProblem(structure, (B,), d, k, hidden_dims, trajectory=trajectory, device=device_of(backend))
     compare(problem, backend, DTYPES[dtype])
 
@@ -121,7 +123,8 @@ def test_gradcheck(backend, structure, trajectory):
     function = lambda *xs: problem.call(backend, dict(zip(names, xs, strict=True)))
     # along random directions through all entries at once, not entry by entry
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    if not (interpreted(backend) and trajectory):
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 @backends
@@ -250,6 +253,34 @@ def test_steps_compose(backend, structure):
 
 @backends
 @structures
+@trajectories
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_results_are_rounded_once(backend, structure, trajectory, dtype):
+    for d in (6, 17) if interpreted(backend) else (6, 40):
+        problem = problems.rnn_at_ties(structure, d, DTYPES[dtype], trajectory=trajectory, device=device_of(backend))
+        problems.assert_rounded_once(problem, backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+def test_sums_over_many_samples(backend, structure, dtype):
+    """The gradients of the weights and of a shared Q, from more pieces of the batch than two."""
+    B = 40 if interpreted(backend) else 1500
+    problem = RnnProblem(structure, (B,), 6, 4, (7, 5), shared=structure == "dense", device=device_of(backend))
+    problem.leaves |= {name: problem.leaves[name].abs() for name in ("b", "y0")}
+    compare(problem, backend, DTYPES[dtype], cotangent=torch.ones_like)
+    if backend == "cpu":
+        from unrolled_kernels._C import kernel_plan
+
+        plan = kernel_plan(
+            structure, B, 6, 4, {"f64": "float64", "f32": "float32"}[dtype], backward=True, hidden_dims=(7, 5)
+        )
+        assert plan["chunks"] > 2
+
+
+@backends
+@structures
 @pytest.mark.parametrize("d", [5, 40])
 def test_rows_are_independent(backend, structure, d):
     problem = RnnProblem(structure, (21,), d, 3, device=device_of(backend))
@@ -271,8 +302,10 @@ def test_reruns_are_bit_equal(backend, shared):
 @structures
 @trajectories
 def test_nothing_unwritten_is_read(backend, structure, trajectory):
-    for B, d in ((3, 5), (17, 9), (2, 40)):
-        for warm in (False, True):
+    # interpreted, as few as have every kind of memory
+    sizes = ((17, 9), (2, 40)) if interpreted(backend) else ((3, 5), (17, 9), (2, 40))
+    for B, d in sizes:
+        for warm in (trajectory,) if interpreted(backend) else (False, True):
             problem = RnnProblem(structure, (B,), d, 3, warm=warm, trajectory=trajectory, device=device_of(backend))
             problems.assert_nothing_unwritten_is_read(problem, backend)
 
