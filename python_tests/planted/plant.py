@@ -81,7 +81,7 @@ def hunt(chosen, control=True):
     missed = []
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         tree, clean = Path(folder) / "tree", Path(folder) / "clean"
-        left_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info", "test_native")
+        left_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info")
         shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)
         if any(fault.is_compiled for fault in chosen):
             build(tree)
