@@ -5,10 +5,11 @@ process either compiles or interprets, so each test below says which of the two 
 """
 
 import ast
+import itertools
+import random
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from unrolled_kernels.ops.rnn.reference import weight_shapes
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
+from benchmarks.ahead_of_time import launches, resources  # noqa: E402
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles ahead of time: needs a process without TRITON_INTERPRET")
 runs = pytest.mark.skipif(_backend.unavailable_reason("triton") is not None, reason="needs a GPU or TRITON_INTERPRET=1")
@@ -33,113 +35,62 @@ REGISTERS = 65536
 # bytes a lane: the tables are made for the newest Triton; 3.6 spills a little at d = 5
 SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 256
 
-
-class FakeDriver:
-    """Enough of a driver for Triton to compile for ``capability`` as if such a GPU were the current device."""
-
-    def __init__(self, capability):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    # kernels are cached by device
-    def get_current_device(self):
-        return self.target.arch
-
-    def get_current_stream(self, device=0):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def get_device_interface(self):
-        return torch.cuda
-
-    @staticmethod
-    def is_active():
-        return True
+B, K = 64, 10
+SHAPES = {"scalar": (), "step": (K,), "sample": (B, 1), "both": (B, K)}
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """A function of a capability to a list, which the kernels of later launches go to, compiled and not started."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    kernels = []
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        kernels.append((self.__name__, options["num_warps"], kernel))
-        return kernel
-
-    # leaves everything as it was where there is a GPU
-    def target(capability):
-        monkeypatch.setattr(driver, "_active", FakeDriver(capability))
-        return kernels
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    return target
-
-
-def resources(cubin):
-    """Registers and bytes of stack a lane, from the binary itself."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", out.stdout + out.stderr).groups()
-    return int(registers), int(stack) + int(local)
-
-
-def gradients_of(structure):
-    """How many of the tensors before b have a gradient of their own: what tikhonov observed has not."""
-    return 2 if structure == "spectral" else 1
-
-
-def compile_ops(structure, d, k, dtype=torch.float32, *, momentum=True, form="step", shared=False, trajectory=False):
-    """Run the forward and the backward op on tensors of such a call; the launchers choose the configuration."""
-    B = 64
+def call(
+    structure,
+    d,
+    *,
+    method="gradient_descent",
+    coefficients="float",
+    y0=False,
+    trajectory=False,
+    shared=False,
+    cotangent="expanded",
+    wanted=("Q", "b"),
+    dtype=torch.float32,
+    num_steps=K,
+):
+    """A call of a public function as users write it, and its backward pass for the gradients that are ``wanted``."""
+    leaves, make_Q, b = random_quadratic(structure, (B,), d, shared=shared, dtype=dtype)
+    for x in leaves:
+        x.requires_grad_("Q" in wanted)
+    b.requires_grad_("b" in wanted)
+    start = torch.zeros(B, d, dtype=dtype, requires_grad="y0" in wanted) if y0 else None
     compute = torch.promote_types(dtype, torch.float32)
-    empty = lambda *shape: torch.empty(shape, dtype=dtype)
-    matrix = empty(1 if shared else B, d, d)
-    operands = {
-        "dense": (matrix,),
-        "diagonal": (empty(B, d),),
-        "spectral": (empty(B, d), matrix),
-        "tikhonov": (empty(B, d), empty(B, d)),
-    }[structure]
-    shape = {"scalar": (1, 1), "step": (1, k), "sample": (B, 1), "both": (B, k)}[form]
-    schedule = [torch.empty(shape, dtype=compute) if i == 0 or momentum else None for i in range(3)]
-    grad_y = empty(k + 1, B, d) if trajectory else empty(B, d)
-    rest = (*operands, empty(B, d), empty(B, d), *schedule, k, trajectory)
-    ops = torch.ops.unrolled_kernels
-    getattr(ops, f"momentum_{structure}_triton")(*rest)
-    getattr(ops, f"momentum_{structure}_triton_backward")(grad_y, *rest, *[True] * gradients_of(structure), True)
+
+    def coefficient():
+        if coefficients == "float":
+            return 0.5
+        return torch.full(SHAPES[coefficients], 0.5, dtype=compute, requires_grad="schedule" in wanted)
+
+    numbers = {"gradient_descent": 1, "nesterov": 2, "momentum": 3}.get(method, 0)
+    rest = [coefficient() for _ in range(numbers)]
+    if method == "rnn":
+        W1, W2, *inner, V = (
+            torch.zeros(shape, dtype=compute, requires_grad="schedule" in wanted)
+            for shape in weight_shapes(coefficients, d)
+        )
+        rest = [(W1, W2, inner, V)]
+    y = getattr(F, method)(make_Q(*leaves), b, *rest, num_steps, y0=start, return_trajectory=trajectory)
+    if y.requires_grad:
+        (y.sum() if cotangent == "expanded" else y.square().sum()).backward()
 
 
-def compile_rnn_ops(structure, d, hidden_dims, dtype=torch.float32, *, trajectory=False):
-    """The same for the RNN; ``structure`` may be "shared"."""
-    B, k = 64, 10
-    empty = lambda *shape: torch.empty(shape, dtype=dtype)
-    Q = {"dense": empty(B, d, d), "shared": empty(1, d, d), "diagonal": empty(B, d)}[structure]
-    compute = torch.promote_types(dtype, torch.float32)
-    weights = [torch.empty(shape, dtype=compute) for shape in weight_shapes(hidden_dims, d)]
-    grad_y = empty(k + 1, B, d) if trajectory else empty(B, d)
-    rest = (Q, empty(B, d), empty(B, d), weights, k, trajectory)
-    name = "diagonal" if structure == "diagonal" else "dense"
-    getattr(torch.ops.unrolled_kernels, f"rnn_{name}_triton")(*rest)
-    getattr(torch.ops.unrolled_kernels, f"rnn_{name}_triton_backward")(grad_y, *rest, True, True)
+# what a training step asks for, plain and with all there is
+ORDINARY = (
+    {},
+    {"method": "nesterov", "coefficients": "step", "y0": True, "wanted": ("Q", "b", "y0", "schedule")},
+)
 
 
-def check(kernels, capability, spills=False):
-    assert kernels
-    for name, num_warps, kernel in kernels:
+def check(found, capability, spills=False):
+    """Compile for ``capability`` and look at what came out."""
+    assert found
+    for launch in found:
+        kernel, name, num_warps = launch.compile(capability), launch.name, launch.options["num_warps"]
         registers, stack = resources(kernel.asm["cubin"])
         assert registers * 32 * num_warps <= REGISTERS, f"{name}: {registers} registers a lane in {num_warps} warps"
         assert spills or stack <= SPILLS, f"{name}: {stack} bytes of registers spilled a lane"
@@ -151,53 +102,146 @@ def check(kernels, capability, spills=False):
         assert "global.nc" not in ptx, f"{name}: loads through the read-only cache"
 
 
+def subsets(names):
+    return [c for n in range(len(names) + 1) for c in itertools.combinations(names, n)]
+
+
+def calls(structure, methods, coefficients, sizes):
+    """Every combination of what a call can be, in an order that does not vary."""
+    choices = {
+        "d": sizes,
+        "method": methods,
+        "coefficients": coefficients,
+        "y0": (False, True),
+        "trajectory": (False, True),
+        "shared": (False, True) if structure in ("dense", "spectral") else (False,),
+        "cotangent": ("expanded", "strided"),
+        "wanted": subsets(("Q", "b", "y0", "schedule")),
+    }
+    for values in itertools.product(*choices.values()):
+        row = dict(zip(choices, values, strict=True))
+        if (row["y0"] or "y0" not in row["wanted"]) and (
+            row["coefficients"] != "float" or "schedule" not in row["wanted"]
+        ):
+            yield row
+
+
+def with_every_pair(rows):
+    """Some of ``rows`` that have every pair of values that is in them all."""
+    rows = list(rows)
+    random.Random(0).shuffle(rows)
+    pairs = [set(itertools.combinations(row.items(), 2)) for row in rows]
+    missing = set().union(*pairs)
+    for least in (20, 10, 5, 1):
+        for row, own in zip(rows, pairs, strict=True):
+            if len(own & missing) >= least:
+                missing -= own
+                yield row
+
+
+COEFFICIENTS = ("float", *SHAPES)
+METHODS = ("gradient_descent", "nesterov", "momentum")
+# one for each kernel; 5: no vectors
+SIZES = {"dense": (5, 16, 150), "spectral": (5, 16, 150), "diagonal": (5, 512), "tikhonov": (5, 512)}
 capabilities = pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm_{c}")
-
-
-# a size for every row of the tables in triton_launch.py (those below 8 are alike), then one beyond them
-@compiles
-@capabilities
-@pytest.mark.parametrize("d", [3, 5, 8, 16, 32, 64, 128, 256])
-def test_dense_compiles_without_spills(compiled, capability, d):
-    kernels = compiled(capability)
-    compile_ops("dense", d, 10)
-    check(kernels, capability)
-
-
-@compiles
-@capabilities
-@pytest.mark.parametrize("d", [5, 16, 32, 64, 128])
-def test_shared_dense_compiles_without_spills(compiled, capability, d):
-    kernels = compiled(capability)
-    compile_ops("dense", d, 10, shared=True)
-    check(kernels, capability)
-
-
-@compiles
-@capabilities
-@pytest.mark.parametrize("momentum", [False, True], ids=["gd", "momentum"])
-def test_diagonal_compiles_without_spills(compiled, capability, momentum):
-    kernels = compiled(capability)
-    compile_ops("diagonal", 512, 24, momentum=momentum)
-    check(kernels, capability)
-
-
-@compiles
-@capabilities
-@pytest.mark.parametrize("d", [5, 16, 32, 64, 128])
-def test_spectral_compiles_without_spills(compiled, capability, d):
-    kernels = compiled(capability)
-    compile_ops("spectral", d, 10)
-    check(kernels, capability)
 
 
 @compiles
 @structures
-def test_forms_and_trajectories_compile_without_spills(compiled, structure):
-    kernels = compiled(90)
-    compile_ops(structure, 16, 10, form="both", trajectory=True)
-    compile_ops(structure, 16, 10, form="scalar", momentum=False)
-    check(kernels, 90)
+def test_every_call_translates(structure):
+    """Each value of each argument, with each of every other and with each set of gradients that is asked for."""
+    with launches() as found:
+        for row in with_every_pair(calls(structure, METHODS, COEFFICIENTS, SIZES[structure])):
+            call(structure, **row)
+    assert len(found) > 20
+    for launch in found:
+        launch.translate()
+
+
+@compiles
+@pytest.mark.parametrize("structure", ["dense", "diagonal"])
+def test_every_rnn_call_translates(structure):
+    with launches() as found:
+        for row in with_every_pair(calls(structure, ["rnn"], [(20,), (10, 20, 20)], (5, 16))):
+            call(structure, **row)
+    assert len(found) > 20
+    for launch in found:
+        launch.translate()
+
+
+@compiles
+@pytest.mark.slow
+@structures
+def test_every_combination_compiles(structure):
+    with launches() as found:
+        for row in calls(structure, METHODS, COEFFICIENTS, SIZES[structure]):
+            call(structure, **row)
+    for launch in found:
+        launch.compile(90)
+
+
+def sizes(*on_every_gpu, only_90=()):
+    """Sizes for each GPU; those of ``only_90`` for the others when there is time."""
+    return [
+        pytest.param(
+            d,
+            capability,
+            id=f"d{d}-sm_{capability}",
+            marks=[pytest.mark.slow] if d in only_90 and capability != 90 else [],
+        )
+        for d in (*on_every_gpu, *only_90)
+        for capability in SHARED_MEMORY
+    ]
+
+
+# a size for every row of the tables in triton_launch.py (those below 8 are alike), then one beyond them
+@compiles
+@pytest.mark.parametrize(("d", "capability"), sizes(5, 32, 256, only_90=(3, 8, 16, 64, 128)))
+def test_dense_compiles_without_spills(d, capability):
+    with launches() as found:
+        for arguments in ORDINARY:
+            call("dense", d, **arguments)
+    check(found, capability)
+
+
+@compiles
+@pytest.mark.parametrize(("d", "capability"), sizes(5, only_90=(16, 32, 64, 128)))
+def test_shared_dense_compiles_without_spills(d, capability):
+    with launches() as found:
+        for arguments in ORDINARY:
+            call("dense", d, **arguments, shared=True)
+    check(found, capability)
+
+
+@compiles
+@pytest.mark.parametrize(("d", "capability"), sizes(512))
+def test_diagonal_compiles_without_spills(d, capability):
+    with launches() as found:
+        for arguments in ORDINARY:
+            call("diagonal", d, **arguments, num_steps=K)
+            call("tikhonov", d, **arguments, num_steps=K)
+        # more steps than a segment has
+        call("diagonal", d, method="momentum", num_steps=24)
+    check(found, capability)
+
+
+@compiles
+@pytest.mark.parametrize(("d", "capability"), sizes(5, 32, only_90=(16, 64, 128)))
+def test_spectral_compiles_without_spills(d, capability):
+    with launches() as found:
+        for arguments in ORDINARY:
+            call("spectral", d, **arguments)
+    check(found, capability)
+
+
+@compiles
+@structures
+def test_forms_and_trajectories_compile_without_spills(structure):
+    everything = ("Q", "b", "y0", "schedule")
+    with launches() as found:
+        call(structure, 16, method="momentum", coefficients="both", y0=True, trajectory=True, wanted=everything)
+        call(structure, 16, coefficients="scalar", y0=True, cotangent="strided", wanted=everything)
+    check(found, 90)
 
 
 @compiles
@@ -207,27 +251,38 @@ def test_forms_and_trajectories_compile_without_spills(compiled, structure):
     [(torch.float64, 32, False), (torch.float64, 256, True), (torch.bfloat16, 16, False)],
     ids=["f64", "f64-shared", "bf16"],
 )
-def test_other_dtypes_compile(compiled, structure, dtype, d, shared):
-    kernels = compiled(90)
-    compile_ops(structure, d, 10, dtype, shared=shared and structure in ("dense", "spectral"))
-    check(kernels, 90, spills=True)
+def test_other_dtypes_compile(structure, dtype, d, shared):
+    shared = shared and structure in ("dense", "spectral")
+    with launches() as found:
+        call(structure, d, method="nesterov", coefficients="step", dtype=dtype, shared=shared)
+    check(found, 90, spills=True)
 
 
 @compiles
+@pytest.mark.parametrize("hidden_dims", [(10, 20, 20), (16,), (32, 32)], ids=str)
 @capabilities
-@pytest.mark.parametrize(("d", "hidden_dims"), [(5, (10, 20, 20)), (16, (16,)), (32, (32, 32))], ids=str)
-def test_rnn_compiles_without_spills(compiled, capability, d, hidden_dims):
-    kernels = compiled(capability)
-    compile_rnn_ops("dense", d, hidden_dims)
-    check(kernels, capability)
+def test_rnn_compiles_without_spills(hidden_dims, capability):
+    d = {(10, 20, 20): 5, (16,): 16, (32, 32): 32}[hidden_dims]
+    with launches() as found:
+        call("dense", d, method="rnn", coefficients=hidden_dims, wanted=("Q", "b", "schedule"))
+    check(found, capability)
 
 
 @compiles
 @pytest.mark.parametrize("structure", ["shared", "diagonal"])
-def test_rnn_structures_compile_without_spills(compiled, structure):
-    kernels = compiled(90)
-    compile_rnn_ops(structure, 5, (10, 20, 20), trajectory=True)
-    check(kernels, 90)
+def test_rnn_structures_compile_without_spills(structure):
+    shared = structure == "shared"
+    with launches() as found:
+        call(
+            "dense" if shared else structure,
+            5,
+            method="rnn",
+            coefficients=(10, 20, 20),
+            shared=shared,
+            trajectory=True,
+            wanted=("Q", "b", "schedule"),
+        )
+    check(found, 90)
 
 
 @compiles
@@ -236,10 +291,10 @@ def test_rnn_structures_compile_without_spills(compiled, structure):
     [(64, (64, 64), torch.float32), (5, (10, 20), torch.float64), (5, (10, 20), torch.bfloat16)],
     ids=["largest", "f64", "bf16"],
 )
-def test_rnn_compiles_beyond_the_table(compiled, d, hidden_dims, dtype):
-    kernels = compiled(90)
-    compile_rnn_ops("dense", d, hidden_dims, dtype)
-    check(kernels, 90, spills=True)
+def test_rnn_compiles_beyond_the_table(d, hidden_dims, dtype):
+    with launches() as found:
+        call("dense", d, method="rnn", coefficients=hidden_dims, dtype=dtype, wanted=("Q", "b", "schedule"))
+    check(found, 90, spills=True)
 
 
 def device_functions():
@@ -258,6 +313,11 @@ def test_device_functions_return_only_at_their_end():
     for file, function in functions:
         returns = [node for node in ast.walk(function) if isinstance(node, ast.Return)]
         assert returns in ([], [function.body[-1]]), f"{file}: {function.name} returns in the middle"
+
+
+def gradients_of(structure):
+    """How many of the tensors before b have a gradient of their own: what tikhonov observed has not."""
+    return 2 if structure == "spectral" else 1
 
 
 def _arguments(structure, trajectory, permuted):
