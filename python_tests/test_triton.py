@@ -194,7 +194,7 @@ def sizes(*on_every_gpu, only_90=()):
     ]
 
 
-# a size for every row of the tables in triton_launch.py (those below 8 are alike), then one beyond them
+# a size for every row of the tables in ops/triton/launch.py (those below 8 are alike), then one beyond them
 @compiles
 @pytest.mark.parametrize(("d", "capability"), sizes(5, 32, 256, only_90=(3, 8, 16, 64, 128)))
 def test_dense_compiles_without_spills(d, capability):
@@ -299,7 +299,7 @@ def test_rnn_compiles_beyond_the_table(d, hidden_dims, dtype):
 
 def device_functions():
     """The file and the syntax tree of every function under ``@triton.jit``."""
-    for path in sorted(Path(unrolled_kernels.__file__).parent.glob("ops/**/triton_*.py")):
+    for path in sorted(Path(unrolled_kernels.__file__).parent.glob("ops/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(x) for x in node.decorator_list):
                 yield path.name, node
@@ -435,7 +435,7 @@ def test_import_does_not_import_the_kernels():
 import sys
 import unrolled_kernels.functional
 assert "unrolled_kernels.ops.momentum.triton_kernels" in sys.modules
-assert "unrolled_kernels.ops.momentum.triton_tile" not in sys.modules
+assert "unrolled_kernels.ops.triton.tile" not in sys.modules
 """
     done = _python(code)
     assert done.returncode == 0, done.stderr

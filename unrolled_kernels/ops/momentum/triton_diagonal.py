@@ -9,22 +9,23 @@ import torch
 import triton
 import triton.language as tl
 
-from unrolled_kernels.ops.momentum.triton_launch import (
+from unrolled_kernels.ops.triton.launch import (
+    Schedule,
     ScheduleGradient,
-    as_rows,
-    cotangent_strides,
+    Vectors,
     launch,
     resident_programs,
-    schedule_arguments,
     zero_gradients,
 )
-from unrolled_kernels.ops.momentum.triton_tile import (
+from unrolled_kernels.ops.triton.tile import (
     UNSPECIALIZED,
+    accumulate_schedule,
     adjoint_step,
     diagonal_step,
     load_schedule,
     load_vector,
-    store_step_gradient,
+    store_schedule_of_program,
+    store_schedule_of_samples,
 )
 
 _WARPS = 4
@@ -32,38 +33,54 @@ _WARPS = 4
 _SEGMENT = {False: 12, True: 8}
 
 
+@triton.jit
+def load_problem(diagonal, observed, b, s, entry, inside, compute: tl.constexpr):
+    """The diagonal of Q and what stands for b; with ``observed`` x, Q = diag(1 + f²) of f = ``diagonal``, and b - x."""
+    q = load_vector(diagonal, s, entry, inside, compute)
+    rhs = load_vector(b, s, entry, inside, compute)
+    if observed.pointer is not None:
+        q = 1 + q * q
+        rhs -= load_vector(observed, s, entry, inside, compute)
+    return q, rhs
+
+
+@triton.jit
+def load_columns(schedule, sample, t, inside, num_steps, TAIL: tl.constexpr):
+    """φ_t, β_t, γ_t as ``[RB, 1]``; zero, which leaves everything as it is, where TAIL and t is past the last step."""
+    if TAIL:
+        taken = tl.full(sample.shape, t, tl.int32) < num_steps
+        phi_t, beta_t, gamma_t = load_schedule(schedule, sample, tl.minimum(t, num_steps - 1), inside)
+        phi_t = tl.where(taken, phi_t, 0.0)
+        beta_t = tl.where(taken, beta_t, 0.0)
+        gamma_t = tl.where(taken, gamma_t, 0.0)
+    else:
+        phi_t, beta_t, gamma_t = load_schedule(schedule, sample, t, inside)
+    return phi_t[:, None], beta_t[:, None], gamma_t[:, None]
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_diagonal_kernel(
-    q, observed, b, y0, phi, beta, gamma,  # observed x: q is f, b is g
+    diagonal, observed, b, y0, schedule,
     y,              # [B, d], or [num_steps + 1, B, d]
-    q_stride, observed_stride, b_stride, y0_stride,
-    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
     B, num_steps, d,
     RB: tl.constexpr, CB: tl.constexpr, TRAJECTORY: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = phi.dtype.element_ty
-    MOMENTUM: tl.constexpr = beta is not None
+    C: tl.constexpr = schedule.phi.dtype.element_ty
+    MOMENTUM: tl.constexpr = schedule.beta is not None
     pieces = tl.cdiv(d, CB)
     sample = tl.program_id(0) // pieces * RB + tl.arange(0, RB)
     entry = ((tl.program_id(0) % pieces).to(tl.int64) * CB + tl.arange(0, CB))[None, :]
     real = sample < B
     s, inside = sample[:, None], (entry < d) & real[:, None]
-    q_ = load_vector(q, s, q_stride, entry, 1, inside, C)
-    b_ = load_vector(b, s, b_stride, entry, 1, inside, C)
-    if observed is not None:
-        q_ = 1 + q_ * q_
-        b_ -= load_vector(observed, s, observed_stride, entry, 1, inside, C)
-    x = load_vector(y0, s, y0_stride, entry, 1, inside, C)
+    q, rhs = load_problem(diagonal, observed, b, s, entry, inside, C)
+    x = load_vector(y0, s, entry, inside, C)
     previous = x
     target = y + s.to(tl.int64) * d + entry
     if TRAJECTORY:
         tl.store(target, x, mask=inside)
     for t in range(num_steps):
-        phi_t, beta_t, gamma_t = load_schedule(
-            phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-            sample, t, real,
-        )  # fmt: skip
-        following = diagonal_step(q_, b_, x, previous, phi_t[:, None], beta_t[:, None], gamma_t[:, None], MOMENTUM)
+        phi_t, beta_t, gamma_t = load_columns(schedule, sample, t, real, num_steps, False)
+        following = diagonal_step(q, rhs, x, previous, phi_t, beta_t, gamma_t, MOMENTUM)
         previous = x
         x = following
         if TRAJECTORY:
@@ -75,63 +92,47 @@ def momentum_diagonal_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_diagonal_backward_kernel(
-    grad_y, q, observed, b, y0, phi, beta, gamma,
-    dq, db, dy0,             # [B, d]; dq None where not needed
-    d_phi, d_beta, d_gamma,  # ROWS: [pieces, B, num_steps or 1], else [programs, num_steps or 1]; None where not needed
-    checkpoints,             # [programs, segments - 1, 2, RB, CB]
-    grad_step, grad_sample, grad_entry,
-    q_stride, observed_stride, b_stride, y0_stride,
-    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
+    grad_y, diagonal, observed, b, y0, schedule,
+    d_diagonal, db, dy0,  # [B, d]
+    d_schedule,           # φ̄, β̄, γ̄, [pieces, B, num_steps or 1] for ROWS, else [programs, num_steps or 1]; any of
+                          # these None where not needed
+    checkpoints,          # [programs, segments - 1, 2, RB, CB]
     B, num_steps, d,
     RB: tl.constexpr, CB: tl.constexpr, SEGMENT: tl.constexpr, TAIL: tl.constexpr,
     TRAJECTORY: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = phi.dtype.element_ty
-    MOMENTUM: tl.constexpr = beta is not None
+    C: tl.constexpr = schedule.phi.dtype.element_ty
+    MOMENTUM: tl.constexpr = schedule.beta is not None
     pieces = tl.cdiv(d, CB)
     segments = tl.cdiv(num_steps, SEGMENT)
     checkpoints += tl.program_id(0).to(tl.int64) * tl.maximum(segments - 1, 0) * (2 * RB * CB)
     checkpoints += tl.arange(0, RB)[:, None] * CB + tl.arange(0, CB)[None, :]
-    phi_sum = tl.zeros([RB, CB], C)
-    beta_sum = tl.zeros([RB, CB], C)
-    gamma_sum = tl.zeros([RB, CB], C)
+    sums = (tl.zeros([RB, CB], C), tl.zeros([RB, CB], C), tl.zeros([RB, CB], C))
     for block in range(tl.program_id(0), tl.cdiv(B, RB) * pieces, tl.num_programs(0)):
-        first_block = block == tl.program_id(0)
+        first = block == tl.program_id(0)
         piece = block % pieces
         sample = block // pieces * RB + tl.arange(0, RB)
         entry = (tl.cast(piece, tl.int64) * CB + tl.arange(0, CB))[None, :]
         real = sample < B
         s, inside = sample[:, None], (entry < d) & real[:, None]
-        # the row of this sample and piece in d_phi
+        # the row of this sample and piece in d_schedule
         part_row = tl.cast(piece, tl.int64) * B + sample
-        q_ = load_vector(q, s, q_stride, entry, 1, inside, C)
-        b_ = load_vector(b, s, b_stride, entry, 1, inside, C)
-        if observed is not None:
-            q_ = 1 + q_ * q_
-            b_ -= load_vector(observed, s, observed_stride, entry, 1, inside, C)
-        start = load_vector(y0, s, y0_stride, entry, 1, inside, C)
+        q, rhs = load_problem(diagonal, observed, b, s, entry, inside, C)
+        start = load_vector(y0, s, entry, inside, C)
 
         x = start
         previous = start
         for segment in range(segments - 1):
             for j in range(SEGMENT):
-                phi_t, beta_t, gamma_t = load_schedule(
-                    phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                    sample, segment * SEGMENT + j, real,
-                )  # fmt: skip
-                following = diagonal_step(
-                    q_, b_, x, previous, phi_t[:, None], beta_t[:, None], gamma_t[:, None], MOMENTUM
-                )
+                phi_t, beta_t, gamma_t = load_columns(schedule, sample, segment * SEGMENT + j, real, num_steps, False)
+                following = diagonal_step(q, rhs, x, previous, phi_t, beta_t, gamma_t, MOMENTUM)
                 previous = x
                 x = following
             tl.store(checkpoints + segment * (2 * RB * CB), x)
             tl.store(checkpoints + segment * (2 * RB * CB) + RB * CB, previous)
         tl.debug_barrier()
 
-        cotangent = grad_y
-        if TRAJECTORY:
-            cotangent += tl.cast(num_steps, tl.int64) * grad_step
-        a = load_vector(cotangent, s, grad_sample, entry, grad_entry, inside, C)
+        a = load_vector(grad_y, s, entry, inside, C, num_steps)
         carry = tl.zeros([RB, CB], C)
         q_bar = tl.zeros([RB, CB], C)
         b_bar = tl.zeros([RB, CB], C)
@@ -141,56 +142,33 @@ def momentum_diagonal_backward_kernel(
             ys = (previous, x)
             for j in tl.static_range(SEGMENT - 1):
                 t = segment * SEGMENT + j
-                phi_t, beta_t, gamma_t = load_schedule(
-                    phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                    sample, t, real & (tl.full([RB], t, tl.int32) < num_steps),
-                )  # fmt: skip
-                following = diagonal_step(
-                    q_, b_, ys[j + 1], ys[j], phi_t[:, None], beta_t[:, None], gamma_t[:, None], MOMENTUM
-                )
+                phi_t, beta_t, gamma_t = load_columns(schedule, sample, t, real, num_steps, TAIL)
+                following = diagonal_step(q, rhs, ys[j + 1], ys[j], phi_t, beta_t, gamma_t, MOMENTUM)
                 ys = ys + (following,)  # noqa: RUF005
             for j in tl.static_range(SEGMENT - 1, -1, -1):
                 t = segment * SEGMENT + j
-                # past the last step the coefficients load as 0, which leaves a as it is
-                taken = tl.full([RB], t, tl.int32) < num_steps
-                phi_t, beta_t, gamma_t = load_schedule(
-                    phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                    sample, t, real & taken,
-                )  # fmt: skip
+                phi_t, beta_t, gamma_t = load_columns(schedule, sample, t, real, num_steps, TAIL)
                 m = ys[j + 1] - ys[j]
                 z = ys[j + 1]
                 if MOMENTUM:
-                    z += gamma_t[:, None] * m
-                w = q_ * a
-                a_scaled = phi_t[:, None] * a
+                    z += gamma_t * m
+                w = q * a
+                a_scaled = phi_t * a
                 q_bar -= a_scaled * z
                 b_bar -= a_scaled
-                if d_phi is not None:
-                    phi_part = -(w * z + a * b_)
-                    beta_part = a * m
-                    gamma_part = -(phi_t[:, None] * w * m)
-                    if STEPS:
-                        own = real & taken
-                        some = t < num_steps
-                        store_step_gradient(
-                            d_phi, tl.sum(phi_part, 1), part_row, t, num_steps, own, some, first_block, ROWS
-                        )
-                        if MOMENTUM:
-                            store_step_gradient(
-                                d_beta, tl.sum(beta_part, 1), part_row, t, num_steps, own, some, first_block, ROWS
-                            )
-                            store_step_gradient(
-                                d_gamma, tl.sum(gamma_part, 1), part_row, t, num_steps, own, some, first_block, ROWS
-                            )
-                    else:
-                        phi_sum += tl.where(taken[:, None], phi_part, 0.0) if TAIL else phi_part
-                        if MOMENTUM:
-                            beta_sum += tl.where(taken[:, None], beta_part, 0.0) if TAIL else beta_part
-                            gamma_sum += tl.where(taken[:, None], gamma_part, 0.0) if TAIL else gamma_part
-                a, carry = adjoint_step(a, carry, w, phi_t[:, None], beta_t[:, None], gamma_t[:, None], MOMENTUM)
+                if d_schedule[0] is not None:
+                    parts = (-(w * z + a * rhs), a * m, -(phi_t * w * m))
+                    if TAIL and not STEPS:
+                        taken = tl.full([RB, CB], t, tl.int32) < num_steps
+                        # γ̄'s has the factor φ_t = 0
+                        parts = (tl.where(taken, parts[0], 0.0), tl.where(taken, parts[1], 0.0), parts[2])
+                    sums = accumulate_schedule(
+                        d_schedule, sums, parts, part_row, t, num_steps, real, first, MOMENTUM, 0, ROWS, STEPS, TAIL
+                    )
+                a, carry = adjoint_step(a, carry, w, phi_t, beta_t, gamma_t, MOMENTUM)
                 if TRAJECTORY:
-                    before = grad_y + tl.cast(t, tl.int64) * grad_step
-                    a += load_vector(before, s, grad_sample, entry, grad_entry, inside & taken[:, None], C)
+                    taken = tl.full([RB, CB], t, tl.int32) < num_steps
+                    a += load_vector(grad_y, s, entry, inside & taken, C, t)
             if segment > 1:
                 x = tl.load(checkpoints + (segment - 2) * (2 * RB * CB))
                 previous = tl.load(checkpoints + (segment - 2) * (2 * RB * CB) + RB * CB)
@@ -199,29 +177,22 @@ def momentum_diagonal_backward_kernel(
                 previous = start
 
         target = s.to(tl.int64) * d + entry
-        if dq is not None:
-            if observed is not None:
+        if d_diagonal is not None:
+            if observed.pointer is not None:
                 # f is read again, which is cheaper than to keep it
-                q_bar *= 2 * load_vector(q, s, q_stride, entry, 1, inside, C)
-            tl.store(dq + target, q_bar, mask=inside)
-        tl.store(db + target, b_bar, mask=inside)
-        tl.store(dy0 + target, a + carry, mask=inside)
-        if d_phi is not None and ROWS and not STEPS:
-            tl.store(d_phi + part_row, tl.sum(phi_sum, 1), mask=real)
-            phi_sum = tl.zeros([RB, CB], C)
-            if MOMENTUM:
-                tl.store(d_beta + part_row, tl.sum(beta_sum, 1), mask=real)
-                tl.store(d_gamma + part_row, tl.sum(gamma_sum, 1), mask=real)
-                beta_sum = tl.zeros([RB, CB], C)
-                gamma_sum = tl.zeros([RB, CB], C)
+                q_bar *= 2 * load_vector(diagonal, s, entry, inside, C)
+            tl.store(d_diagonal + target, q_bar, mask=inside)
+        if db is not None:
+            tl.store(db + target, b_bar, mask=inside)
+        if dy0 is not None:
+            tl.store(dy0 + target, a + carry, mask=inside)
+        if d_schedule[0] is not None:
+            sums = store_schedule_of_samples(d_schedule, sums, part_row, real, MOMENTUM, 0, ROWS, STEPS)
         # the checkpoints are overwritten for the next block
         tl.debug_barrier()
 
-    if d_phi is not None and not ROWS and not STEPS:
-        tl.store(d_phi + tl.program_id(0), tl.sum(phi_sum))
-        if MOMENTUM:
-            tl.store(d_beta + tl.program_id(0), tl.sum(beta_sum))
-            tl.store(d_gamma + tl.program_id(0), tl.sum(gamma_sum))
+    if d_schedule[0] is not None:
+        store_schedule_of_program(d_schedule, sums, MOMENTUM, ROWS, STEPS)
 
 
 def _blocks(B, d, elements):
@@ -231,49 +202,45 @@ def _blocks(B, d, elements):
     return samples, entries, triton.cdiv(B, samples) * triton.cdiv(d, entries)
 
 
-def _flat(schedule, *tensors):
+def _flat(schedule, *vectors):
     """Whether ``[B, d]`` may be walked through as one row: one schedule for all, and nothing strided or broadcast."""
     one_schedule = all(c is None or c.shape[0] == 1 for c in schedule)
-    return one_schedule and all(x is None or x.is_contiguous() for x in tensors)
+    return one_schedule and all(v.pointer is None or v.pointer.is_contiguous() for v in vectors)
 
 
-def forward(eigenvalues, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, observed=None):
-    """Contract of the op ``momentum_diagonal``; with ``observed``, of ``momentum_tikhonov``."""
+def forward(diagonal, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, observed=None):
+    """y of ``momentum_diagonal_kernel``."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
         return y
-    rows = [as_rows(x) for x in (eigenvalues, observed, b, y0)]
-    (q, observed, b, y0), row_strides = zip(*rows, strict=True)
-    if _flat(schedule, q, observed, b, y0):
+    vectors = [Vectors.rows(x) for x in (diagonal, observed, b, y0)]
+    if _flat(schedule, *vectors):
         B, d = 1, B * d
     # one 16-byte vector of the storage dtype a lane
     RB, CB, blocks = _blocks(B, d, 32 * _WARPS * (16 // b.dtype.itemsize))
-    phi, beta, gamma, *strides = schedule_arguments(*schedule)
     launch(
-        momentum_diagonal_kernel, blocks,
-        q, observed, b, y0, phi, beta, gamma, y, *row_strides, *strides, B, num_steps, d,
+        momentum_diagonal_kernel, b.device, blocks, *vectors, Schedule.of(*schedule), y, B, num_steps, d,
         RB=RB, CB=CB, TRAJECTORY=trajectory, num_warps=_WARPS,
     )  # fmt: skip
     return y
 
 
 def backward(
-    grad_y, eigenvalues, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
-    needs_eigenvalues, needs_schedule, observed=None,
+    grad_y, diagonal, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
+    needs_diagonal, needs_schedule, observed=None,
 ):  # fmt: skip
-    """Contract of the op ``momentum_diagonal_backward``; with ``observed``, of ``momentum_tikhonov_backward``."""
+    """The gradients of ``momentum_diagonal_backward_kernel``."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     if b.numel() == 0:
-        return zero_gradients((eigenvalues,), b, schedule, (needs_eigenvalues,), needs_schedule)
-    d_eigenvalues = eigenvalues.new_empty((B, d)) if needs_eigenvalues else None
+        return zero_gradients((diagonal,), b, schedule, (needs_diagonal,), needs_schedule)
+    d_diagonal = diagonal.new_empty((B, d)) if needs_diagonal else None
     db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
-    rows = [as_rows(x) for x in (eigenvalues, observed, b, y0)]
-    (q, observed, b, y0), row_strides = zip(*rows, strict=True)
-    grad_strides = cotangent_strides(grad_y, trajectory)
-    if _flat(schedule, q, observed, b, y0) and grad_strides[1] == d * grad_strides[2]:
+    vectors = [Vectors.rows(x) for x in (diagonal, observed, b, y0)]
+    cotangent = Vectors.cotangent(grad_y, trajectory)
+    if _flat(schedule, *vectors) and cotangent.sample == d * cotangent.entry:
         B, d = 1, B * d
     # two registers a lane for each iterate of a segment
     RB, CB, blocks = _blocks(B, d, 32 * _WARPS * (8 // step_sizes.dtype.itemsize))
@@ -282,15 +249,14 @@ def backward(
     programs = blocks if segments == 1 else resident_programs(b.device, blocks, _WARPS)
     checkpoints = step_sizes.new_empty((programs, segments - 1, 2, RB, CB))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule, triton.cdiv(d, CB))
-    phi, beta, gamma, *strides = schedule_arguments(*schedule)
     launch(
-        momentum_diagonal_backward_kernel, programs,
-        grad_y, q, observed, b, y0, phi, beta, gamma, d_eigenvalues, db, dy0, *d_schedule.parts, checkpoints,
-        *grad_strides, *row_strides, *strides, B, num_steps, d,
+        momentum_diagonal_backward_kernel, b.device, programs,
+        cotangent, *vectors, Schedule.of(*schedule), d_diagonal, db, dy0, d_schedule.parts, checkpoints,
+        B, num_steps, d,
         RB=RB, CB=CB, SEGMENT=segment, TAIL=num_steps % segment != 0,
         TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps, num_warps=_WARPS,
         # three programs a multiprocessor; left alone, ptxas spills to fit a fourth or fifth
         maxnreg=168 if step_sizes.dtype == torch.float32 else None,
     )  # fmt: skip
     nothing = b.new_empty(0)
-    return (nothing if d_eigenvalues is None else d_eigenvalues, db, dy0, *d_schedule.reduce(schedule))
+    return (nothing if d_diagonal is None else d_diagonal, db, dy0, *d_schedule.reduce(schedule))

@@ -11,21 +11,21 @@ import triton.language as tl
 
 from unrolled_kernels.ops.common import matvec
 from unrolled_kernels.ops.momentum import triton_diagonal
-from unrolled_kernels.ops.momentum.triton_launch import (
+from unrolled_kernels.ops.triton.launch import (
     SPECTRAL_BACKWARD,
     SPECTRAL_FORWARD,
+    Matrices,
+    Schedule,
     ScheduleGradient,
     Tile,
-    as_matrices,
-    as_rows,
-    cotangent_strides,
+    Vectors,
     launch,
     resident_programs,
-    schedule_arguments,
     zero_gradients,
 )
-from unrolled_kernels.ops.momentum.triton_tile import (
+from unrolled_kernels.ops.triton.tile import (
     UNSPECIALIZED,
+    accumulate_schedule,
     adjoint_step,
     diagonal_step,
     load_schedule,
@@ -33,58 +33,54 @@ from unrolled_kernels.ops.momentum.triton_tile import (
     load_vector,
     outer,
     product,
-    store_step_gradient,
+    store_schedule_of_program,
+    store_schedule_of_samples,
     store_tile,
     transposed_product,
 )
 
 
+@triton.jit
+def advance(q, b_hat, x, previous, schedule, sample, t, real):
+    """Step t in the eigenbasis, from ŷ_t = x and ŷ_{t-1} = previous; returns ŷ_{t+1} and ŷ_t."""
+    phi_t, beta_t, gamma_t = load_schedule(schedule, sample, t, real)
+    phi_t, beta_t, gamma_t = phi_t[None, :, None], beta_t[None, :, None], gamma_t[None, :, None]
+    return diagonal_step(q, b_hat, x, previous, phi_t, beta_t, gamma_t, schedule.beta is not None), x
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_spectral_kernel(
-    eigenvalues, R, b, y0, phi, beta, gamma,
+    eigenvalues, R, b, y0, schedule,
     y,              # [B, d], or [num_steps + 1, B, d]
-    eigenvalues_stride, R_stride, b_stride, y0_stride, column_stride,
-    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-    B, num_steps,
+    column_stride, B, num_steps,
     d: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BB: tl.constexpr,
     SHARED: tl.constexpr, TRAJECTORY: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = phi.dtype.element_ty
-    MOMENTUM: tl.constexpr = beta is not None
+    C: tl.constexpr = schedule.phi.dtype.element_ty
     n: tl.constexpr = D // W
     i = tl.arange(0, D)[:, None]
     j = (tl.arange(0, n)[:, None] * W + tl.arange(0, W)[None, :])[:, None, :]
     if SHARED:
-        r = load_tile(R, tl.zeros([BB], tl.int32), 0, column_stride, B, d, D, W).to(C)
+        r = load_tile(R, tl.zeros([BB], tl.int32), column_stride, B, d, D, W).to(C)
     for block in range(tl.program_id(0), tl.cdiv(B, BB), tl.num_programs(0)):
         sample = block * BB + tl.arange(0, BB)
         real = sample < B
         s, inside = sample[None, :], (i < d) & real[None, :]
         s_hat, inside_hat = sample[None, :, None], (j < d) & real[None, :, None]
         if not SHARED:
-            r = load_tile(R, sample, R_stride, column_stride, B, d, D, W).to(C)
-        q = load_vector(eigenvalues, s_hat, eigenvalues_stride, j, 1, inside_hat, C)
-        b_hat = transposed_product(r, load_vector(b, s, b_stride, i, 1, inside, C))
+            r = load_tile(R, sample, column_stride, B, d, D, W).to(C)
+        q = load_vector(eigenvalues, s_hat, j, inside_hat, C)
+        b_hat = transposed_product(r, load_vector(b, s, i, inside, C))
         x = tl.zeros([n, BB, W], C)
-        target = y + s.to(tl.int64) * d + i
-        if y0 is not None:
-            start = load_vector(y0, s, y0_stride, i, 1, inside, C)
+        start = load_vector(y0, s, i, inside, C)
+        if y0.pointer is not None:
             x = transposed_product(r, start)
-            if TRAJECTORY:
-                tl.store(target, start, mask=inside)
-        elif TRAJECTORY:
-            tl.store(target, tl.zeros([D, BB], C), mask=inside)
+        target = y + s.to(tl.int64) * d + i
+        if TRAJECTORY:
+            tl.store(target, start, mask=inside)
         previous = x
         for t in range(num_steps):
-            phi_t, beta_t, gamma_t = load_schedule(
-                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                sample, t, real,
-            )  # fmt: skip
-            following = diagonal_step(
-                q, b_hat, x, previous, phi_t[None, :, None], beta_t[None, :, None], gamma_t[None, :, None], MOMENTUM
-            )
-            previous = x
-            x = following
+            x, previous = advance(q, b_hat, x, previous, schedule, sample, t, real)
             if TRAJECTORY:
                 target += tl.cast(B, tl.int64) * d
                 tl.store(target, product(r, x), mask=inside)
@@ -94,31 +90,26 @@ def momentum_spectral_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_spectral_backward_kernel(
-    grad_y, eigenvalues, R, b, y0, phi, beta, gamma,
-    d_eigenvalues,           # [B, d]; None where not needed
-    dR,                      # like R; where the batch shares R one [d, d] a program, in the compute dtype; None
-    db, dy0,                 # [B, d]
-    d_phi, d_beta, d_gamma,  # [B or programs, num_steps or 1] by ROWS and STEPS; None where not needed
-    trace,                   # [programs, num_steps, D, BB]
-    grad_step, grad_sample, grad_entry,
-    eigenvalues_stride, R_stride, b_stride, y0_stride, column_stride,
-    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-    B, num_steps,            # at least one step
+    grad_y, eigenvalues, R, b, y0, schedule,
+    d_eigenvalues,  # [B, d]
+    dR,             # like R; where the batch shares R one [d, d] a program, in the compute dtype
+    db, dy0,        # [B, d]
+    d_schedule,     # φ̄, β̄, γ̄, [B or programs, num_steps or 1] by ROWS and STEPS; any of these None where not needed
+    trace,          # [programs, num_steps, D, BB]
+    column_stride, B, num_steps,  # at least one step
     d: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BB: tl.constexpr,
     SHARED: tl.constexpr, TRAJECTORY: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = phi.dtype.element_ty
-    MOMENTUM: tl.constexpr = beta is not None
+    C: tl.constexpr = schedule.phi.dtype.element_ty
+    MOMENTUM: tl.constexpr = schedule.beta is not None
     n: tl.constexpr = D // W
     i = tl.arange(0, D)[:, None]
     j = (tl.arange(0, n)[:, None] * W + tl.arange(0, W)[None, :])[:, None, :]
     trace += tl.program_id(0).to(tl.int64) * num_steps * (D * BB) + j * BB + tl.arange(0, BB)[None, :, None]
     dr = tl.zeros([n, D, BB, W], C)
-    phi_sum = tl.zeros([n, BB, W], C)
-    beta_sum = tl.zeros([n, BB, W], C)
-    gamma_sum = tl.zeros([n, BB, W], C)
+    sums = (tl.zeros([n, BB, W], C), tl.zeros([n, BB, W], C), tl.zeros([n, BB, W], C))
     if SHARED:
-        r = load_tile(R, tl.zeros([BB], tl.int32), 0, column_stride, B, d, D, W).to(C)
+        r = load_tile(R, tl.zeros([BB], tl.int32), column_stride, B, d, D, W).to(C)
     for block in range(tl.program_id(0), tl.cdiv(B, BB), tl.num_programs(0)):
         first = block == tl.program_id(0)
         sample = block * BB + tl.arange(0, BB)
@@ -126,38 +117,27 @@ def momentum_spectral_backward_kernel(
         s, inside = sample[None, :], (i < d) & real[None, :]
         s_hat, inside_hat = sample[None, :, None], (j < d) & real[None, :, None]
         if not SHARED:
-            r = load_tile(R, sample, R_stride, column_stride, B, d, D, W).to(C)
+            r = load_tile(R, sample, column_stride, B, d, D, W).to(C)
             dr = tl.zeros([n, D, BB, W], C)
-        q = load_vector(eigenvalues, s_hat, eigenvalues_stride, j, 1, inside_hat, C)
-        b_hat = transposed_product(r, load_vector(b, s, b_stride, i, 1, inside, C))
+        q = load_vector(eigenvalues, s_hat, j, inside_hat, C)
+        b_hat = transposed_product(r, load_vector(b, s, i, inside, C))
         x = tl.zeros([n, BB, W], C)
-        if y0 is not None:
-            x = transposed_product(r, load_vector(y0, s, y0_stride, i, 1, inside, C))
+        if y0.pointer is not None:
+            x = transposed_product(r, load_vector(y0, s, i, inside, C))
 
         # replay ŷ_0 … ŷ_k, all but the last into the trace; dR takes Σ_t ȳ_t^out ŷ_tᵀ on the way
         previous = x
         row = trace
-        cotangent = grad_y
         tl.debug_barrier()
         for t in range(num_steps):
             tl.store(row, x)
             row += D * BB
-            phi_t, beta_t, gamma_t = load_schedule(
-                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                sample, t, real,
-            )  # fmt: skip
-            following = diagonal_step(
-                q, b_hat, x, previous, phi_t[None, :, None], beta_t[None, :, None], gamma_t[None, :, None], MOMENTUM
-            )
-            previous = x
-            x = following
-            if TRAJECTORY:
-                cotangent += grad_step
-                if dR is not None:
-                    dr += outer(load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C), x)
+            x, previous = advance(q, b_hat, x, previous, schedule, sample, t, real)
+            if TRAJECTORY and dR is not None:
+                dr += outer(load_vector(grad_y, s, i, inside, C, t + 1), x)
         tl.debug_barrier()
 
-        last = load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C)
+        last = load_vector(grad_y, s, i, inside, C, num_steps)
         if dR is not None and not TRAJECTORY:
             dr += outer(last, x)
         a = transposed_product(r, last)
@@ -171,84 +151,56 @@ def momentum_spectral_backward_kernel(
             if t > 0:
                 row -= D * BB
             previous = tl.load(row)
-            phi_t, beta_t, gamma_t = load_schedule(
-                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                sample, t, real,
-            )  # fmt: skip
+            phi_t, beta_t, gamma_t = load_schedule(schedule, sample, t, real)
+            phi_t, beta_t, gamma_t = phi_t[None, :, None], beta_t[None, :, None], gamma_t[None, :, None]
             m = x - previous
             z = x
             if MOMENTUM:
-                z = x + gamma_t[None, :, None] * m
+                z = x + gamma_t * m
             w = q * a
-            a_scaled = phi_t[None, :, None] * a
+            a_scaled = phi_t * a
             q_bar -= a_scaled * z
             b_hat_bar -= a_scaled
-            if d_phi is not None:
-                phi_part = -(w * z + a * b_hat)
-                beta_part = a * m
-                gamma_part = -(phi_t[None, :, None] * w * m)
-                if STEPS:
-                    store_step_gradient(
-                        d_phi, tl.sum(tl.sum(phi_part, 2), 0), sample, t, num_steps, real, True, first, ROWS
-                    )
-                    if MOMENTUM:
-                        store_step_gradient(
-                            d_beta, tl.sum(tl.sum(beta_part, 2), 0), sample, t, num_steps, real, True, first, ROWS
-                        )
-                        store_step_gradient(
-                            d_gamma, tl.sum(tl.sum(gamma_part, 2), 0), sample, t, num_steps, real, True, first, ROWS
-                        )
-                else:
-                    phi_sum += phi_part
-                    if MOMENTUM:
-                        beta_sum += beta_part
-                        gamma_sum += gamma_part
-            a, carry = adjoint_step(
-                a, carry, w, phi_t[None, :, None], beta_t[None, :, None], gamma_t[None, :, None], MOMENTUM
-            )
-            if TRAJECTORY:
-                cotangent -= grad_step
-                # the cotangent of y_0 itself, which is never rotated, comes last
-                if t > 0:
-                    a += transposed_product(r, load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C))
+            if d_schedule[0] is not None:
+                parts = (-(w * z + a * b_hat), a * m, -(phi_t * w * m))
+                sums = accumulate_schedule(
+                    d_schedule, sums, parts, sample, t, num_steps, real, first, MOMENTUM, 1, ROWS, STEPS
+                )
+            a, carry = adjoint_step(a, carry, w, phi_t, beta_t, gamma_t, MOMENTUM)
+            # the cotangent of y_0 itself, which is never rotated, comes last
+            if TRAJECTORY and t > 0:
+                a += transposed_product(r, load_vector(grad_y, s, i, inside, C, t))
             x = previous
 
         a += carry
-        start_bar = product(r, a)
-        if TRAJECTORY:
-            start_bar += load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C)
         target = s.to(tl.int64) * d + i
-        tl.store(db + target, product(r, b_hat_bar), mask=inside)
-        tl.store(dy0 + target, start_bar, mask=inside)
+        if db is not None:
+            tl.store(db + target, product(r, b_hat_bar), mask=inside)
+        if dy0 is not None:
+            start_bar = product(r, a)
+            if TRAJECTORY:
+                start_bar += load_vector(grad_y, s, i, inside, C)
+            tl.store(dy0 + target, start_bar, mask=inside)
         if d_eigenvalues is not None:
             tl.store(d_eigenvalues + s_hat.to(tl.int64) * d + j, q_bar, mask=inside_hat)
         if dR is not None:
-            dr += outer(load_vector(b, s, b_stride, i, 1, inside, C), b_hat_bar)
-            if y0 is not None:
-                dr += outer(load_vector(y0, s, y0_stride, i, 1, inside, C), a)
+            dr += outer(load_vector(b, s, i, inside, C), b_hat_bar)
+            if y0.pointer is not None:
+                dr += outer(load_vector(y0, s, i, inside, C), a)
             if not SHARED:
-                store_tile(dR, dr, sample, d * d, column_stride, B, d, D, W)
-        if d_phi is not None and ROWS and not STEPS:
-            tl.store(d_phi + sample, tl.sum(tl.sum(phi_sum, 2), 0), mask=real)
-            phi_sum = tl.zeros([n, BB, W], C)
-            if MOMENTUM:
-                tl.store(d_beta + sample, tl.sum(tl.sum(beta_sum, 2), 0), mask=real)
-                tl.store(d_gamma + sample, tl.sum(tl.sum(gamma_sum, 2), 0), mask=real)
-                beta_sum = tl.zeros([n, BB, W], C)
-                gamma_sum = tl.zeros([n, BB, W], C)
+                store_tile(dR, dr, sample, column_stride, B, d, D, W)
+        if d_schedule[0] is not None:
+            sums = store_schedule_of_samples(d_schedule, sums, sample, real, MOMENTUM, 1, ROWS, STEPS)
 
     if dR is not None and SHARED:
         own = tl.program_id(0) + tl.zeros([1], tl.int32)
-        store_tile(dR, tl.sum(dr, 2)[:, :, None, :], own, d * d, column_stride, tl.num_programs(0), d, D, W)
-    if d_phi is not None and not ROWS and not STEPS:
-        tl.store(d_phi + tl.program_id(0), tl.sum(phi_sum))
-        if MOMENTUM:
-            tl.store(d_beta + tl.program_id(0), tl.sum(beta_sum))
-            tl.store(d_gamma + tl.program_id(0), tl.sum(gamma_sum))
+        store_tile(dR, tl.sum(dr, 2)[:, :, None, :], own, column_stride, tl.num_programs(0), d, D, W)
+    if d_schedule[0] is not None:
+        store_schedule_of_program(d_schedule, sums, MOMENTUM, ROWS, STEPS)
 
 
 def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
-    """Contract of the op ``momentum_spectral``."""
+    """y of ``momentum_spectral_kernel``."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
@@ -261,14 +213,11 @@ def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num
         return _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory)
     shared = matrix.shape[0] < B
     blocks = triton.cdiv(B, tile.samples)
-    matrix, matrix_stride = as_matrices(matrix)
-    (eigenvalues, eigenvalues_stride), (b, b_stride), (y0, y0_stride) = as_rows(eigenvalues), as_rows(b), as_rows(y0)
-    phi, beta, gamma, *strides = schedule_arguments(*schedule)
+    programs = resident_programs(b.device, blocks, tile.num_warps) if shared else blocks
     launch(
-        momentum_spectral_kernel,
-        resident_programs(b.device, blocks, tile.num_warps) if shared else blocks,
-        eigenvalues, matrix, b, y0, phi, beta, gamma, y,
-        eigenvalues_stride, matrix_stride, b_stride, y0_stride, 1, *strides, B, num_steps,
+        momentum_spectral_kernel, b.device, programs,
+        Vectors.rows(eigenvalues), Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(*schedule), y,
+        1, B, num_steps,
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, num_warps=tile.num_warps,
     )  # fmt: skip
     return y
@@ -278,7 +227,7 @@ def backward(
     grad_y, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
     needs_eigenvalues, needs_matrix, needs_schedule,
 ):  # fmt: skip
-    """Contract of the op ``momentum_spectral_backward``."""
+    """The gradients of ``momentum_spectral_backward_kernel``."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     needs = (needs_eigenvalues, needs_matrix)
@@ -301,15 +250,11 @@ def backward(
         d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
     db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
-    matrix, matrix_stride = as_matrices(matrix)
-    (eigenvalues, eigenvalues_stride), (b, b_stride), (y0, y0_stride) = as_rows(eigenvalues), as_rows(b), as_rows(y0)
-    phi, beta, gamma, *strides = schedule_arguments(*schedule)
     launch(
-        momentum_spectral_backward_kernel,
-        programs,
-        grad_y, eigenvalues, matrix, b, y0, phi, beta, gamma,
-        d_eigenvalues, d_matrix, db, dy0, *d_schedule.parts, trace, *cotangent_strides(grad_y, trajectory),
-        eigenvalues_stride, matrix_stride, b_stride, y0_stride, 1, *strides, B, num_steps,
+        momentum_spectral_backward_kernel, b.device, programs,
+        Vectors.cotangent(grad_y, trajectory), Vectors.rows(eigenvalues), Matrices.of(matrix), Vectors.rows(b),
+        Vectors.rows(y0), Schedule.of(*schedule), d_eigenvalues, d_matrix, db, dy0, d_schedule.parts, trace,
+        1, B, num_steps,
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
         num_warps=tile.num_warps,
     )  # fmt: skip

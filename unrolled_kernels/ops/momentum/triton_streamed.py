@@ -10,22 +10,24 @@ import torch
 import triton
 import triton.language as tl
 
-from unrolled_kernels.ops.momentum.triton_launch import (
+from unrolled_kernels.ops.triton.launch import (
+    Matrices,
+    Schedule,
     ScheduleGradient,
-    as_matrices,
-    as_rows,
-    cotangent_strides,
+    Vectors,
     launch,
     resident_programs,
-    schedule_arguments,
 )
-from unrolled_kernels.ops.momentum.triton_tile import (
+from unrolled_kernels.ops.triton.tile import (
     UNSPECIALIZED,
+    accumulate_schedule,
     adjoint_step,
-    load_coefficient,
+    load_gamma,
+    load_phi,
     load_schedule,
     load_vector,
-    store_step_gradient,
+    store_schedule_of_program,
+    store_schedule_of_samples,
 )
 
 _WARPS = 8
@@ -71,34 +73,34 @@ def streamed_product(
 
 @triton.jit
 def streamed_step(
-    Q, b, sample, b_stride, real, current, previous, following, phi_t, beta_t, gamma_t, d,
-    S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MOMENTUM: tl.constexpr,
+    Q, b, schedule, sample, t, real, current, previous, following, d,
+    S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Write y_{t+1} to the slot ``following`` from y_t and y_{t-1}; coefficients ``[1, S]``."""
+    """Step t: write y_{t+1} to the slot ``following`` from y_t and y_{t-1}."""
     dtype: tl.constexpr = current.dtype.element_ty
+    MOMENTUM: tl.constexpr = schedule.beta is not None
+    phi_t, beta_t, gamma_t = load_schedule(schedule, sample, t, real)
     for first in range(0, d, R):
         i = (first + tl.arange(0, R))[:, None]
-        Qz = streamed_product(Q, first, current, previous, gamma_t, d, S, R, C, False, MOMENTUM)
+        Qz = streamed_product(Q, first, current, previous, gamma_t[None, :], d, S, R, C, False, MOMENTUM)
         x = load_state(current, i, S, d)
-        next_x = x - phi_t * (Qz + load_vector(b, sample[None, :], b_stride, i, 1, (i < d) & real[None, :], dtype))
+        rhs = load_vector(b, sample[None, :], i, (i < d) & real[None, :], dtype)
+        next_x = x - phi_t[None, :] * (Qz + rhs)
         if MOMENTUM:
-            next_x += beta_t * (x - load_state(previous, i, S, d))
+            next_x += beta_t[None, :] * (x - load_state(previous, i, S, d))
         store_state(following, i, next_x, S, d)
     tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_dense_streamed_kernel(
-    Q, b, y0, phi, beta, gamma,
+    Q, b, y0, schedule,
     y,              # [B, d], or [num_steps + 1, B, d]
     states,         # [programs, 3, S, d]: y_t stands in slot t mod 3
-    Q_stride, b_stride, y0_stride,
-    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
     B, num_steps, d,
     S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, TRAJECTORY: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = phi.dtype.element_ty
-    MOMENTUM: tl.constexpr = beta is not None
+    dtype: tl.constexpr = schedule.phi.dtype.element_ty
     slot = tl.cast(d, tl.int64) * S
     states += tl.program_id(0) * 3 * slot
     for block in range(tl.program_id(0), tl.cdiv(B, S), tl.num_programs(0)):
@@ -106,27 +108,20 @@ def momentum_dense_streamed_kernel(
         real = sample < B
         s = sample[None, :]
         # with one sample a program Q is its own; otherwise the stride is 0
-        Q_block = Q + tl.cast(block, tl.int64) * Q_stride
+        Q_block = Q.pointer + tl.cast(block, tl.int64) * Q.stride
         for first in range(0, d, R):
             i = (first + tl.arange(0, R))[:, None]
             inside = (i < d) & real[None, :]
-            x = load_vector(y0, s, y0_stride, i, 1, inside, dtype)
+            x = load_vector(y0, s, i, inside, dtype)
             store_state(states, i, x, S, d)
             if TRAJECTORY:
                 tl.store(y + s.to(tl.int64) * d + i, x, mask=inside)
         tl.debug_barrier()
         target = y
         for t in range(num_steps):
-            phi_t, beta_t, gamma_t = load_schedule(
-                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                sample, t, real,
-            )  # fmt: skip
+            current, previous = states + (t % 3) * slot, states + (tl.maximum(t - 1, 0) % 3) * slot
             following = states + ((t + 1) % 3) * slot
-            streamed_step(
-                Q_block, b, sample, b_stride, real, states + (t % 3) * slot,
-                states + (tl.maximum(t - 1, 0) % 3) * slot, following,
-                phi_t[None, :], beta_t[None, :], gamma_t[None, :], d, S, R, C, MOMENTUM,
-            )  # fmt: skip
+            streamed_step(Q_block, b, schedule, sample, t, real, current, previous, following, d, S, R, C)
             if TRAJECTORY:
                 target += tl.cast(B, tl.int64) * d
                 for first in range(0, d, R):
@@ -143,60 +138,44 @@ def momentum_dense_streamed_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_dense_streamed_backward_kernel(
-    grad_y, Q, b, y0, phi, beta, gamma,
-    dQ,             # like Q; where the batch shares Q one [d, d] a program, in the compute dtype; None where not needed
+    grad_y, Q, b, y0, schedule,
+    dQ,             # like Q; where the batch shares Q one [d, d] a program, in the compute dtype
     db, dy0,        # [B, d]
-    d_phi, d_beta, d_gamma,  # [B or programs, num_steps or 1] by ROWS and STEPS; None where not needed
+    d_schedule,     # φ̄, β̄, γ̄, [B or programs, num_steps or 1] by ROWS and STEPS; any of these None where not needed
     states,         # [programs, 2 num_steps + 4, S, d]: y_0 … y_k, ȳ_0 … ȳ_k, two slots for what goes on to ȳ_{t-1}
-    grad_step, grad_sample, grad_entry,
-    Q_stride, b_stride, y0_stride,
-    phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
     B, num_steps, d,
     S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     TRAJECTORY: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = phi.dtype.element_ty
-    MOMENTUM: tl.constexpr = beta is not None
+    dtype: tl.constexpr = schedule.phi.dtype.element_ty
+    MOMENTUM: tl.constexpr = schedule.beta is not None
     slot = tl.cast(d, tl.int64) * S
     states += tl.program_id(0) * (2 * num_steps + 4) * slot
     adjoints = states + (num_steps + 1) * slot
     carries = adjoints + (num_steps + 1) * slot
-    phi_sum = tl.zeros([S], dtype)
-    beta_sum = tl.zeros([S], dtype)
-    gamma_sum = tl.zeros([S], dtype)
+    sums = (tl.zeros([R, S], dtype), tl.zeros([R, S], dtype), tl.zeros([R, S], dtype))
     for block in range(tl.program_id(0), tl.cdiv(B, S), tl.num_programs(0)):
         first_block = block == tl.program_id(0)
         sample = block * S + tl.arange(0, S)
         real = sample < B
         s = sample[None, :]
-        Q_block = Q + tl.cast(block, tl.int64) * Q_stride
-        last = grad_y
-        if TRAJECTORY:
-            last += tl.cast(num_steps, tl.int64) * grad_step
+        Q_block = Q.pointer + tl.cast(block, tl.int64) * Q.stride
         for first in range(0, d, R):
             i = (first + tl.arange(0, R))[:, None]
             inside = (i < d) & real[None, :]
-            store_state(states, i, load_vector(y0, s, y0_stride, i, 1, inside, dtype), S, d)
-            a = load_vector(last, s, grad_sample, i, grad_entry, inside, dtype)
+            store_state(states, i, load_vector(y0, s, i, inside, dtype), S, d)
+            a = load_vector(grad_y, s, i, inside, dtype, num_steps)
             store_state(adjoints + num_steps * slot, i, a, S, d)
             store_state(carries + (num_steps % 2) * slot, i, tl.zeros([R, S], dtype), S, d)
         tl.debug_barrier()
         for t in range(num_steps - 1):
-            phi_t, beta_t, gamma_t = load_schedule(
-                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                sample, t, real,
-            )  # fmt: skip
-            streamed_step(
-                Q_block, b, sample, b_stride, real, states + t * slot, states + tl.maximum(t - 1, 0) * slot,
-                states + (t + 1) * slot, phi_t[None, :], beta_t[None, :], gamma_t[None, :], d, S, R, C, MOMENTUM,
-            )  # fmt: skip
+            current, previous = states + t * slot, states + tl.maximum(t - 1, 0) * slot
+            streamed_step(Q_block, b, schedule, sample, t, real, current, previous, current + slot, d, S, R, C)
 
         for back in range(num_steps):
             t = num_steps - 1 - back
-            phi_t, beta_t, gamma_t = load_schedule(
-                phi, beta, gamma, phi_sample, phi_step, beta_sample, beta_step, gamma_sample, gamma_step,
-                sample, t, real,
-            )  # fmt: skip
+            phi_t, beta_t, gamma_t = load_schedule(schedule, sample, t, real)
+            phi_t, beta_t, gamma_t = phi_t[None, :], beta_t[None, :], gamma_t[None, :]
             phi_part = tl.zeros([R, S], dtype)
             beta_part = tl.zeros([R, S], dtype)
             gamma_part = tl.zeros([R, S], dtype)
@@ -204,60 +183,53 @@ def momentum_dense_streamed_backward_kernel(
             for first in range(0, d, R):
                 i = (first + tl.arange(0, R))[:, None]
                 inside = (i < d) & real[None, :]
-                w = streamed_product(Q_block, first, following, following, gamma_t[None, :], d, S, R, C, True, False)
+                w = streamed_product(Q_block, first, following, following, gamma_t, d, S, R, C, True, False)
                 a = load_state(following, i, S, d)
                 carry = load_state(carries + ((t + 1) % 2) * slot, i, S, d)
-                if d_phi is not None:
+                if d_schedule[0] is not None:
                     x = load_state(states + t * slot, i, S, d)
                     z = x
                     if MOMENTUM:
                         m = x - load_state(states + tl.maximum(t - 1, 0) * slot, i, S, d)
-                        z += gamma_t[None, :] * m
+                        z += gamma_t * m
                         beta_part += a * m
-                        gamma_part -= phi_t[None, :] * w * m
-                    phi_part -= w * z + a * load_vector(b, s, b_stride, i, 1, inside, dtype)
-                a, carry = adjoint_step(a, carry, w, phi_t[None, :], beta_t[None, :], gamma_t[None, :], MOMENTUM)
+                        gamma_part -= phi_t * w * m
+                    phi_part -= w * z + a * load_vector(b, s, i, inside, dtype)
+                a, carry = adjoint_step(a, carry, w, phi_t, beta_t, gamma_t, MOMENTUM)
                 if TRAJECTORY:
-                    own = grad_y + tl.cast(t, tl.int64) * grad_step
-                    a += load_vector(own, s, grad_sample, i, grad_entry, inside, dtype)
+                    a += load_vector(grad_y, s, i, inside, dtype, t)
                 store_state(adjoints + t * slot, i, a, S, d)
                 store_state(carries + (t % 2) * slot, i, carry, S, d)
-            if d_phi is not None:
-                if STEPS:
-                    store_step_gradient(d_phi, tl.sum(phi_part, 0), sample, t, num_steps, real, True, first_block, ROWS)
-                    if MOMENTUM:
-                        store_step_gradient(
-                            d_beta, tl.sum(beta_part, 0), sample, t, num_steps, real, True, first_block, ROWS
-                        )
-                        store_step_gradient(
-                            d_gamma, tl.sum(gamma_part, 0), sample, t, num_steps, real, True, first_block, ROWS
-                        )
-                else:
-                    phi_sum += tl.sum(phi_part, 0)
-                    beta_sum += tl.sum(beta_part, 0)
-                    gamma_sum += tl.sum(gamma_part, 0)
+            if d_schedule[0] is not None:
+                parts = (phi_part, beta_part, gamma_part)
+                sums = accumulate_schedule(
+                    d_schedule, sums, parts, sample, t, num_steps, real, first_block, MOMENTUM, 1, ROWS, STEPS
+                )
             tl.debug_barrier()
 
         for first in range(0, d, R):
             i = (first + tl.arange(0, R))[:, None]
             inside = (i < d) & real[None, :]
-            b_bar = tl.zeros([R, S], dtype)
-            for t in range(num_steps):
-                phi_t = load_coefficient(phi, sample, phi_sample, t, phi_step, real)[None, :]
-                b_bar -= phi_t * load_state(adjoints + (t + 1) * slot, i, S, d)
-            tl.store(db + s.to(tl.int64) * d + i, b_bar, mask=inside)
-            start = load_state(adjoints, i, S, d) + load_state(carries, i, S, d)
-            tl.store(dy0 + s.to(tl.int64) * d + i, start, mask=inside)
+            if db is not None:
+                b_bar = tl.zeros([R, S], dtype)
+                for t in range(num_steps):
+                    phi_t = load_phi(schedule, sample, t, real)[None, :]
+                    b_bar -= phi_t * load_state(adjoints + (t + 1) * slot, i, S, d)
+                tl.store(db + s.to(tl.int64) * d + i, b_bar, mask=inside)
+            if dy0 is not None:
+                start = load_state(adjoints, i, S, d) + load_state(carries, i, S, d)
+                tl.store(dy0 + s.to(tl.int64) * d + i, start, mask=inside)
             if dQ is not None:
                 for start_column in range(0, d, C):
                     j = start_column + tl.arange(0, C)
                     tile = tl.zeros([R, C], dtype)
                     for t in range(num_steps):
-                        phi_t = load_coefficient(phi, sample, phi_sample, t, phi_step, real)[None, :]
-                        a = phi_t * load_state(adjoints + (t + 1) * slot, i, S, d)
+                        a = load_phi(schedule, sample, t, real)[None, :] * load_state(
+                            adjoints + (t + 1) * slot, i, S, d
+                        )
                         z = load_state(states + t * slot, j[:, None], S, d)
                         if MOMENTUM:
-                            gamma_t = load_coefficient(gamma, sample, gamma_sample, t, gamma_step, real)[None, :]
+                            gamma_t = load_gamma(schedule, sample, t, real)[None, :]
                             z += gamma_t * (z - load_state(states + tl.maximum(t - 1, 0) * slot, j[:, None], S, d))
                         if S == 1:
                             tile -= a * tl.trans(z)
@@ -272,46 +244,34 @@ def momentum_dense_streamed_backward_kernel(
                         if not first_block:
                             tile += tl.load(own, mask=whole, other=0.0)
                         tl.store(own, tile, mask=whole)
-        if d_phi is not None and ROWS and not STEPS:
-            tl.store(d_phi + sample, phi_sum, mask=real)
-            phi_sum = tl.zeros([S], dtype)
-            if MOMENTUM:
-                tl.store(d_beta + sample, beta_sum, mask=real)
-                tl.store(d_gamma + sample, gamma_sum, mask=real)
-                beta_sum = tl.zeros([S], dtype)
-                gamma_sum = tl.zeros([S], dtype)
+        if d_schedule[0] is not None:
+            sums = store_schedule_of_samples(d_schedule, sums, sample, real, MOMENTUM, 1, ROWS, STEPS)
         # the states are overwritten for the next block
         tl.debug_barrier()
 
-    if d_phi is not None and not ROWS and not STEPS:
-        tl.store(d_phi + tl.program_id(0), tl.sum(phi_sum))
-        if MOMENTUM:
-            tl.store(d_beta + tl.program_id(0), tl.sum(beta_sum))
-            tl.store(d_gamma + tl.program_id(0), tl.sum(gamma_sum))
+    if d_schedule[0] is not None:
+        store_schedule_of_program(d_schedule, sums, MOMENTUM, ROWS, STEPS)
 
 
-def _plan(matrix, B, compute):
-    """Whether the batch shares Q, and the constants of a launch: samples a program, tile of Q, warps, registers."""
+def _constants(matrix, B, compute):
+    """Samples a program, the tile of Q, warps and registers."""
     shared = matrix.shape[0] < B
-    constants = {"S": _SHARED_SAMPLES if shared else 1, "R": 64, "C": 16 if shared else 64}
+    tile = {"S": _SHARED_SAMPLES if shared else 1, "R": 64, "C": 16 if shared else 64}
     # two programs a multiprocessor; left alone, ptxas spills to fit a third
-    return shared, constants | {"num_warps": _WARPS, "maxnreg": 128 if compute == torch.float32 else None}
+    return tile | {"num_warps": _WARPS, "maxnreg": 128 if compute == torch.float32 else None}
 
 
 def forward(matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
-    """Contract of the op ``momentum_dense``, for a batch that is not empty."""
+    """y of ``momentum_dense_streamed_kernel``, for a batch that is not empty."""
     B, d = b.shape
-    shared, constants = _plan(matrix, B, step_sizes.dtype)
+    constants = _constants(matrix, B, step_sizes.dtype)
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     programs = resident_programs(b.device, triton.cdiv(B, constants["S"]), _WARPS)
     states = step_sizes.new_empty((programs, 3, constants["S"], d))
-    matrix, matrix_stride = as_matrices(matrix)
-    (b, b_stride), (y0, y0_stride) = as_rows(b), as_rows(y0)
-    phi, beta, gamma, *strides = schedule_arguments(step_sizes, momentum, extrapolation)
     launch(
-        momentum_dense_streamed_kernel, programs,
-        matrix, b, y0, phi, beta, gamma, y, states, 0 if shared else matrix_stride, b_stride, y0_stride, *strides,
-        B, num_steps, d, **constants, TRAJECTORY=trajectory,
+        momentum_dense_streamed_kernel, b.device, programs,
+        Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(step_sizes, momentum, extrapolation),
+        y, states, B, num_steps, d, **constants, TRAJECTORY=trajectory,
     )  # fmt: skip
     return y
 
@@ -319,10 +279,11 @@ def forward(matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, traje
 def backward(
     grad_y, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, needs_matrix, needs_schedule
 ):
-    """Contract of the op ``momentum_dense_backward``, for a batch that is not empty."""
+    """The gradients of ``momentum_dense_streamed_backward_kernel``, for a batch that is not empty."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
-    shared, constants = _plan(matrix, B, step_sizes.dtype)
+    shared = matrix.shape[0] < B
+    constants = _constants(matrix, B, step_sizes.dtype)
     programs = resident_programs(b.device, triton.cdiv(B, constants["S"]), _WARPS)
     states = step_sizes.new_empty((programs, 2 * num_steps + 4, constants["S"], d))
     d_matrix = None
@@ -330,15 +291,11 @@ def backward(
         d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
     db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
-    matrix, matrix_stride = as_matrices(matrix)
-    (b, b_stride), (y0, y0_stride) = as_rows(b), as_rows(y0)
-    phi, beta, gamma, *strides = schedule_arguments(*schedule)
     launch(
-        momentum_dense_streamed_backward_kernel, programs,
-        grad_y, matrix, b, y0, phi, beta, gamma, d_matrix, db, dy0, *d_schedule.parts, states,
-        *cotangent_strides(grad_y, trajectory), 0 if shared else matrix_stride, b_stride, y0_stride, *strides,
-        B, num_steps, d, **constants,
-        TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
+        momentum_dense_streamed_backward_kernel, b.device, programs,
+        Vectors.cotangent(grad_y, trajectory), Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0),
+        Schedule.of(*schedule), d_matrix, db, dy0, d_schedule.parts, states, B, num_steps, d,
+        **constants, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
     )  # fmt: skip
     if d_matrix is None:
         d_matrix = b.new_empty(0)

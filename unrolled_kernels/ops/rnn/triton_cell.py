@@ -14,15 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from unrolled_kernels.ops.momentum.triton_launch import (
-    as_matrices,
-    as_rows,
-    cotangent_strides,
-    launch,
-    resident_programs,
-)
-from unrolled_kernels.ops.momentum.triton_tile import load_vector
 from unrolled_kernels.ops.rnn.native import hidden_dims_of
+from unrolled_kernels.ops.triton.launch import Matrices, Vectors, launch, resident_programs
+from unrolled_kernels.ops.triton.tile import load_vector
 
 SAMPLES = 16  # the least that tl.dot takes
 # warps by the larger of D and H; nothing spills up to 32, at 64 some of what a lane holds of the operands of tl.dot
@@ -64,7 +58,7 @@ def add_outer_products(pointer, a, x, rows: tl.constexpr, columns: tl.constexpr,
 
 @triton.jit
 def multiply_by_Q(
-    Q, x, copy, sample, Q_stride, real,
+    Q, x, copy, sample, real,
     d: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BB: tl.constexpr,
     DIAGONAL: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -74,9 +68,9 @@ def multiply_by_Q(
     columns = tl.arange(0, D)
     if DIAGONAL:
         inside = real[:, None] & (columns[None, :] < d)
-        product = x * tl.load(Q + s[:, None] * Q_stride + columns[None, :], mask=inside, other=0.0).to(C)
+        product = x * load_vector(Q, s[:, None], columns[None, :], inside, C)
     elif SHARED:
-        q = load_matrix(Q, d, d, D, D, C)
+        q = load_matrix(Q.pointer, d, d, D, D, C)
         product = dot(x, q if TRANSPOSED else tl.trans(q))
     else:
         product = tl.zeros([BB, D], C)
@@ -92,7 +86,7 @@ def multiply_by_Q(
                 i, j = columns[None, :, None], part[None, None, :]
                 piece = piece[:, None, :]
             inside = real[:, None, None] & (i < d) & (j < d)
-            q = tl.load(Q + s[:, None, None] * Q_stride + i * d + j, mask=inside, other=0.0).to(C)
+            q = tl.load(Q.pointer + s[:, None, None] * Q.stride + i * d + j, mask=inside, other=0.0).to(C)
             product += tl.sum(q * piece, 1 if TRANSPOSED else 2)
     return product
 
@@ -132,7 +126,7 @@ def rnn_kernel(
     Q, b, y0, weights,
     y,              # [B, d], or [num_steps + 1, B, d]
     scratch,        # [programs, BB, D], y_t
-    Q_stride, b_stride, y0_stride, B, num_steps, num_weights,
+    B, num_steps, num_weights,
     HIDDEN: tl.constexpr, d: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BB: tl.constexpr,
     DIAGONAL: tl.constexpr, SHARED: tl.constexpr, TRAJECTORY: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +138,8 @@ def rnn_kernel(
         sample = block * BB + tl.arange(0, BB)
         real = sample < B
         s, inside = sample[:, None], (i < d) & real[:, None]
-        b_ = load_vector(b, s, b_stride, i, 1, inside, C)
-        x = load_vector(y0, s, y0_stride, i, 1, inside, C)
+        b_ = load_vector(b, s, i, inside, C)
+        x = load_vector(y0, s, i, inside, C)
         target = y + s.to(tl.int64) * d + i
         if TRAJECTORY:
             tl.store(target, x, mask=inside)
@@ -154,7 +148,7 @@ def rnn_kernel(
                 tl.debug_barrier()
                 tl.store(copy + state, x)
                 tl.debug_barrier()
-            g = b_ + multiply_by_Q(Q, x, copy, sample, Q_stride, real, d, D, R, BB, DIAGONAL, SHARED, False)
+            g = b_ + multiply_by_Q(Q, x, copy, sample, real, d, D, R, BB, DIAGONAL, SHARED, False)
             h = hidden_layers(x, g, weights, None, HIDDEN, d, D, H, BB)
             x = output_layer(h, weights, num_weights, HIDDEN, d, D, H)
             if TRAJECTORY:
@@ -172,8 +166,7 @@ def rnn_backward_kernel(
     d_weights,      # [programs, num_weights], zero at first; None where not needed
     trace,          # [programs, 2, max(num_steps, 1), BB, D]: y_t, then e_t
     hidden,         # [programs, L, BB, H]
-    grad_step, grad_sample, grad_entry,
-    Q_stride, b_stride, y0_stride, B, num_steps, num_weights,
+    B, num_steps, num_weights,
     HIDDEN: tl.constexpr, d: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BB: tl.constexpr,
     DIAGONAL: tl.constexpr, SHARED: tl.constexpr, TRAJECTORY: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +190,8 @@ def rnn_backward_kernel(
         sample = block * BB + tl.arange(0, BB)
         real = sample < B
         s, inside = sample[:, None], (i < d) & real[:, None]
-        b_ = load_vector(b, s, b_stride, i, 1, inside, C)
-        x = load_vector(y0, s, y0_stride, i, 1, inside, C)
+        b_ = load_vector(b, s, i, inside, C)
+        x = load_vector(y0, s, i, inside, C)
 
         # replay y_0 … y_{k-1} into the trace, which other threads still read for the block before
         tl.debug_barrier()
@@ -206,7 +199,7 @@ def rnn_backward_kernel(
         tl.store(row + state, x)
         tl.debug_barrier()
         for _ in range(num_steps - 1):
-            g = b_ + multiply_by_Q(Q, x, row, sample, Q_stride, real, d, D, R, BB, DIAGONAL, SHARED, False)
+            g = b_ + multiply_by_Q(Q, x, row, sample, real, d, D, R, BB, DIAGONAL, SHARED, False)
             h = hidden_layers(x, g, weights, None, HIDDEN, d, D, H, BB)
             x = output_layer(h, weights, num_weights, HIDDEN, d, D, H)
             row += BB * D
@@ -214,17 +207,14 @@ def rnn_backward_kernel(
             tl.debug_barrier()
 
         # the adjoint recurrence of manual.py
-        cotangent = grad_y
-        if TRAJECTORY:
-            cotangent += tl.cast(num_steps, tl.int64) * grad_step
-        a = load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C)
+        a = load_vector(grad_y, s, i, inside, C, num_steps)
         b_bar = tl.zeros([BB, D], C)
         q_bar = tl.zeros([BB, D], C)
         message = messages + trace_size
-        for _ in range(num_steps):
+        for back in range(num_steps):
             x = tl.load(row + state)
             message -= BB * D
-            g = b_ + multiply_by_Q(Q, x, row, sample, Q_stride, real, d, D, R, BB, DIAGONAL, SHARED, False)
+            g = b_ + multiply_by_Q(Q, x, row, sample, real, d, D, R, BB, DIAGONAL, SHARED, False)
             h = hidden_layers(x, g, weights, hidden, HIDDEN, d, D, H, BB)
             tl.debug_barrier()
             offset = num_weights - d * last
@@ -251,15 +241,16 @@ def rnn_backward_kernel(
                 elif SHARED:
                     add_outer_products(dQ, e, x, d, d, D, D)
             a = dot(delta, load_matrix(weights, HIDDEN[0], d, H, D, C))
-            a += multiply_by_Q(Q, e, message, sample, Q_stride, real, d, D, R, BB, DIAGONAL, SHARED, True)
+            a += multiply_by_Q(Q, e, message, sample, real, d, D, R, BB, DIAGONAL, SHARED, True)
             if TRAJECTORY:
-                cotangent -= grad_step
-                a += load_vector(cotangent, s, grad_sample, i, grad_entry, inside, C)
+                a += load_vector(grad_y, s, i, inside, C, num_steps - 1 - back)
             row -= BB * D
 
         target = s.to(tl.int64) * d + i
-        tl.store(db + target, b_bar, mask=inside)
-        tl.store(dy0 + target, a, mask=inside)
+        if db is not None:
+            tl.store(db + target, b_bar, mask=inside)
+        if dy0 is not None:
+            tl.store(dy0 + target, a, mask=inside)
         if dQ is not None:
             if DIAGONAL:
                 tl.store(dQ + target, q_bar, mask=inside)
@@ -303,10 +294,9 @@ def _constants(matrix, b, hidden_dims, trajectory):
 
 
 def _operands(matrix, b, y0):
-    """Q, b and y_0 as the kernels take them, then the strides between their samples."""
-    matrix, matrix_stride = as_rows(matrix) if matrix.dim() == 2 else as_matrices(matrix)
-    (b, b_stride), (y0, y0_stride) = as_rows(b), as_rows(y0)
-    return (matrix, b, y0), (matrix_stride, b_stride, y0_stride)
+    """Q, b and y_0 as the kernels take them."""
+    Q = Vectors.rows(matrix) if matrix.dim() == 2 else Matrices.of(matrix)
+    return Q, Vectors.rows(b), Vectors.rows(y0)
 
 
 def _pack(weights):
@@ -324,12 +314,9 @@ def forward(matrix, b, y0, weights, num_steps, trajectory):
     constants = _constants(matrix, b, hidden_dims, trajectory)
     programs = resident_programs(b.device, triton.cdiv(B, SAMPLES), constants["num_warps"])
     scratch = weights.new_empty((programs, SAMPLES, constants["D"]))
-    tensors, strides = _operands(matrix, b, y0)
     launch(
-        rnn_kernel,
-        programs,
-        *tensors, weights, y, scratch, *strides, B, num_steps, weights.numel(),
-        **constants,
+        rnn_kernel, b.device, programs,
+        *_operands(matrix, b, y0), weights, y, scratch, B, num_steps, weights.numel(), **constants,
     )  # fmt: skip
     return y
 
@@ -350,13 +337,10 @@ def backward(grad_y, matrix, b, y0, weights, num_steps, trajectory, needs_matrix
     d_matrix = None
     if needs_matrix:
         d_matrix = weights.new_zeros((programs, d, d)) if constants["SHARED"] else matrix.new_empty(matrix.shape)
-    tensors, strides = _operands(matrix, b, y0)
     launch(
-        rnn_backward_kernel,
-        programs,
-        grad_y, *tensors, weights, d_matrix, db, dy0, d_weights, trace, hidden,
-        *cotangent_strides(grad_y, trajectory), *strides, B, num_steps, weights.numel(),
-        **constants,
+        rnn_backward_kernel, b.device, programs,
+        Vectors.cotangent(grad_y, trajectory), *_operands(matrix, b, y0), weights,
+        d_matrix, db, dy0, d_weights, trace, hidden, B, num_steps, weights.numel(), **constants,
     )  # fmt: skip
     if d_matrix is None:
         d_matrix = b.new_empty(0)

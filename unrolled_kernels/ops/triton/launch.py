@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels share: configurations, arguments as the kernels take them, partial sums."""
+"""What the launchers share: configurations, arguments as the kernels take them, partial sums."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ SPECTRAL_BACKWARD = DENSE_BACKWARD | {64: (1, 16, 2), 128: (1, 32, 8)}
 
 
 class Tile(NamedTuple):
-    """How a program holds matrices in registers (triton_tile): ``samples`` of them, W columns to a vector of lanes."""
+    """How a program holds matrices in registers (tile.py): ``samples`` of them, W columns to a vector of lanes."""
 
     d: int
     D: int
@@ -56,9 +56,63 @@ class Tile(NamedTuple):
         return {"d": self.d, "D": self.D, "W": self.W, "BB": self.samples}
 
 
-def launch(kernel, programs, *args, num_warps, maxnreg=None, **constants):
-    """Start ``programs`` programs of a kernel on the current stream of its tensors' device, without waiting."""
-    device = args[0].device
+class Matrices(NamedTuple):
+    """``[B or 1, d, d]``, each matrix contiguous, as one argument of a kernel."""
+
+    pointer: torch.Tensor
+    stride: int  # 0: one matrix for all samples
+
+    @classmethod
+    def of(cls, matrix):
+        d = matrix.shape[-1]
+        matrix = matrix if matrix.stride()[1:] == (d, 1) else matrix.contiguous()
+        return cls(matrix, 0 if matrix.shape[0] == 1 else matrix.stride(0))
+
+
+class Vectors(NamedTuple):
+    """``[B, d]``, or a cotangent ``[num_steps + 1, B, d]``, as one argument of a kernel; zeros without a pointer."""
+
+    pointer: torch.Tensor | None
+    sample: int = 0  # strides
+    entry: int = 1
+    step: int = 0
+
+    @classmethod
+    def rows(cls, x):
+        """Of b, y_0 or λ, whose entries become adjacent."""
+        if x is None:
+            return cls(None)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        return cls(x, x.stride(0))
+
+    @classmethod
+    def cotangent(cls, grad_y, trajectory):
+        """In whatever layout it comes: one that is expanded from a number is not copied."""
+        step, sample, entry = grad_y.stride() if trajectory else (0, *grad_y.stride())
+        return cls(grad_y, sample, entry, step)
+
+
+class Schedule(NamedTuple):
+    """φ, β, γ as one argument of a kernel; a stride is None where the samples, or the steps, share the coefficient."""
+
+    phi: torch.Tensor
+    beta: torch.Tensor | None
+    gamma: torch.Tensor | None
+    phi_sample: int | None
+    phi_step: int | None
+    beta_sample: int | None
+    beta_step: int | None
+    gamma_sample: int | None
+    gamma_step: int | None
+
+    @classmethod
+    def of(cls, *schedule):
+        strides = [None if c is None or c.shape[dim] == 1 else c.stride(dim) for c in schedule for dim in range(2)]
+        return cls(*schedule, *strides)
+
+
+def launch(kernel, device, programs, *args, num_warps, maxnreg=None, **constants):
+    """Start ``programs`` programs of a kernel on the current stream of ``device``, without waiting."""
     guard = contextlib.nullcontext()
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         guard = torch.cuda.device(device)
@@ -84,33 +138,6 @@ def resident_programs(device, blocks, num_warps):
     # the interpreter runs one program after the other: few, so that each walks through several blocks
     resident = _multiprocessors(device) * max(1, 16 // num_warps) if device.type == "cuda" else 2
     return min(blocks, resident)
-
-
-def as_rows(x):
-    """``[B, d]`` with adjacent entries, and the stride between rows (0 where the batch shares one row)."""
-    if x is None:
-        return None, 0
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return x, x.stride(0)
-
-
-def as_matrices(matrix):
-    """``[B or 1, d, d]`` with each matrix contiguous, and the stride between matrices."""
-    d = matrix.shape[-1]
-    matrix = matrix if matrix.stride()[1:] == (d, 1) else matrix.contiguous()
-    return matrix, matrix.stride(0)
-
-
-def cotangent_strides(grad_y, trajectory):
-    """Strides of ``grad_y`` over steps, samples and entries; a stride-0 expanded cotangent is not copied."""
-    return grad_y.stride() if trajectory else (0, *grad_y.stride())
-
-
-def schedule_arguments(step_sizes, momentum, extrapolation):
-    """Pointers of φ, β, γ, then the strides of each over samples and steps, 0 where it is shared."""
-    schedule = (step_sizes, momentum, extrapolation)
-    strides = [0 if c is None or c.shape[dim] == 1 else c.stride(dim) for c in schedule for dim in range(2)]
-    return (*schedule, *strides)
 
 
 def zero_gradients(operands, b, schedule, needs_operands, needs_schedule):

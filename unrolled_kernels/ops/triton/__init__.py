@@ -1,0 +1,1 @@
+"""What the Triton kernels of all op families share; importing ``launch`` or ``tile`` imports Triton."""
