@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 # the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
 export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 
-.PHONY: build-native demo test test-slow fuzz bench docs gpu gpu-sanitize gpu-profile lint build clean
+.PHONY: build-native demo test test-oldest-triton test-slow fuzz bench docs gpu gpu-sanitize gpu-profile lint build clean
 
 # the extension compiles while the packages install, for this processor alone where none is there yet
 demo: $(VENV)/.base
@@ -27,6 +27,12 @@ test: build $(VENV)/.experiments $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/python -m pytest python_tests $(SIDE_BY_SIDE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(patsubst %,python_tests/test_%.py,momentum rnn triton) -k triton \
 	  $(SIDE_BY_SIDE)
+
+# the kernels with the oldest Triton that is supported, instead of the one that is installed
+OLDEST_TRITON := build/triton-3.6.0
+test-oldest-triton: build $(VENV)/.dev
+	@test -d $(OLDEST_TRITON) || $(PIP) --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest python_tests/test_triton.py $(SIDE_BY_SIDE)
 
 test-slow: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m pytest python_tests -m slow
