@@ -8,7 +8,7 @@ Sources in a folder ``cpu`` are compiled once for each instruction set, all othe
 The metadata is in pyproject.toml. Environment:
 
     UNROLLED_KERNELS_EXTENSION   0: install pure Python; 1: a build that fails is an error. Unset: it is reported.
-    UNROLLED_KERNELS_CUDA        0: leave the CUDA kernels out, even where nvcc is.
+    UNROLLED_KERNELS_CUDA        0: leave the CUDA kernels out, even where nvcc is. 1: fail where they cannot be built.
     CXX, CUDA_HOME, MAX_JOBS     the compiler, the CUDA toolkit and the number of compilations at once.
     TORCH_CUDA_ARCH_LIST         architectures instead of the default list.
     UNROLLED_KERNELS_NATIVE      1: the CPU kernels for this processor's instruction set alone, a third of the work.
@@ -162,6 +162,8 @@ def ninja_file(compiler, core, experiments, build):
         gencode, names = cuda_architectures(nvcc)
         include, lib = cuda_libraries(nvcc)
     except BuildError as error:
+        if os.environ.get("UNROLLED_KERNELS_CUDA") == "1":
+            raise
         cuda_reason, nvcc = str(error), None
     else:
         cxx_flags += ["-DUNROLLED_KERNELS_WITH_CUDA", f"-isystem {quote(include)}"]
@@ -178,7 +180,7 @@ def ninja_file(compiler, core, experiments, build):
         f"flags = {' '.join(cxx_flags)}",
         f"nvcc_flags = {' '.join(nvcc_flags)}",
         *rule("cxx", "$cxx $flags $extra -MMD -MF $out.d -c $in -o $out", "compile $in $level", depfile="$out.d"),
-        *rule("nvcc", "$nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out", "compile $in", depfile="$out.d"),
+        *rule("nvcc", "$nvcc $nvcc_flags $extra -MD -MF $out.d -c $in -o $out", "compile $in $level", depfile="$out.d"),
         *rule("link", f"$cxx -shared -Wl,--as-needed $in {' '.join(link_flags)} -o $out", "link $out"),
     ]
 
@@ -187,7 +189,9 @@ def ninja_file(compiler, core, experiments, build):
         output = build / f"{path.relative_to(CSRC).as_posix().replace('/', '.')}{suffix}.o"
         lines.append(f"build {quote(output)}: {rule_name} {quote(path)}")
         lines.extend([f"  extra = {' '.join(extra)}"] if extra else [])
-        lines.extend([f"  level = for {LEVELS[level]}"] if level is not None else [])
+        lines.extend(
+            [f"  level = for {LEVELS[level] if isinstance(level, int) else level}"] if level is not None else []
+        )
         return output
 
     def compile_folder(folder):
@@ -203,7 +207,12 @@ def ninja_file(compiler, core, experiments, build):
         lines.append(f"default {quote(library)}")
 
     # what takes longest first
-    cuda_objects = [compile_source("nvcc", path) for path in sorted(CSRC.glob("cuda/*.cu"))] if nvcc else []
+    # each storage type by itself, so that many processors share the work
+    cuda_objects = [
+        compile_source("nvcc", path, [f"'-DUNROLLED_KERNELS_CUDA_TYPES(_)=_({storage})'"], storage)
+        for path in (sorted(CSRC.glob("cuda/*.cu")) if nvcc else [])
+        for storage in ("float", "double", "half", "bfloat16")
+    ]
     shared = [compile_source("cxx", path) for path in sorted(CSRC.glob("cpu/simd/*.cpp"))]
     link(core, [*cuda_objects, *compile_folder(CSRC), *shared])
     link(experiments, [*compile_folder(CSRC / "experiments"), *shared])
@@ -249,7 +258,7 @@ class BuildExtension(build_ext):
         try:
             record["cuda_reason"] = build_libraries(*libraries)
         except BuildError as error:
-            if os.environ.get("UNROLLED_KERNELS_EXTENSION") == "1":
+            if "1" in (os.environ.get("UNROLLED_KERNELS_EXTENSION"), os.environ.get("UNROLLED_KERNELS_CUDA")):
                 raise SystemExit(f"unrolled_kernels: {error}") from None
             print(f"unrolled_kernels: installing without the extension: {error}", file=sys.stderr)
             record = {"extension": False, "extension_reason": str(error), "cuda_reason": str(error)}

@@ -222,6 +222,16 @@ def test_a_required_extension_that_cannot_be_built_is_an_error(sdist, tmp_path):
     assert "no C++ compiler was found" in result.stdout + result.stderr
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
+def test_required_cuda_kernels_that_cannot_be_built_are_an_error(sdist, tmp_path):
+    """Before anything is compiled: a run on a GPU would otherwise test nothing and look well."""
+    environment = {"UNROLLED_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "1.0", "CUDA_HOME": str(tmp_path)}
+    result = install(sdist, tmp_path / "site", **environment)
+    assert result.returncode != 0
+    said = result.stdout + result.stderr
+    assert "nvcc was not found" in said or "nvcc knows none of the architectures" in said
+
+
 def check_contents(kind, wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
