@@ -185,6 +185,24 @@ def test_use_backend_nests_and_restores():
     assert _backend.resolve(None, cpu) == before
 
 
+def test_auto_takes_what_is_fastest_for_the_work(monkeypatch):
+    """As if everything were available: one large Q for many samples goes to torch's products, on a GPU only."""
+    from unrolled_kernels import _backend
+
+    monkeypatch.setattr(_backend, "unavailable_reason", lambda name: None)
+    choose = _backend._choose.__wrapped__
+    assert choose("auto", "cuda", False) == "cuda"
+    assert choose("auto", "cuda", True) == "eager"
+    assert choose("cuda", "cuda", True) == "cuda"
+    assert choose("auto", "cpu", True) == "cpu"
+    assert choose("auto", "meta", False) == "eager"
+    asked = []
+    monkeypatch.setattr(_backend, "resolve", lambda backend, device, products=False: asked.append(products) or "eager")
+    for Q_shape, batch in (((130, 130), 200), ((130, 130), 100), ((128, 128), 200), ((200, 130, 130), 200)):
+        F.gradient_descent(torch.zeros(Q_shape), torch.zeros(batch, Q_shape[-1]), 0.5, 1)
+    assert asked == [True, False, False, False]
+
+
 def test_use_backend_is_its_threads_own():
     """Blocks of two threads that overlap, the first to enter the first to leave, end where they began."""
     from unrolled_kernels import _backend

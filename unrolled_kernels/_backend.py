@@ -88,20 +88,36 @@ def check_name(name):
         raise ValueError(f"backend: {name!r} is not available here: {reason}")
 
 
-def resolve(backend, device):
-    """The backend that runs a call on ``device``: the call's own, else ``use_backend``'s, the environment's, "auto"."""
-    return _decide(backend, device.type)
+# What "auto" takes, by device and by whether the steps are products of one large matrix with many vectors: the first
+# that is available, else eager. On a CPU by benchmarks/results/cpu-*. On a GPU by what the kernels issue, nothing being
+# measured yet: beyond d = 128 a block reads Q from L2 at each step, where a library's product takes it once for a
+# hundred samples.
+AUTO = {
+    ("cpu", False): ("cpu",),
+    ("cpu", True): ("cpu",),
+    ("cuda", False): ("cuda", "triton"),
+    ("cuda", True): (),
+}
 
 
-def _decide(backend, device_type):
-    return _choose(_default.get() if backend is None or backend == "auto" else backend, device_type)
+def resolve(backend, device, products=False):
+    """Who runs a call on ``device``: the call's own backend, else ``use_backend``'s, the environment's, or "auto"'s.
+
+    Args:
+        products: whether the steps are products of one large matrix with many vectors, which libraries do well.
+    """
+    return _decide(backend, device.type, products)
+
+
+def _decide(backend, device_type, products):
+    return _choose(_default.get() if backend is None or backend == "auto" else backend, device_type, products)
 
 
 @functools.cache
-def _choose(backend, device_type):
+def _choose(backend, device_type, products):
     check_name(backend)
     if backend == "auto":
-        candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device_type, ())
+        candidates = AUTO.get((device_type, products), ())
         return next((name for name in candidates if unavailable_reason(name) is None), "eager")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     runs_on = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted else "cuda"}.get(backend, device_type)

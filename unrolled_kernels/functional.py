@@ -225,7 +225,9 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
             chosen = _backend.resolve(backend, b.device)
             return _momentum_op(chosen, num_steps, return_trajectory, None, Q, b, None, *schedule, None)
     shape = _full_shape(Q, b, y0)
-    chosen = _backend.resolve(backend, b.device)
+    # one Q for many samples, beyond what the GPU kernels hold in registers
+    products = isinstance(Q, torch.Tensor) and Q.dim() == 2 and shape[-1] > 128 and math.prod(shape[:-1]) > 128
+    chosen = _backend.resolve(backend, b.device, products)
     schedule = tuple(
         None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma)
     )
