@@ -157,8 +157,11 @@ def test_loss_and_q_error_are_invariant_under_the_rotation(exact_task):
         losses = distance(model(task.x, task.R, task.b), task.y_star)
         eigenvalues = model.network(task.x)
     together = ensemble.Ensemble(task, [trial], Training(0))
-    test, spectral, frobenius2 = together.evaluate()
-    torch.testing.assert_close(test[0], losses.mean(), rtol=1e-10, atol=0)
+    with torch.no_grad():
+        on_true = distance(model.layer(Spectral(task.eigenvalues, task.R), task.b), task.y_star)
+    test, true, spectral, frobenius2 = together.evaluate()
+    torch.testing.assert_close(test[0], losses, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(true[0], on_true, rtol=1e-9, atol=1e-9)
     difference = Spectral(eigenvalues - task.eigenvalues, task.R).to_dense()
     torch.testing.assert_close(spectral[0], torch.linalg.matrix_norm(difference, 2), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(frobenius2[0], difference.square().sum((1, 2)), rtol=1e-9, atol=1e-12)
