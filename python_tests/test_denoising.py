@@ -20,9 +20,10 @@ from PIL import Image
 import unrolled_kernels as uk
 from unrolled_kernels.experiments import checkpoint, cli
 from unrolled_kernels.experiments.denoising import data, evaluation, images, measurements, train
-from unrolled_kernels.experiments.denoising.grid import PRESETS, Grid, Training, Trial, finished_trials
+from unrolled_kernels.experiments.denoising.grid import PRESETS, Grid, Training, Trial
 from unrolled_kernels.experiments.denoising.model import CASES, DnCNN, StepSize, energy_layer, make_model
 from unrolled_kernels.experiments.denoising.weights import to_tensors
+from unrolled_kernels.experiments.study import finished_trials
 from unrolled_kernels.testing import assert_as_close_as_eager
 
 ROOT = Path(__file__).parents[1]
@@ -373,7 +374,7 @@ def test_presets_cover_figure_7():
     trials = grid.trials()
     assert len(trials) == 3 * 2 * len(grid.depths) * grid.seeds + grid.seeds
     assert 12 in PRESETS["quick"][0].depths
-    assert finished_trials(pd.DataFrame()) == set()
+    assert finished_trials(pd.DataFrame(), Trial) == set()
     assert Grid((1,), 1).trials(7)[0].seed == 7
 
 

@@ -29,7 +29,7 @@ from unrolled_kernels.experiments.pool import run_jobs
 
 COMMANDS = {
     "synthetic": "synthetic --depths 1 2 4 --hidden 0 8 --seeds 1 --epochs 400 --no-speed",
-    "learn-to-optimize": "synthetic --learn-to-optimize --depths 1 3 --seeds 1 --epochs 12 --learning-rates 1e-2",
+    "learn-to-optimize": "learn-to-optimize --depths 1 3 --seeds 1 --epochs 12 --learning-rates 1e-2",
     "denoising": (
         "denoising --size 32 --crop 16 --batch-size 4 --depths 2 --algorithms gd --cases about-right --seeds 1 "
         "--epochs 8 --checkpoint-seconds 0.01 --no-speed --no-baselines --data IMAGES"

@@ -306,7 +306,7 @@ def check_it_runs_alone(kind, empty_environment):
     command = run_in(empty_environment, "unrolled-kernels", "--help")
     assert command.returncode == 0, command.stderr
     subcommands = re.findall(r"^    (\w+)\b", command.stdout, re.MULTILINE)
-    assert subcommands == ["synthetic", "denoising", "theory", "info"]
+    assert subcommands == ["synthetic", "learn-to-optimize", "denoising", "theory", "info"]
     code = (
         "import sys\nfrom unrolled_kernels.experiments.cli import main\n"
         "for name in sys.argv[1:]:\n    try: main([name, '--help'])\n    except SystemExit as end: assert not end.code"

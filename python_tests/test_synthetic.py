@@ -19,13 +19,12 @@ from unrolled_kernels import Spectral, use_backend
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments import checkpoint, cli
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
+from unrolled_kernels.experiments.study import fingerprint
 from unrolled_kernels.experiments.synthetic import (
-    chunks,
     claims,
     data,
     ensemble,
     figures,
-    fused,
     golden,
     grid,
     report,
@@ -34,7 +33,7 @@ from unrolled_kernels.experiments.synthetic import (
 )
 from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.experiments.synthetic.evaluation import distance, spectrum_errors
-from unrolled_kernels.experiments.synthetic.grid import Training, Trial, fingerprint
+from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 from unrolled_kernels.theory.bounds import predicted_gap
 from unrolled_kernels.theory.properties import convergence_rate
 
@@ -178,7 +177,7 @@ def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, l
     settings = [("gd", 1, 100, 1e-2), ("nag", 3, 101, 1e-3), ("nag", 6, 100, 5e-3), ("gd", 6, 101, 1e-2)]
     trials = [Trial(hidden, optimizer, *point) for point in settings]
     with use_backend(backend):
-        together = chunks.train_chunk(exact_task, trials, training)
+        together = ensemble.train_chunk(exact_task, trials, training)
     for trial, row in zip(trials, together, strict=True):
         alone = train.train_one(exact_task, trial, training)
         assert row.keys() == alone.keys()
@@ -199,8 +198,8 @@ def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, l
 def test_captured_epochs_equal_those_of_the_cpu(exact_task, learned):
     training = Training(epochs=10, learn_step_size=learned)
     trials = [Trial(8, "adam", *point) for point in (("gd", 3, 100, 1e-2), ("nag", 6, 101, 1e-3))]
-    cpu = chunks.train_chunk(exact_task, trials, training)
-    cuda = chunks.train_chunk(exact_task.to("cuda"), trials, training)
+    cpu = ensemble.train_chunk(exact_task, trials, training)
+    cuda = ensemble.train_chunk(exact_task.to("cuda"), trials, training)
     names = ["best_epoch", "train", "test", "qfro2_test", "step_size"]
     for a, b in zip(cpu, cuda, strict=True):
         assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-8)
@@ -208,18 +207,18 @@ def test_captured_epochs_equal_those_of_the_cpu(exact_task, learned):
 
 def test_training_lowers_the_error_and_keeps_the_best_epoch(task):
     trial = Trial(8, "adam", "nag", 6, 100, 1e-2)
-    (row,) = chunks.train_chunk(task, [trial], Training(epochs=200))
+    (row,) = ensemble.train_chunk(task, [trial], Training(epochs=200))
     assert row["train"] < 0.7 * row["init_train"]
     assert row["test"] < 0.8 * row["init_test"]
     assert 1 <= row["best_epoch"] <= 200
     assert row["gap"] == row["test"] - row["train"]
-    longer = chunks.train_chunk(task, [trial], Training(epochs=400))[0]
+    longer = ensemble.train_chunk(task, [trial], Training(epochs=400))[0]
     assert longer["train"] <= row["train"]
 
 
 def test_a_model_that_diverges_says_so_and_is_not_chosen(task):
     trials = [Trial(8, "sgd", "gd", 3, 100, rate) for rate in (1e-2, 1e30)]
-    rows = chunks.train_chunk(task, trials, Training(epochs=3))
+    rows = ensemble.train_chunk(task, trials, Training(epochs=3))
     alone = train.train_one(task, trials[1], Training(epochs=3))
     # the first epoch already ends in NaN
     assert [np.isnan(row["train"]) for row in (*rows, alone)] == [False, True, True]
@@ -230,7 +229,7 @@ def test_a_model_that_diverges_says_so_and_is_not_chosen(task):
 def test_chunks_hold_one_architecture_and_every_model_once():
     trials = grid.PRESETS["medium"].trials()
     assert len(trials) == 1020
-    groups = chunks.make_chunks(trials, 100)
+    groups = grid.make_chunks(trials, 100)
     assert sorted(trial for chunk in groups for trial in chunk) == trials
     for chunk in groups:
         assert len(chunk) <= 100
@@ -276,7 +275,7 @@ def test_finished_run_trains_nothing_again(small_run, monkeypatch):
 
 
 def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypatch, capsys):
-    whole, ensembles = fused.train, []
+    whole, ensembles = ensemble.Ensemble._train_natively, []
 
     def interrupted(self, orders):
         whole(self, orders)
@@ -286,7 +285,7 @@ def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypat
             raise KeyboardInterrupt
 
     out = tmp_path / "run"
-    monkeypatch.setattr(fused, "train", interrupted)
+    monkeypatch.setattr(ensemble.Ensemble, "_train_natively", interrupted)
     assert cli.main(command(out)) == 130
     assert "continues" in capsys.readouterr().err
     assert len(pd.read_parquet(out / "results.parquet")) == len(ensembles[0].trials)
@@ -300,7 +299,7 @@ def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypat
         resumed_at.append(self.epoch)
 
     monkeypatch.setattr(ensemble.Ensemble, "load", recorded)
-    monkeypatch.setattr(fused, "train", whole)
+    monkeypatch.setattr(ensemble.Ensemble, "_train_natively", whole)
     assert cli.main(command(out)) == 0
     assert resumed_at == [256]
     assert_same_table(out, small_run)
@@ -330,11 +329,11 @@ def test_killed_training_continues_exactly(task, tmp_path):
     code = f"""
 from pathlib import Path
 from unrolled_kernels import use_backend
-from unrolled_kernels.experiments.synthetic import chunks, data
+from unrolled_kernels.experiments.synthetic import data, ensemble
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 task, file = data.generate(2, 1000), Path({str(file)!r})
 with use_backend("eager"):
-    chunks.train_chunk(task, {trials}, {training}, checkpoint_file=file, checkpoint_seconds=0)
+    ensemble.train_chunk(task, {trials}, {training}, checkpoint_file=file, checkpoint_seconds=0)
 """
     run = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 300
@@ -346,8 +345,8 @@ with use_backend("eager"):
     run.wait()
     counts = []
     with use_backend("eager"):
-        resumed = chunks.train_chunk(task, trials, training, checkpoint_file=file, on_epochs=counts.append)
-        whole = chunks.train_chunk(task, trials, training)
+        resumed = ensemble.train_chunk(task, trials, training, checkpoint_file=file, on_epochs=counts.append)
+        whole = ensemble.train_chunk(task, trials, training)
     assert 0 < counts[0] < 1024
     names = [*TIMELESS, "qfro2_test"]
     pd.testing.assert_frame_equal(pd.DataFrame(resumed)[names], pd.DataFrame(whole)[names], check_exact=True)
@@ -481,10 +480,10 @@ def test_damaged_or_foreign_checkpoint_names_the_file(task, tmp_path):
     one, other = ([Trial(0, "adam", "gd", k, 100, 1e-2)] for k in (2, 3))
     checkpoint.write(file, fingerprint(one), *ensemble.Ensemble(task, one, Training(5)).state())
     with pytest.raises(ValueError, match=r"state\.safetensors: a checkpoint of model \w+, expected"):
-        chunks.train_chunk(task, other, Training(5), checkpoint_file=file)
+        ensemble.train_chunk(task, other, Training(5), checkpoint_file=file)
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"state\.safetensors: not a readable checkpoint \(truncated"):
-        chunks.train_chunk(task, one, Training(5), checkpoint_file=file)
+        ensemble.train_chunk(task, one, Training(5), checkpoint_file=file)
 
 
 def test_damaged_reference_names_the_file(tmp_path, capsys):
@@ -575,8 +574,8 @@ def test_golden_at_the_start():
     assert len(table) == 60
     task = data.load_reference(REFERENCE)
     rows = []
-    for chunk in chunks.make_chunks(golden.golden_trials(table), 100):
-        rows += chunks.train_chunk(task, chunk, Training(0))
+    for chunk in grid.make_chunks(golden.golden_trials(table), 100):
+        rows += ensemble.train_chunk(task, chunk, Training(0))
     both = table.merge(pd.DataFrame(rows), on=golden.KEYS, suffixes=("", "_got"), validate="one_to_one")
     np.testing.assert_allclose(both.init_train_got, both.init_train, rtol=1e-4)
     np.testing.assert_allclose(both.init_test_got, both.init_test, rtol=1e-4)
@@ -595,7 +594,7 @@ def test_golden_after_training(trainer, algorithm, hidden, depths, rate):
     trials, training = golden.golden_trials(table), Training(golden.EPOCHS)
     task = data.load_reference(REFERENCE)
     if trainer == "ensemble":
-        rows = chunks.train_chunk(task, trials, training)
+        rows = ensemble.train_chunk(task, trials, training)
     else:
         rows = [train.train_one(task, trial, training) for trial in trials]
     errors = golden.compare(table, pd.DataFrame(rows))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unrolled_kernels import available_backends, use_backend
-from unrolled_kernels.experiments.synthetic import data, fused
+from unrolled_kernels.experiments.synthetic import data
 from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 from unrolled_kernels.testing import assert_as_close_as_eager
@@ -34,7 +34,7 @@ def trained(task, hidden, optimizer, *, epochs=20, backend="cpu", training=PLAIN
     trials = [Trial(hidden, optimizer, *point) for point in settings]
     with use_backend(backend):
         ensemble = Ensemble(task, trials, training)
-        assert fused.can_train(ensemble) == (backend == "cpu")
+        assert ensemble.runs_natively == (backend == "cpu")
         ensemble.train(ensemble.minibatch_orders(0)[:epochs])
     return ensemble
 
@@ -102,16 +102,16 @@ def test_one_step_from_zero_learns_nothing(task):
 
 def test_a_learned_step_size_is_left_to_torch(task):
     ensemble = Ensemble(task, [Trial(0, "adam", "gd", 2, 100, 1e-2)], Training(0, learn_step_size=True))
-    assert not fused.can_train(ensemble)
+    assert not ensemble.runs_natively
 
 
 def test_op_refuses_what_it_would_misread(task):
     ensemble = trained(task, 0, "adam", epochs=1)
     orders = ensemble.minibatch_orders(0)[:1]
     with pytest.raises(RuntimeError, match="orders: out of range"):
-        fused.train(ensemble, orders + 1)
+        ensemble._train_natively(orders + 1)
     with pytest.raises(RuntimeError, match="orders: not of the shape"):
-        fused.train(ensemble, orders[:, :, :-1])
+        ensemble._train_natively(orders[:, :, :-1])
     ensemble.trials = [dataclasses.replace(trial, hidden=16) for trial in ensemble.trials]
     with pytest.raises(RuntimeError, match="theta: not of the shape"):
-        fused.train(ensemble, orders)
+        ensemble._train_natively(orders)

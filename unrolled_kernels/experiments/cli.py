@@ -9,6 +9,7 @@ from unrolled_kernels import info
 # each of these offers add_parser(subparsers); one that is not there is not listed
 _SUBCOMMANDS = (
     "unrolled_kernels.experiments.synthetic.command",
+    "unrolled_kernels.experiments.learn_to_optimize.command",
     "unrolled_kernels.experiments.denoising.command",
     "unrolled_kernels.experiments.theory.command",
 )

@@ -2,10 +2,12 @@
 
 import argparse
 import platform
+from pathlib import Path
 
 import torch
 
 import unrolled_kernels
+from unrolled_kernels import _backend
 
 
 def _number(kind, allowed, expected):
@@ -24,6 +26,14 @@ def _number(kind, allowed, expected):
 positive = _number(int, lambda value: value > 0, "an integer > 0")
 not_negative = _number(int, lambda value: value >= 0, "an integer ≥ 0")
 positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number > 0")
+
+
+def add_run_options(parser, out):
+    """Where a study runs and writes: ``--out``, ``--device``, ``--backend``, ``--workers``; ``out`` is its default."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {out}")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; default: cuda where it is")
+    parser.add_argument("--backend", default="auto", choices=("auto", *_backend.NAMES), help="default: auto")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one a core on the CPU")
 
 
 def resolve_device(name, local_rank=0, local_size=1):
@@ -54,7 +64,7 @@ def device_name(device):
     """The machine in words, for a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), one thread"
+    return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def environment():

@@ -5,15 +5,13 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from unrolled_kernels import _backend
-from unrolled_kernels.experiments import checkpoint
+from unrolled_kernels.experiments import checkpoint, ranks, study
 from unrolled_kernels.experiments.denoising import (
-    distributed,
     evaluation,
     figures,
     images,
@@ -26,6 +24,7 @@ from unrolled_kernels.experiments.denoising.grid import AUTOCAST, PRESETS, SCHED
 from unrolled_kernels.experiments.denoising.model import ALGORITHMS, CASES, PLAIN, STEP_SIZES, make_model
 from unrolled_kernels.experiments.denoising.weights import load_model
 from unrolled_kernels.experiments.options import (
+    add_run_options,
     device_name,
     environment,
     not_negative,
@@ -75,10 +74,7 @@ def add_parser(subparsers):
     parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of images; default: those of scikit-image")
     parser.add_argument("--size", type=positive, default=images.SIZE, metavar="N", help="of the images; default: 180")
     parser.add_argument("--seed", type=not_negative, default=0, help="the first seed, default 0")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/denoising-PRESET")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; default: cuda where it is")
-    parser.add_argument("--backend", default="auto", choices=("auto", *_backend.NAMES), help="default: auto")
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one a core on the CPU")
+    add_run_options(parser, "runs/denoising-PRESET")
     parser.add_argument(
         "--checkpoint-seconds", type=positive_float, default=30, metavar="S", help="between checkpoints; default: 30"
     )
@@ -90,47 +86,43 @@ def add_parser(subparsers):
 
 def run(arguments):
     """Train, draw and report; see ``unrolled-kernels denoising --help``."""
-    with distributed.process_group():
+    with ranks.joined():
         return _run(arguments)
 
 
 def _run(arguments):
-    local_rank, local_size = (int(os.environ.get(name, default)) for name, default in _LOCAL)
-    device = resolve_device(arguments.device, local_rank, local_size)
+    device = resolve_device(arguments.device, *ranks.local())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _backend.resolve(arguments.backend, device)
     if arguments.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: tensorboard is not installed; get it with `pip install tensorboard`")
-    grid, training = (_replaced(preset, arguments) for preset in PRESETS[arguments.preset])
-    clean, source = distributed.on_first_rank(lambda: _images(arguments))
+    grid, training = (study.replaced(preset, arguments) for preset in PRESETS[arguments.preset])
+    clean, source = ranks.on_first_rank(lambda: _images(arguments))
     settings = dataclasses.asdict(grid) | dataclasses.asdict(training)
     settings |= {"seed": arguments.seed, **source, "device": device.type, "backend": arguments.backend}
     out = arguments.out or Path("runs") / f"denoising-{arguments.preset}"
-    first = distributed.rank() == 0
+    first = ranks.rank() == 0
     columns = [field.name for field in dataclasses.fields(Trial)] + ["diverged"]
     opened = []
-    distributed.on_first_rank(lambda: opened.append(RunDirectory(out, settings, environment(), columns=columns)))
-    directory = opened[0] if first else None
+    # every rank raises what the first one does
+    ranks.on_first_rank(lambda: opened.append(RunDirectory(out, settings, environment(), columns=columns)))
+    directory = opened[0] if opened else None
     trials = grid.trials(arguments.seed)
     if first:
         print(f"{len(trials)} models of {training.epochs} epochs; results go to {out}", flush=True)
-    setup = runner.Setup(training, clean, str(device), arguments.backend, arguments.checkpoint_seconds)
+    setup = runner.Setup(
+        training=training,
+        device=str(device),
+        backend=arguments.backend,
+        clean=clean,
+        checkpoint_seconds=arguments.checkpoint_seconds,
+    )
     logs = out / "tensorboard" if arguments.tensorboard else None
     runner.train_grid(setup, trials, directory, workers=arguments.workers, logs=logs, show_progress=first)
     if first:
         _finish(arguments, setup, settings, directory, device)
     return 0
-
-
-_LOCAL = ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
-
-
-def _replaced(preset, arguments):
-    """The preset with those of its fields that the command line gave."""
-    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(preset) if hasattr(arguments, f.name)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return dataclasses.replace(preset, **given)
 
 
 def _images(arguments):
@@ -159,7 +151,7 @@ def _finish(arguments, setup, settings, directory, device):
     if not arguments.no_speed:
         sections["Speed"] = "\n\n".join(
             [
-                f"Medians on {device_name(device).split(',')[0]}, {torch.get_num_threads()} threads, images of "
+                f"Medians on {device_name(device)}, {torch.get_num_threads()} threads, images of "
                 f"{arguments.size}×{arguments.size}, float32, the eager loop and backend "
                 f"{_backend.resolve(arguments.backend, device)} in turns.",
                 report.speed_table(measurements.speed(task, device, arguments.backend)),

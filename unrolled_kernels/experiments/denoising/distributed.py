@@ -1,60 +1,10 @@
 """Data-parallel training under ``torchrun``: the same arithmetic as one process with the whole batch, to rounding."""
 
-import contextlib
-import datetime
-import os
-
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 
-# rank 0 evaluates and reports while the others wait
-_PATIENCE = datetime.timedelta(days=1)
-
-
-@contextlib.contextmanager
-def process_group():
-    """Join the processes that ``torchrun`` started; without it, do nothing."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
-    store, number, size = next(rendezvous("env://"))
-    # the store outlives a restart, and with it the addresses of the processes that are gone
-    store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def rank():
-    """This process's number, 0 where it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def on_first_rank(function):
-    """Run ``function`` in rank 0 alone; every rank returns what it returned, or raises what it raised."""
-    result, error = None, None
-    if rank() == 0:
-        try:
-            result = function()
-        except (OSError, ValueError) as raised:
-            error = raised
-    if ranks() > 1:
-        both = [(result, error)]
-        dist.broadcast_object_list(both, device=torch.device("cpu"))
-        result, error = both[0]
-    if error is not None:
-        raise error
-    return result
+from unrolled_kernels.experiments.ranks import ranks
 
 
 def sum_over_ranks(tensor):

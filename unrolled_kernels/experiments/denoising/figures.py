@@ -2,12 +2,10 @@
 
 from matplotlib.figure import Figure
 
-from unrolled_kernels.experiments.denoising.model import ALGORITHMS, CASES, PLAIN
-from unrolled_kernels.experiments.run_directory import atomic_path
+from unrolled_kernels.experiments import figures
+from unrolled_kernels.experiments.denoising.model import CASES, PLAIN
 
-_NAMES = {"gd": "GD", "nag": "NAG"}
-_STYLES = {"gd": {"color": "tab:blue", "marker": "o"}, "nag": {"color": "tab:orange", "marker": "s"}}
-_TITLES = {"under": "under-parameterized", "about-right": "about right", "over": "over-parameterized"}
+_TITLES = {case: figures.CASES[case.replace("-", "_")] for case in CASES}
 
 
 def draw(results, pictures, directory):
@@ -20,19 +18,13 @@ def draw(results, pictures, directory):
     Returns:
         Their paths.
     """
-    figures = {
+    drawn = {
         "figure7_generalization_gap": over_depth(results, "gap", "generalization gap  (test − train MSE)"),
         "quality": over_depth(results, "test_psnr", "PSNR of test images, dB"),
     }
     if pictures:
-        figures["figure7_images"] = restored_images(**pictures)
-    paths = []
-    for name, figure in figures.items():
-        path = directory / f"{name}.png"
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=110)
-        paths.append(path)
-    return paths
+        drawn["figure7_images"] = restored_images(**pictures)
+    return figures.save(drawn, directory)
 
 
 def over_depth(results, column, label):
@@ -42,33 +34,11 @@ def over_depth(results, column, label):
     panels = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
     plain = results.loc[results["case"] == PLAIN, column].mean()
     for panel, case in zip(panels, cases, strict=True):
-        for algorithm in ALGORITHMS:
-            rows = results[(results["case"] == case) & (results["algorithm"] == algorithm)]
-            if rows.empty:
-                continue
-            over_seeds = rows.groupby("num_steps")[column]
-            mean = over_seeds.mean()
-            # NAG a little to the right: bars that overlap stay legible
-            offset = 0.1 if algorithm == "nag" else -0.1
-            panel.errorbar(
-                mean.index + offset,
-                mean,
-                yerr=over_seeds.std(ddof=0),
-                label=_NAMES[algorithm],
-                markersize=4,
-                linewidth=1.4,
-                elinewidth=0.9,
-                capsize=2,
-                **_STYLES[algorithm],
-            )
+        figures.curves(panel, results[results["case"] == case], column)
         panel.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="plain DnCNN")
-        panel.set_title(_TITLES[case], fontsize=10)
-        panel.set_xlabel("number of steps $k$")
-        panel.grid(alpha=0.3, linewidth=0.5)
-        panel.legend(frameon=False, fontsize=8)
+        figures.finish(panel, _TITLES[case])
     panels[0].set_ylabel(label)
-    seeds = results["seed"].nunique()
-    figure.suptitle(f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed", fontsize=9)
+    figures.name_seeds(figure, results)
     return figure
 
 

@@ -78,16 +78,3 @@ PRESETS = {
         Training(epochs=3000, learning_rate=1e-3),
     ),
 }
-
-
-def trial_columns(trial):
-    """A trial as the leading columns of its row."""
-    return asdict(trial)
-
-
-def finished_trials(results):
-    """The trials that the results table already holds."""
-    names = list(Trial.__dataclass_fields__)
-    if results.empty:
-        return set()
-    return {Trial(*point) for point in results[names].itertuples(index=False, name=None)}

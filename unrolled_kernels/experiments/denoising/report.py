@@ -1,15 +1,12 @@
 """``report.md`` and the tables on the screen: what was trained and what came out."""
 
+from unrolled_kernels.experiments import report
 from unrolled_kernels.experiments.denoising.model import CASES, PLAIN
-from unrolled_kernels.experiments.run_directory import atomic_path
 
 
 def results_table(results):
     """Mean ± standard deviation over the seeds, a Markdown table."""
-    lines = [
-        "| case | algorithm | k | parameters | train MSE | test MSE | gap | PSNR, dB | SSIM | diverged |",
-        "|---|---|" + "---:|" * 8,
-    ]
+    lines = []
     order = {case: i for i, case in enumerate((*CASES, PLAIN))}
     keys = ["case", "algorithm", "num_steps"]
     for (case, algorithm, num_steps), rows in sorted(
@@ -19,9 +16,9 @@ def results_table(results):
         cells += [f"{rows['gap'].mean():.1e} ± {rows['gap'].std(ddof=0):.1e}"]
         cells += [f"{rows[c].mean():.{digits}f}" for c, digits in (("test_psnr", 2), ("test_ssim", 3))]
         cells += [f"{rows['diverged'].sum()} of {len(rows)}"]
-        steps = num_steps or ""
-        lines.append(f"| {case} | {algorithm.upper()} | {steps} | {rows['parameters'].iloc[0]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([case, algorithm.upper(), num_steps or "", rows["parameters"].iloc[0], *cells])
+    head = "case", "algorithm", "k", "parameters", "train MSE", "test MSE", "gap", "PSNR, dB", "SSIM", "diverged"
+    return report.table(head, lines, left=2)
 
 
 def methods_table(methods):
@@ -31,28 +28,24 @@ def methods_table(methods):
         methods: a dict from the method's name to ``(psnr, ssim)``, the noisy image first.
     """
     noisy = next(iter(methods.values()))[0]
-    lines = ["| test images of one seed | PSNR, dB | gain, dB | SSIM |", "|---|---:|---:|---:|"]
-    for name, (psnr, ssim) in methods.items():
-        lines.append(f"| {name} | {psnr:.2f} | {psnr - noisy:+.2f} | {ssim:.3f} |")
-    return "\n".join(lines)
+    lines = [(name, f"{psnr:.2f}", f"{psnr - noisy:+.2f}", f"{ssim:.3f}") for name, (psnr, ssim) in methods.items()]
+    return report.table(("test images of one seed", "PSNR, dB", "gain, dB", "SSIM"), lines, left=1)
 
 
 def speed_table(rows):
     """The timings of ``measurements.speed``, a Markdown table."""
-    lines = ["| about right, k = 12, batch 10 | eager, ms | fused, ms | ratio |", "|---|---:|---:|---:|"]
-    for row in rows:
-        ratio = row["eager_ms"] / row["fused_ms"]
-        lines.append(f"| {row['what']} | {row['eager_ms']:.1f} | {row['fused_ms']:.1f} | {ratio:.1f}× |")
-    return "\n".join(lines)
+    lines = [
+        (row["what"], f"{row['eager_ms']:.1f}", f"{row['fused_ms']:.1f}", f"{row['eager_ms'] / row['fused_ms']:.1f}×")
+        for row in rows
+    ]
+    return report.table(("about right, k = 12, batch 10", "eager, ms", "fused, ms", "ratio"), lines, left=1)
 
 
 def memory_table(saved):
     """The bytes of ``measurements.saved_for_backward``, a Markdown table."""
     depths = list(next(iter(saved.values())))
-    lines = ["| kept for backward, MB, k = | " + " | ".join(map(str, depths)) + " |", "|---|" + "---:|" * len(depths)]
-    for name, by_depth in saved.items():
-        lines.append(f"| {name} | " + " | ".join(f"{by_depth[k] / 1e6:.1f}" for k in depths) + " |")
-    return "\n".join(lines)
+    lines = [[name, *(f"{by_depth[k] / 1e6:.1f}" for k in depths)] for name, by_depth in saved.items()]
+    return report.table(("kept for backward, MB, k =", *map(str, depths)), lines, left=1)
 
 
 def guard_sentence(losses):
@@ -76,18 +69,15 @@ def write_report(path, *, settings, results, sections, figures):
         sections: a dict from title to Markdown text.
         figures: paths of the figures, in the same directory.
     """
-    text = ["# Local adaptive denoising (paper, Sec. 7.2)", ""]
-    text += [
-        f"{len(results)} trained models. The split, the noise, the initial weights and the order of the images are "
-        "those of the seed. σ of the noise falls from 50/255 in flat areas to 10/255 on edges, a law of ours: the "
-        "paper gives none. Losses are mean squared errors of a pixel, PSNR and SSIM means over the test images.",
-        "",
-    ]
-    text += ["| setting | value |", "|---|---|"]
-    text += [f"| {name} | {value} |" for name, value in settings.items()]
-    text += ["", "## Figures", ""] + [f"![{figure.stem}]({figure.name})\n" for figure in figures]
-    for title, body in sections.items():
-        text += [f"## {title}", "", body, ""]
-    text += ["## Models", "", results_table(results), ""]
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(text), encoding="utf-8")
+    report.write(
+        path,
+        title="Local adaptive denoising (paper, Sec. 7.2)",
+        introduction=(
+            f"{len(results)} trained models. The split, the noise, the initial weights and the order of the images are "
+            "those of the seed. σ of the noise falls from 50/255 in flat areas to 10/255 on edges, a law of ours: the "
+            "paper gives none. Losses are mean squared errors of a pixel, PSNR and SSIM means over the test images."
+        ),
+        settings=settings,
+        figures=figures,
+        sections=sections | {"Models": results_table(results)},
+    )

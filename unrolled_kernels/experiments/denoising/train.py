@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from unrolled_kernels.experiments import checkpoint
+from unrolled_kernels.experiments import checkpoint, ranks
 from unrolled_kernels.experiments.denoising import distributed, evaluation
 from unrolled_kernels.experiments.denoising.data import TrainingPairs
-from unrolled_kernels.experiments.denoising.grid import trial_columns
 from unrolled_kernels.experiments.denoising.model import PLAIN, count_parameters, make_model
 from unrolled_kernels.experiments.denoising.weights import load_model, load_optimizer, to_tensors
+from unrolled_kernels.experiments.study import trial_columns
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.training, self.epoch)
         total = torch.zeros((), device=self.device)
-        rank, ranks = distributed.rank(), distributed.ranks()
-        for clean, noisy, count in self.pairs.batches(self.epoch, self.training.batch_size, rank, ranks):
+        for clean, noisy, count in self.pairs.batches(
+            self.epoch, self.training.batch_size, ranks.rank(), ranks.ranks()
+        ):
             total += self.train_step(clean.to(self.device), noisy.to(self.device), count)
         self.epoch += 1
         self.losses.append(distributed.sum_over_ranks(total).item() / len(self.pairs.index))
@@ -76,7 +77,7 @@ class Trainer:
         loss = (restored.float() - clean).square().mean((1, 2, 3)).sum()
         self.optimizer.zero_grad()
         # gradients are averaged over ranks, whose shares may differ in size
-        self.scaler.scale(loss * (distributed.ranks() / count)).backward()
+        self.scaler.scale(loss * (ranks.ranks() / count)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
@@ -95,7 +96,7 @@ class Trainer:
     def load(self, file):
         """Go on from ``file``, read by rank 0 alone; raises ValueError, which names it, if it does not fit."""
         expected = ("epoch", "seconds", "losses", "scaler")
-        tensors, progress = distributed.on_first_rank(lambda: checkpoint.read(file, self.trial.name, expected))
+        tensors, progress = ranks.on_first_rank(lambda: checkpoint.read(file, self.trial.name, expected))
         load_model(file, self.trial, self.model, tensors)
         load_optimizer(self.optimizer, tensors)
         self.epoch, self.seconds, self.losses = (progress[name] for name in expected[:3])
@@ -105,10 +106,10 @@ class Trainer:
     def result(self):
         """The row of the results table, of the model as it is after its last epoch."""
         columns = trial_columns(self.trial) | {"epochs": self.epoch, "diverged": self.diverged}
-        for name, index in zip(("train", "test"), self.task.split(self.trial.seed), strict=True):
-            clean, noisy = self.task.pairs(index, self.trial.seed)
-            restored = evaluation.restore(self.model, noisy, self.device)
+        train, test = (self._restored(index) for index in self.task.split(self.trial.seed))
+        for name, (clean, _, restored) in (("train", train), ("test", test)):
             columns[f"{name}_loss"] = evaluation.squared_error(clean, restored)
+        clean, noisy, restored = test
         psnr, ssim = evaluation.quality(clean, restored)
         columns |= {"test_psnr": psnr.mean().item(), "test_ssim": ssim.mean().item()}
         columns["test_psnr_noisy"] = evaluation.psnr(clean, noisy).mean().item()
@@ -116,6 +117,11 @@ class Trainer:
         columns["parameters"] = count_parameters(self.model)
         columns |= self._spectrum(noisy)
         return columns | {"seconds": self.seconds}
+
+    def _restored(self, index):
+        """Clean, noisy and restored images ``[n, 1, H, W]``."""
+        clean, noisy = self.task.pairs(index, self.trial.seed)
+        return clean, noisy, evaluation.restore(self.model, noisy, self.device)
 
     @torch.no_grad()
     def _spectrum(self, noisy):
@@ -147,8 +153,8 @@ def train_one(task, trial, training, *, device="cpu", backend="auto", files=None
     """
     files, on_epoch = files or Files(), on_epoch or (lambda count, **shown: None)
     trainer = Trainer(task, trial, training, device, backend)
-    first = distributed.rank() == 0
-    if distributed.on_first_rank(lambda: files.checkpoint is not None and files.checkpoint.exists()):
+    first = ranks.rank() == 0
+    if ranks.on_first_rank(lambda: files.checkpoint is not None and files.checkpoint.exists()):
         trainer.load(files.checkpoint)
         on_epoch(trainer.epoch)
     file = files.checkpoint if first else None

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from unrolled_kernels.experiments.figures import CASES
 from unrolled_kernels.experiments.synthetic import comparison
-from unrolled_kernels.experiments.synthetic.comparison import CASES, REGIME_OF_HIDDEN
+from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.experiments.synthetic.data import B_MAX, DIM, MU, L
 from unrolled_kernels.theory.bounds import predicted_gap
 from unrolled_kernels.theory.properties import convergence_rate
@@ -17,7 +18,7 @@ _LAST_FITTED = 10
 # a rank correlation over k from which on a claim about a trend counts as seen in a run
 _STRONG = 0.7
 # a share of pairs from which on a claim about all of them counts as seen in a run
-_NEARLY_ALL = 0.9
+NEARLY_ALL = 0.9
 
 
 def check(best):
@@ -30,34 +31,6 @@ def check(best):
     """
     lemmas = comparison.claims(best, mu=MU, L=L, sigma_b=B_MAX / math.sqrt(3), M=B_MAX * math.sqrt(DIM) / MU)
     return [*_training_error(best), *_q_error(best), *_gap_trend(best), *_gap_order(best), *lemmas]
-
-
-def check_learn_to_optimize(best):
-    """Figure 6, "RNN has a better representation power but worse generalization ability", paired by k and seed.
-
-    Args:
-        best: one row for each (algorithm, num_steps, seed), from ``grid.select_best``.
-    Returns:
-        A list of sentences.
-    """
-    sentences = []
-    for other in ("gd", "nag"):
-        rnn, plain = _pairs(best, "rnn", other)
-        if rnn.empty:
-            continue
-        name = other.upper()
-        represents, generalizes_worse, tests_worse = (
-            rnn[column] * sign < plain[column] * sign for column, sign in (("train", 1), ("gap", -1), ("test", -1))
-        )
-        sentences += [
-            f"Figure 6, the RNN represents better than {name}: {_verdict(represents.mean() > _NEARLY_ALL)}. Its "
-            f"training error is lower {_share(represents)}.",
-            f"Figure 6, the RNN generalizes worse than {name}: {_verdict(generalizes_worse.mean() > _NEARLY_ALL)}. Its "
-            f"generalization gap is larger {_share(generalizes_worse)}.",
-            f"What counts in the end, the error on all samples: the RNN's is larger than {name}'s "
-            f"{_share(tests_worse)}.",
-        ]
-    return sentences
 
 
 def q_error_rates(best):
@@ -82,7 +55,7 @@ def q_error_rates(best):
     return pd.DataFrame(rows, columns=["hidden", "algorithm", "first", "last", "rate", "theory"])
 
 
-def _pairs(rows, *algorithms):
+def pairs(rows, *algorithms):
     """The rows of two algorithms, aligned by k and seed."""
     first, second = (rows[rows["algorithm"] == name].set_index(["num_steps", "seed"]) for name in algorithms)
     return first.align(second, join="inner")
@@ -90,20 +63,20 @@ def _pairs(rows, *algorithms):
 
 def _deep_pairs(best, hidden):
     """GD's and NAG's rows of one hidden size at k > 1, where they differ; None where there are no pairs."""
-    gd, nag = _pairs(best[(best["hidden"] == hidden) & (best["num_steps"] > 1)], "gd", "nag")
+    gd, nag = pairs(best[(best["hidden"] == hidden) & (best["num_steps"] > 1)], "gd", "nag")
     return None if gd.empty else (gd, nag)
 
 
 def _training_error(best):
     for hidden in sorted(best["hidden"].unique()):
-        pairs = _deep_pairs(best, hidden)
-        if pairs is None:
+        both = _deep_pairs(best, hidden)
+        if both is None:
             continue
-        gd, nag = pairs
+        gd, nag = both
         lower = (nag["train"] < gd["train"]).mean()
         yield (
             f"Figure 3, hidden size {hidden}, faster convergence ⇒ lower training error: "
-            f"{_verdict(lower > _NEARLY_ALL)}. NAG trains to a lower error than GD at the same k > 1 and seed in "
+            f"{verdict(lower > NEARLY_ALL)}. NAG trains to a lower error than GD at the same k > 1 and seed in "
             f"{lower:.0%} of {len(gd)} pairs."
         )
 
@@ -114,7 +87,7 @@ def _q_error(best):
         close = abs(math.log(row.rate) / math.log(row.theory) - 1) < 0.25
         yield (
             f"Figure 4, hidden size {row.hidden}, {row.algorithm.upper()}, ‖Q_θ − Q*‖² falls at the algorithm's rate: "
-            f"{_verdict(close)}. From k = {row.first} to {row.last} the error falls by a factor of {row.rate:.3f} a "
+            f"{verdict(close)}. From k = {row.first} to {row.last} the error falls by a factor of {row.rate:.3f} a "
             f"step, Cvg(k)² by {row.theory:.3f} (both fitted to C ρ^k)."
         )
 
@@ -135,17 +108,17 @@ def _gap_trend(best):
         holds = ranks[predicted] > _STRONG and ranks[predicted] == max(ranks.values())
         yield (
             f"Figure 5, {CASES[regime]}, {algorithm.upper()}, the gap moves with k like {predicted}: "
-            f"{_verdict(holds)}. Its rank correlation over k is {ranks['Stab']:+.2f} with Stab and "
+            f"{verdict(holds)}. Its rank correlation over k is {ranks['Stab']:+.2f} with Stab and "
             f"{ranks['Stab·Cvg']:+.2f} with Stab·Cvg."
         )
 
 
 def _gap_order(best):
     for hidden in sorted(best["hidden"].unique()):
-        pairs = _deep_pairs(best, hidden)
-        if pairs is None:
+        both = _deep_pairs(best, hidden)
+        if both is None:
             continue
-        gd, nag = pairs
+        gd, nag = both
         wider = nag["gap"] - gd["gap"]
         by_depth = wider.groupby("num_steps").mean()
         larger = ", ".join(str(k) for k in by_depth.index[by_depth > 0]) or "none"
@@ -155,13 +128,5 @@ def _gap_order(best):
         )
 
 
-def _share(holds):
-    """How often a comparison of pairs holds, and at which k it does in most seeds."""
-    by_depth = holds.groupby("num_steps").mean()
-    chosen = by_depth.index[by_depth > 0.5]
-    depths = {0: "at no k", len(by_depth): "at every k"}.get(len(chosen), f"at k = {', '.join(map(str, chosen))} only")
-    return f"in {holds.mean():.0%} of {len(holds)} pairs, in most seeds {depths}"
-
-
-def _verdict(holds):
+def verdict(holds):
     return "holds" if holds else "does not hold"

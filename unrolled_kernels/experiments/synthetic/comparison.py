@@ -8,12 +8,12 @@ Results come in as a DataFrame with one row for each trained model: ``algorithm`
 import pandas as pd
 import torch
 
+from unrolled_kernels.experiments.figures import CASES
 from unrolled_kernels.theory.bounds import approximation_bound, predicted_order, representation_bound
 from unrolled_kernels.theory.properties import convergence_rate
 
 # the paper's reading of its hidden sizes (Sec. 7.1)
 REGIME_OF_HIDDEN = {0: "under", 16: "about_right", 32: "over"}
-CASES = {"under": "under-parameterized", "about_right": "about right", "over": "over-parameterized"}
 _COLUMNS = ("algorithm", "num_steps", "hidden", "seed", "train", "test", "gap", "qfro2_test", "step_size")
 
 

@@ -9,7 +9,7 @@ the task make the step small:
 - a step with φ_t = β_t = 0 leaves the state where it is, and GD is NAG without momentum, so one launch serves every
   depth and both algorithms: a model shallower than the deepest of its chunk has zero coefficients at the end.
 
-On the CPU a fixed step size lets one C++ op run the epochs (``fused``); on CUDA an epoch is a captured graph.
+On the CPU a fixed step size lets one C++ op run the epochs; on CUDA an epoch is a captured graph.
 
 Samples lie along the last dimension throughout: M models, n samples, h hidden units, k steps.
 """
@@ -22,10 +22,10 @@ import torch
 
 from unrolled_kernels import Diagonal
 from unrolled_kernels import functional as F
-from unrolled_kernels.experiments import checkpoint
-from unrolled_kernels.experiments.synthetic import evaluation, fused
-from unrolled_kernels.experiments.synthetic.data import DIM, MU, X_DIM, L
-from unrolled_kernels.experiments.synthetic.grid import fingerprint, trial_columns
+from unrolled_kernels.experiments import checkpoint, native
+from unrolled_kernels.experiments.study import fingerprint, trial_columns
+from unrolled_kernels.experiments.synthetic import evaluation
+from unrolled_kernels.experiments.synthetic.data import DIM, MU, X_DIM, L, epoch_blocks
 from unrolled_kernels.experiments.synthetic.model import inner_eigenvalues, make_layer
 from unrolled_kernels.experiments.synthetic.step_graph import StepGraph
 from unrolled_kernels.schedules import nesterov_momentum
@@ -176,8 +176,8 @@ class Ensemble:
             orders: ``[epochs, S, n]`` int64, from ``minibatch_orders``.
         """
         start = time.perf_counter()
-        if fused.can_train(self):
-            fused.train(self, orders)
+        if self.runs_natively:
+            self._train_natively(orders)
         else:
             self._epochs_done.fill_(self.epoch)
             for order in orders:
@@ -185,6 +185,39 @@ class Ensemble:
                 self._run_epoch()
         self.epoch += len(orders)
         self.seconds += time.perf_counter() - start
+
+    @property
+    def runs_natively(self):
+        """Whether the C++ op runs the epochs: backend "cpu", a fixed step size, float32 or float64."""
+        return not self.learned and self.dtype in (torch.float32, torch.float64) and native.runs_on(self.device)
+
+    def _train_natively(self, orders):
+        """The epochs of ``orders`` in one call, the same bit for bit whatever the number of threads."""
+        training = self.training
+        torch.ops.unrolled_kernels.synthetic_training(
+            self.theta,
+            self.first_moment,
+            self.second_moment,
+            self.best_theta,
+            self.best_loss,
+            self.best_epoch,
+            self.samples,
+            self.fixed_samples,
+            self.seed_of_model,
+            orders.contiguous(),
+            self.depths.flatten().long(),
+            self.accelerated.flatten().bool(),
+            self.learning_rates.flatten(),
+            self.trials[0].hidden,
+            training.step_size,
+            nesterov_momentum(training.step_size, MU),
+            MU,
+            L,
+            training.weight_decay,
+            self.adam,
+            training.batch_size,
+            self.epoch,
+        )
 
     def _epoch(self):
         samples = self.samples.gather(2, self._order.unsqueeze(1).expand_as(self.samples))[self.seed_of_model]
@@ -295,3 +328,30 @@ class Ensemble:
         for name in _STATE:
             getattr(self, name).copy_(state[name])
         self.epoch, self.seconds = progress["epoch"], progress["seconds"]
+
+
+def train_chunk(task, trials, training, *, checkpoint_file=None, checkpoint_seconds=120, on_epochs=lambda count: None):
+    """Train the models of one chunk together.
+
+    Args:
+        task: the data, on the device to train on.
+        trials: models of one hidden size and optimizer.
+        training: what all models share.
+        checkpoint_file: what keeps the state of unfinished training; continued from if it is there.
+        checkpoint_seconds: how often it is written.
+        on_epochs: called now and then with the number of epochs done since the last call.
+    Returns:
+        The rows of the results table, one dict for each trial.
+    Raises:
+        ValueError: the checkpoint is damaged or belongs to other models; the message names it.
+    """
+    ensemble = Ensemble(task, trials, training)
+    if checkpoint_file is not None and checkpoint_file.exists():
+        ensemble.load(checkpoint_file)
+        on_epochs(ensemble.epoch)
+    with checkpoint.kept(checkpoint_file, fingerprint(trials), checkpoint_seconds) as keep:
+        for block, rows in epoch_blocks(ensemble.epoch, training.epochs):
+            ensemble.train(ensemble.minibatch_orders(block)[rows])
+            keep(ensemble.state)
+            on_epochs(rows.stop - rows.start)
+    return ensemble.results()

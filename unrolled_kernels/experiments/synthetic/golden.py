@@ -97,7 +97,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     golden = load_golden(arguments.reference)
     setup = runner.Setup(
-        Training(EPOCHS),
+        training=Training(EPOCHS),
         reference=arguments.reference,
         device=arguments.device,
         backend=arguments.backend,

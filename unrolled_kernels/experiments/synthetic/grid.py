@@ -1,9 +1,8 @@
 """Which models are trained: the grid of the paper, its presets, and the choice of the best over the optimizers."""
 
-import hashlib
 import itertools
-import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import dataclass
 
 from unrolled_kernels.experiments.synthetic.data import FIRST_SEED
 from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
@@ -76,23 +75,25 @@ PRESETS = {
 }
 
 
-def trial_columns(trial):
-    """A trial as the leading columns of its row."""
-    return asdict(trial)
+def make_chunks(trials, models_per_chunk):
+    """Split trials into the chunks that are trained together: one architecture each, and depths as equal as may be.
 
-
-def fingerprint(trials):
-    """A name for a list of trials, the same in every process."""
-    text = json.dumps([list(trial_columns(trial).values()) for trial in trials])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def finished_trials(results, kind=Trial):
-    """The trials, of the dataclass ``kind``, that the results table already holds."""
-    names = [field.name for field in fields(kind)]
-    if results.empty:
-        return set()
-    return {kind(*point) for point in results[names].itertuples(index=False, name=None)}
+    Args:
+        trials: sorted list of ``Trial``, all of a grid (a resumed run must get the same chunks).
+        models_per_chunk: the size of the largest chunk.
+    Returns:
+        Lists of trials.
+    """
+    families = {}
+    for trial in trials:
+        families.setdefault((trial.hidden, trial.optimizer), []).append(trial)
+    chunks = []
+    for family in families.values():
+        by_depth = sorted(family, key=lambda trial: (trial.num_steps, trial))
+        count = math.ceil(len(by_depth) / models_per_chunk)
+        bounds = [round(i * len(by_depth) / count) for i in range(count + 1)]
+        chunks += [by_depth[lo:hi] for lo, hi in itertools.pairwise(bounds)]
+    return chunks
 
 
 def select_best(results):

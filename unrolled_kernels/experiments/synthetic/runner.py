@@ -1,43 +1,38 @@
-"""Trains the models of a grid, in worker processes on the CPU, and keeps every result as soon as it is there."""
+"""How the models of the synthetic study are trained: together in chunks, or one by one, shared out among ranks."""
 
-import functools
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from unrolled_kernels import use_backend
-from unrolled_kernels.experiments.pool import default_workers, run_jobs
-from unrolled_kernels.experiments.synthetic import data, learn_to_optimize, train
-from unrolled_kernels.experiments.synthetic.chunks import make_chunks, train_chunk
-from unrolled_kernels.experiments.synthetic.grid import Training, fingerprint
-from unrolled_kernels.experiments.synthetic.sharding import Shard
+from unrolled_kernels.experiments import ranks, study
+from unrolled_kernels.experiments.options import not_negative
+from unrolled_kernels.experiments.run_directory import RunDirectory
+from unrolled_kernels.experiments.synthetic import data
+from unrolled_kernels.experiments.synthetic.ensemble import train_chunk
+from unrolled_kernels.experiments.synthetic.grid import make_chunks
+from unrolled_kernels.experiments.synthetic.train import train_one
 
 # on the CPU, enough models to hide the cost of a torch call, few enough that depths within a chunk are alike and that
 # every worker gets some; on a GPU, as many as fill it
 _MODELS_PER_CHUNK = {"cpu": 128, "cuda": 4096}
-_ONE_BY_ONE = {"single": train.train_one, "learn-to-optimize": learn_to_optimize.train_one}
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How models are trained, whichever they are: everything a worker process needs to know.
+@dataclass(frozen=True, kw_only=True)
+class Setup(study.Setup):
+    """Everything a worker process needs to know.
 
     Attributes:
-        training: what all models share.
+        training, device, backend: as in ``study.Setup``.
         data_seed: seed of the generated data.
         reference: folder of the authors' data, or None.
-        device, backend: as on the command line.
-        trainer: ``"ensemble"``, ``"single"`` or, for trials of ``learn_to_optimize``, its name with hyphens.
+        trainer: ``"ensemble"`` or ``"single"``.
     """
 
-    training: Training
     data_seed: int = 2
     reference: Path | None = None
-    device: str = "cpu"
-    backend: str = "auto"
     trainer: str = "ensemble"
 
     def task(self):
@@ -45,64 +40,93 @@ class Setup:
         task = data.load_reference(self.reference) if self.reference else data.generate(self.data_seed)
         return task.to(self.device)
 
+    def chunks(self, trials, shares):
+        """Lists of trials that are trained together, for so many shares."""
+        if self.trainer == "single":
+            return [[trial] for trial in trials]
+        limit = _MODELS_PER_CHUNK[torch.device(self.device).type]
+        return make_chunks(trials, min(limit, math.ceil(len(trials) / shares)))
 
-def train_grid(setup, trials, run_directory, *, workers=None, shard=None, show_progress=True):
-    """Train every trial that ``run_directory`` does not hold yet.
+    def train(self, task, job, on_epochs):
+        """The rows of the models of a job."""
+        if self.trainer == "single":
+            return [train_one(task, job.trials[0], self.training, on_epochs)]
+        return train_chunk(
+            task,
+            job.trials,
+            self.training,
+            checkpoint_file=job.checkpoint,
+            on_epochs=lambda count: on_epochs(count * len(job.trials)),
+        )
+
+
+def add_data_options(parser):
+    """Which data: ``--seed`` or ``--reference``."""
+    parser.add_argument("--seed", type=not_negative, default=2, help="seed of the generated data, default 2")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="use the authors' samples and weights in DIR")
+
+
+def data_name(arguments):
+    """Those that were chosen, for ``config.json``."""
+    return str(arguments.reference.resolve()) if arguments.reference else f"generated from seed {arguments.seed}"
+
+
+def open_directory(out, settings, environment, kind):
+    """The ``RunDirectory`` of this rank, for trials of the dataclass ``kind``.
+
+    Rank 0 keeps the table itself and is first: it takes over what an earlier run left there.
+    """
+    columns = [field.name for field in dataclasses.fields(kind)] + ["train", "test"]
+    opened = []
+
+    def open_it(part=None):
+        opened.append(RunDirectory(out, settings, environment, part, columns))
+
+    ranks.on_first_rank(open_it)
+    if ranks.rank():
+        open_it(f"rank{ranks.rank()}")
+    return opened[0]
+
+
+def train_grid(setup, trials, directory, *, workers=None, show_progress=True):
+    """Train every trial that ``directory`` does not hold yet; each rank trains its share of the chunks.
 
     Args:
         setup: data, device, trainer.
         trials: all models of the run, sorted.
-        run_directory: a ``RunDirectory``; results are appended to it as they come, checkpoints kept in it.
-        workers: processes, each of one thread; default: the cores of this process on the CPU, 1 on a GPU. With 1
-            everything runs in this process, with torch's threads as they are.
-        shard: this process's share of the run, at the end of which rank 0's directory holds the models of all; default:
-            everything.
-        show_progress: draw a bar of epochs over the models of this process.
+        directory: this rank's ``RunDirectory``; results are appended to it as they come, checkpoints kept in it. In
+            the end that of rank 0 holds the models of all.
+        workers, show_progress: as in ``study.train_grid``.
     """
-    shard = shard or Shard()
-    done = shard.collect(run_directory, type(trials[0]))
+    done = _collect(directory, type(trials[0]))
     jobs = []
-    for chunk in _chunks(setup, trials, shard.size):
+    for chunk in setup.chunks(trials, ranks.ranks()):
         chunk = [trial for trial in chunk if trial not in done]
         if chunk:
-            jobs.append((chunk, run_directory.checkpoint_file(fingerprint(chunk))))
+            jobs.append(study.Job(chunk, directory.checkpoint_file(study.fingerprint(chunk))))
     # the most expensive first, so that the workers end together
-    jobs.sort(key=lambda job: -len(job[0]) * max(trial.num_steps for trial in job[0]))
-    jobs = jobs[shard.rank :: shard.size]
-    workers = min(workers or default_workers(setup.device, shard.local_size), len(jobs))
-    epochs, finished = setup.training.epochs, len(done)
-    total = finished + sum(len(chunk) for chunk, _ in jobs)
-    what = "models" if shard.size == 1 else f"rank {shard.rank} of {shard.size}, models"
-    bar_options = {"unit": "epoch", "unit_scale": True, "mininterval": 1, "disable": not show_progress}
-    work = functools.partial(_train, setup)
-    with tqdm(total=total * epochs, initial=finished * epochs, **bar_options) as bar:
-        bar.set_description(f"{what} {finished}/{total}")
-        for (_, file), rows in run_jobs(jobs, workers=workers, prepare=setup.task, work=work, bar=bar):
-            run_directory.append(rows)
-            # not before its results are safe
-            file.unlink(missing_ok=True)
-            finished += len(rows)
-            bar.set_description(f"{what} {finished}/{total}")
-    shard.collect(run_directory, type(trials[0]))
-    run_directory.remove_checkpoints()
+    jobs.sort(key=lambda job: -len(job.trials) * max(trial.num_steps for trial in job.trials))
+    study.train_grid(
+        setup,
+        jobs[ranks.rank() :: ranks.ranks()],
+        directory,
+        finished=len(done),
+        workers=workers,
+        processes=ranks.local()[1],
+        what="models" if ranks.ranks() == 1 else f"rank {ranks.rank()} of {ranks.ranks()}, models",
+        show_progress=show_progress,
+    )
+    _collect(directory, type(trials[0]))
+    directory.remove_checkpoints()
 
 
-def _chunks(setup, trials, shards):
-    if setup.trainer in _ONE_BY_ONE:
-        return [[trial] for trial in trials]
-    limit = _MODELS_PER_CHUNK[torch.device(setup.device).type]
-    return make_chunks(trials, min(limit, math.ceil(len(trials) / shards)))
-
-
-def _train(setup, task, job, on_epochs):
-    trials, file = job
-    with use_backend(setup.backend):
-        if setup.trainer in _ONE_BY_ONE:
-            return [_ONE_BY_ONE[setup.trainer](task, trials[0], setup.training, on_epochs)]
-        return train_chunk(
-            task,
-            trials,
-            setup.training,
-            checkpoint_file=file,
-            on_epochs=lambda count: on_epochs(count * len(trials)),
-        )
+def _collect(directory, kind):
+    """Bring the finished models of every rank into the table of rank 0; returns their trials, in every rank."""
+    tables = ranks.gathered(directory.results())
+    if tables:
+        for table in tables[1:]:
+            directory.append(table.to_dict("records"))
+    done = ranks.on_first_rank(lambda: study.finished_trials(directory.results(), kind))
+    if ranks.rank():
+        directory.clear()
+    return done

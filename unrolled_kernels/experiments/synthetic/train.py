@@ -7,9 +7,9 @@ import time
 import torch
 
 from unrolled_kernels import Spectral
+from unrolled_kernels.experiments.study import trial_columns
 from unrolled_kernels.experiments.synthetic import evaluation
 from unrolled_kernels.experiments.synthetic.data import epoch_blocks
-from unrolled_kernels.experiments.synthetic.grid import trial_columns
 from unrolled_kernels.experiments.synthetic.model import SpectrumNetwork, SyntheticModel, make_layer
 
 

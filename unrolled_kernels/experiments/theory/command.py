@@ -7,8 +7,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from unrolled_kernels.experiments.figures import save
 from unrolled_kernels.experiments.options import environment, resolve_device
-from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
+from unrolled_kernels.experiments.report import table, write
+from unrolled_kernels.experiments.run_directory import RunDirectory
 from unrolled_kernels.experiments.synthetic import comparison
 from unrolled_kernels.experiments.synthetic.data import B_MAX, DIM, NUM_TRAIN
 from unrolled_kernels.experiments.synthetic.grid import select_best
@@ -57,7 +59,7 @@ def run(arguments):
         "device": device.type,
     }
     directory = RunDirectory(arguments.out, settings, environment())
-    table, orders = _measure(directory, arguments, device)
+    properties, orders = _measure(directory, arguments, device)
 
     problem = {
         "num_samples": NUM_TRAIN,
@@ -69,12 +71,12 @@ def run(arguments):
         "M": B_MAX * math.sqrt(DIM) / arguments.mu,
     }
     drawn = {
-        "figure2_trends": figures.figure2(table),
+        "figure2_trends": figures.figure2(properties),
         "theorem_bound": figures.theorem(report.theorem_curves(arguments.num_steps, arguments.step_size, **problem)),
     }
     sections = {
-        "Table 1: theory and the largest value that the layers reached": report.anchors_markdown(table),
-        "Measured / bound, the largest over k": report.ratios_markdown(table),
+        "Table 1: theory and the largest value that the layers reached": report.anchors_markdown(properties),
+        "Measured / bound, the largest over k": report.ratios_markdown(properties),
         "Orders in k: fits of C k^p ρ^k to the layers": report.orders_markdown(orders),
         "Table 2: RNN": report.rnn_markdown(arguments.mu, arguments.L),
     }
@@ -86,14 +88,20 @@ def run(arguments):
         sections["Order of the gaps"] = _markdown(orders_there)
         drawn["gaps"] = figures.gaps(trained, step_size=arguments.step_size, mu=arguments.mu)
 
-    paths = []
-    for name, figure in drawn.items():
-        path = directory.path / f"{name}.png"
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-        paths.append(path)
+    paths = save(drawn, directory.path)
     report_file = directory.path / "report.md"
-    _write_report(report_file, settings, sections, paths)
+    sections["What is drawn"] = (
+        "Lines are the theory, markers the layers. Theorem 5.1 is drawn for n = 100, d = 5, b uniform on [-5, 5]⁵, "
+        "r = 0 and a fixed step size; log N is chosen so that the constant 4, the term in Cvg, and the terms C_2 + C_3 "
+        "decide its shape."
+    )
+    write(
+        report_file,
+        title="Properties of algorithm layers (paper, Sec. 3 to 5)",
+        settings=settings,
+        figures=paths,
+        sections=sections,
+    )
     for title, body in sections.items():
         print(f"\n{title}\n\n{body}")
     print()
@@ -125,22 +133,6 @@ def _measure(directory, arguments, device):
     return directory.results(), orders
 
 
-def _write_report(path, settings, sections, figure_paths):
-    text = ["# Properties of algorithm layers (paper, Sec. 3 to 5)", "", "| setting | value |", "|---|---|"]
-    text += [f"| {name} | {value} |" for name, value in settings.items()]
-    text += ["", "## Figures", ""] + [f"![{figure.stem}]({figure.name})\n" for figure in figure_paths]
-    text += [
-        "Lines are the theory, markers the layers. Theorem 5.1 is drawn for n = 100, d = 5, b uniform on [-5, 5]⁵, "
-        "r = 0 and a fixed step size; log N is chosen so that the constant 4, the term in Cvg, and the terms C_2 + C_3 "
-        "decide its shape.",
-        "",
-    ]
-    for title, body in sections.items():
-        text += [f"## {title}", "", body, ""]
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(text), encoding="utf-8")
-
-
 def _read_results(directory):
     file = directory / "results.parquet" if directory.is_dir() else directory
     if not file.is_file():
@@ -153,11 +145,9 @@ def _read_results(directory):
     return select_best(results)
 
 
-def _markdown(table):
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    for row in table.itertuples(index=False):
-        lines.append("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row) + " |")
-    return "\n".join(lines)
+def _markdown(frame):
+    rows = ([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in frame.itertuples(index=False))
+    return table(frame.columns, rows, left=len(frame.columns))
 
 
 def _check_arguments(arguments):

@@ -3,12 +3,10 @@
 import torch
 from matplotlib.figure import Figure
 
-from unrolled_kernels.experiments.synthetic.comparison import CASES, REGIME_OF_HIDDEN
+from unrolled_kernels.experiments.figures import CASES, NAMES, STYLES
+from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.theory.bounds import REGIMES, predicted_gap
 from unrolled_kernels.theory.properties import ALGORITHMS
-
-_NAMES = {"gd": "GD", "nag": "NAG"}
-_STYLES = {"gd": {"color": "tab:blue", "marker": "o"}, "nag": {"color": "tab:orange", "marker": "s"}}
 
 
 def figure2(table):
@@ -24,7 +22,7 @@ def figure2(table):
     titles = ("convergence  Cvg(k)", "stability  Stab(k)", "product  Stab(k) · Cvg(k)")
     for panel, title in zip(panels, titles, strict=True):
         for algorithm, rows in table.groupby("algorithm"):
-            name, style, k = _NAMES[algorithm], _STYLES[algorithm], rows["num_steps"]
+            name, style, k = NAMES[algorithm], STYLES[algorithm], rows["num_steps"]
             theory, measured = (_series(rows, title, suffix) for suffix in ("", "_measured"))
             panel.plot(k, theory, color=style["color"], linewidth=1.6, label=f"{name}, theory")
             panel.plot(k, measured, linestyle="none", markersize=4, label=f"{name}, layer", **style)
@@ -47,7 +45,7 @@ def theorem(bounds):
         log_covering, curves = bounds[regime]
         for algorithm, values in curves.items():
             steps = range(1, len(values) + 1)
-            panel.plot(steps, values, markersize=3, linewidth=1.4, label=_NAMES[algorithm], **_STYLES[algorithm])
+            panel.plot(steps, values, markersize=3, linewidth=1.4, label=NAMES[algorithm], **STYLES[algorithm])
         _finish(panel, f"{CASES[regime]}\nlog N = {log_covering:g}")
         panel.legend(frameon=False)
     figure.axes[0].set_ylabel("bound of Theorem 5.1")
@@ -70,7 +68,7 @@ def gaps(results, *, step_size, mu):
     for (above, below), regime in zip(panels.T, REGIMES, strict=True):
         measured = results[results["hidden"] == hidden_of[regime]]
         for algorithm in ALGORITHMS:
-            name, style = _NAMES[algorithm], _STYLES[algorithm]
+            name, style = NAMES[algorithm], STYLES[algorithm]
             above.plot(k, predicted_gap(algorithm, k, regime, step_size, mu), color=style["color"], label=name)
             over_seeds = measured[measured["algorithm"] == algorithm].groupby("num_steps")["gap"]
             mean = over_seeds.mean()

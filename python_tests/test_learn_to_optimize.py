@@ -10,11 +10,14 @@ import torch
 from unrolled_kernels import Spectral, available_backends, use_backend
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments import cli
-from unrolled_kernels.experiments.synthetic import claims, data, figures, runner
+from unrolled_kernels.experiments.learn_to_optimize import claims
+from unrolled_kernels.experiments.learn_to_optimize import command as study
+from unrolled_kernels.experiments.learn_to_optimize.grid import ALGORITHMS, Trial
+from unrolled_kernels.experiments.learn_to_optimize.layers import make_trainable_layer, train_one
+from unrolled_kernels.experiments.synthetic import data
 from unrolled_kernels.experiments.synthetic.data import MU, L
 from unrolled_kernels.experiments.synthetic.evaluation import distance
 from unrolled_kernels.experiments.synthetic.grid import Training, select_best
-from unrolled_kernels.experiments.synthetic.learn_to_optimize import ALGORITHMS, Trial, make_trainable_layer, train_one
 from unrolled_kernels.testing import assert_as_close_as_eager
 
 TRAINING = Training(epochs=5, learn_step_size=True)
@@ -34,7 +37,7 @@ def small_run(tmp_path_factory):
 
 
 def command(out, *more):
-    fixed = "synthetic --learn-to-optimize --depths 1 3 --seeds 2 --epochs 5 --learning-rates 1e-2 --workers 1 --device"
+    fixed = "learn-to-optimize --depths 1 3 --seeds 2 --epochs 5 --learning-rates 1e-2 --workers 1 --device"
     return [*fixed.split(), "cpu", "--out", str(out), *map(str, more)]
 
 
@@ -135,7 +138,7 @@ def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypat
         return train_one(task, trial, *more)
 
     out = tmp_path / "run"
-    monkeypatch.setitem(runner._ONE_BY_ONE, "learn-to-optimize", interrupted)
+    monkeypatch.setattr(study, "train_one", interrupted)
     assert cli.main(command(out)) == 130
     assert len(pd.read_parquet(out / "results.parquet")) == 4
     assert cli.main(command(out)) == 0
@@ -148,21 +151,9 @@ def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypat
     pd.testing.assert_frame_equal(again, whole, check_exact=True)
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["--hidden 16", "--optimizers sgd", "--algorithms gd", "--trainer single", "--learn-step-size"],
-    ids=lambda options: options.split()[0],
-)
-def test_options_without_a_meaning_here_are_refused(tmp_path, capsys, options):
-    assert cli.main(command(tmp_path / "run", *options.split())) == 1
-    assert f"leave out {options.split()[0]}\n" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_directory_of_the_study_is_refused(small_run, capsys):
-    study = [option for option in command(small_run) if option != "--learn-to-optimize"]
-    assert cli.main(study) == 1
-    assert "trainer (there learn-to-optimize, asked ensemble)" in capsys.readouterr().err
+    assert cli.main(["synthetic", *command(small_run)[1:]]) == 1
+    assert "study (there learn-to-optimize, asked synthetic)" in capsys.readouterr().err
 
 
 # -- what is said of a table
@@ -171,7 +162,7 @@ def test_directory_of_the_study_is_refused(small_run, capsys):
 def test_sentences_where_the_finding_holds():
     train = {(name, k): value / k for name, value in zip(ALGORITHMS, (3, 2, 1), strict=True) for k in DEPTHS}
     gap = {(name, k): value for name, value in zip(ALGORITHMS, (0.1, 0.2, 5), strict=True) for k in DEPTHS}
-    sentences = claims.check_learn_to_optimize(table(train, gap))
+    sentences = claims.check(table(train, gap))
     for name, said in (("GD", sentences[:3]), ("NAG", sentences[3:])):
         assert said == [
             f"Figure 6, the RNN represents better than {name}: holds. Its training error is lower in 100% of 4 pairs, "
@@ -186,7 +177,7 @@ def test_sentences_where_the_finding_holds():
 def test_sentences_where_it_does_not():
     train = {(name, k): 1.0 for name in ALGORITHMS for k in DEPTHS} | {("rnn", 1): 2.0, ("rnn", 3): 0.5}
     gap = {(name, k): 1.0 for name in ALGORITHMS for k in DEPTHS} | {("rnn", 1): 0.0, ("rnn", 3): 0.5}
-    represents, generalizes, tests = claims.check_learn_to_optimize(table(train, gap))[:3]
+    represents, generalizes, tests = claims.check(table(train, gap))[:3]
     assert "GD: does not hold. Its training error is lower in 50% of 4 pairs, in most seeds at k = 3 only" in represents
     assert "does not hold. Its generalization gap is larger in 0% of 4 pairs, in most seeds at no k" in generalizes
     assert "larger than GD's in 0% of 4 pairs" in tests
@@ -197,12 +188,12 @@ def test_pairs_are_of_one_seed():
     train = {(name, k): 1.0 for name in ALGORITHMS for k in DEPTHS}
     best = table(train, train)
     best.loc[best["algorithm"] == "rnn", "train"] = [0.9, 9.0, 0.9, 0.9]
-    assert "lower in 75% of 4 pairs, in most seeds at k = 3 only" in claims.check_learn_to_optimize(best)[0]
+    assert "lower in 75% of 4 pairs, in most seeds at k = 3 only" in claims.check(best)[0]
 
 
 def test_figure_and_sentences_of_a_table_without_rnn(tmp_path):
     ones = {(name, k): 1.0 for name in ALGORITHMS for k in DEPTHS}
     best = table(ones, ones)
     best = best[best["algorithm"] != "rnn"]
-    assert claims.check_learn_to_optimize(best) == []
-    assert figures.draw_learn_to_optimize(best, tmp_path)[0].read_bytes()[:4] == b"\x89PNG"
+    assert claims.check(best) == []
+    assert len(study.figure6(best).axes) == 2

@@ -1,54 +1,17 @@
-"""Learning to optimize (paper, Sec. 7.1, "RNN"): Q* and b are given, only the algorithm is learned; Figure 6."""
+"""The layers of Figure 6 and their training: GD and NAG with a learned step size, and an RNN near GD."""
 
-import itertools
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 
 from unrolled_kernels import Spectral, UnrolledRNN
-from unrolled_kernels.experiments.synthetic.data import DIM, FIRST_SEED
-from unrolled_kernels.experiments.synthetic.grid import PAPER_DEPTHS, PAPER_LEARNING_RATES, trial_columns
+from unrolled_kernels.experiments.study import trial_columns
+from unrolled_kernels.experiments.synthetic.data import DIM
 from unrolled_kernels.experiments.synthetic.model import make_layer
 from unrolled_kernels.experiments.synthetic.train import fit
 
-ALGORITHMS = ("gd", "nag", "rnn")
 HIDDEN_DIMS = (20, 20, 20)
-
-
-@dataclass(frozen=True, order=True)
-class Trial:
-    """One layer to train; its fields are the columns that identify a row of the results."""
-
-    algorithm: str
-    num_steps: int
-    seed: int
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The product of its axes and the three algorithms; see ``PRESETS``."""
-
-    depths: tuple
-    learning_rates: tuple
-    seeds: int
-    epochs: int
-
-    def trials(self):
-        """Every layer of the grid, sorted."""
-        seeds = range(FIRST_SEED, FIRST_SEED + self.seeds)
-        return sorted(
-            {Trial(*point) for point in itertools.product(ALGORITHMS, self.depths, seeds, self.learning_rates)}
-        )
-
-
-PRESETS = {
-    "quick": Grid((1, 2, 4, 8, 14), (1e-2, 1e-3), seeds=3, epochs=300),
-    "medium": Grid((1, 2, 3, 4, 6, 8, 10, 14, 20), (1e-2, 1e-3), seeds=3, epochs=800),
-    "paper": Grid(PAPER_DEPTHS, PAPER_LEARNING_RATES, seeds=20, epochs=50_000),
-}
 
 
 def make_trainable_layer(trial):

@@ -1,0 +1,70 @@
+"""The style of every figure: names, colours and markers of the algorithms, and curves over k with bars."""
+
+from unrolled_kernels.experiments.run_directory import atomic_path
+
+NAMES = {"gd": "GD", "nag": "NAG", "rnn": "RNN"}
+STYLES = {
+    "gd": {"color": "tab:blue", "marker": "o"},
+    "nag": {"color": "tab:orange", "marker": "s"},
+    "rnn": {"color": "tab:green", "marker": "^"},
+}
+CASES = {"under": "under-parameterized", "about_right": "about right", "over": "over-parameterized"}
+# side by side: bars that overlap stay legible
+_OFFSETS = {"gd": -0.12, "nag": 0.12, "rnn": 0}
+
+
+def curves(panel, rows, column, *, median=False):
+    """``column`` over k with bars over the seeds, a curve for each algorithm.
+
+    Args:
+        panel: matplotlib axes.
+        rows: one row for each (algorithm, num_steps, seed).
+        column: what is drawn.
+        median: draw median and quartiles instead of mean and standard deviation.
+    """
+    for algorithm, of_algorithm in rows.groupby("algorithm"):
+        over_seeds = of_algorithm.groupby("num_steps")[column]
+        if median:
+            centre = over_seeds.median()
+            bars = centre - over_seeds.quantile(0.25), over_seeds.quantile(0.75) - centre
+        else:
+            centre = over_seeds.mean()
+            bars = (over_seeds.std(ddof=0),) * 2
+        panel.errorbar(
+            centre.index + _OFFSETS[algorithm],
+            centre,
+            yerr=bars,
+            label=NAMES[algorithm],
+            markersize=4,
+            linewidth=1.4,
+            elinewidth=0.9,
+            capsize=2,
+            **STYLES[algorithm],
+        )
+    finish(panel)
+
+
+def finish(panel, title=None):
+    """Axis of k, grid and legend."""
+    if title:
+        panel.set_title(title, fontsize=10)
+    panel.set_xlabel("number of steps $k$")
+    panel.grid(alpha=0.3, which="both" if panel.get_yscale() == "log" else "major", linewidth=0.5)
+    panel.legend(frameon=False, fontsize=8)
+
+
+def name_seeds(figure, rows, what="mean ± standard deviation"):
+    """Say above the panels what bars are, and of how many seeds."""
+    seeds = rows["seed"].nunique()
+    figure.suptitle(f"{what} over {seeds} seeds" if seeds > 1 else "one seed", fontsize=9)
+
+
+def save(figures, directory):
+    """Write ``{name: figure}`` as PNG files; returns their paths."""
+    paths = []
+    for name, figure in figures.items():
+        path = directory / f"{name}.png"
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=130)
+        paths.append(path)
+    return paths
