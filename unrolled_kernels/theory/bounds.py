@@ -39,12 +39,18 @@ class Comparison(NamedTuple):
     def holds(self) -> bool:
         return self.left <= self.right
 
+    @property
+    def slack(self) -> float:
+        """right/left, how many times larger than need be the bound is."""
+        return self.right / self.left if self.left else math.inf
+
 
 class LocalRademacherBound(NamedTuple):
     """Theorem 5.1: ``total`` = ``perception`` (Eq. 15) + ``sensitivity`` (Eq. 16); C_1, C_2, C_3 of Eq. 15.
 
     ``convergence_part``, ``covering_part`` and the constant 4 are the three addends under the root of Eq. 15:
-    (Cvg M + √r)² C_1, C_2 + C_3, 4.
+    (Cvg M + √r)² C_1, C_2 + C_3, 4. Which is the largest decides how the bound moves with k; a class of one function
+    has no complexity, so that ``log_covering`` = 0 tells nothing about a network.
     """
 
     total: float
@@ -177,26 +183,31 @@ def local_rademacher_bound(
     sigma_b: float,
     M: float,
 ) -> LocalRademacherBound:
-    """Theorem 5.1: a bound of the local Rademacher complexity of a model with an algorithm layer (Eqs. 15 and 16).
+    """Theorem 5.1, repaired: a bound of the local Rademacher complexity of a model with an algorithm layer.
 
         √2 d n^{-1/2} Stab(k) √((Cvg(k) M + √r)² C_1 + C_2 + C_3 + 4)  +  Sens(k) B_Φ
 
-    The paper gives the orders of C_1, C_2, C_3. Choices that make the bound follow from Eq. 18 (with its factor read as
-    √2 d, as Eq. 15 has it), derived, with N = N(1/√n, ℓ_Q, L_∞), F = (L-μ)√d ≥ ‖Q_θ - Q*‖_F and c = 8F log N/√n:
+    The paper (Eqs. 15 and 16) has N as the covering number of ℓ_Q, the class of the *norms* ‖Q_θ - Q*‖_F. That is
+    false: norms do not tell Q* + E from Q* - E, whose losses differ (docs/counterexample.md). Here N = N(1/√n, {Q_θ}),
+    the covering number of the matrix-valued class in sup_x ‖·‖_F. Stab is the one in Q: Eq. 17, from which all
+    follows, multiplies it by ‖Q_θ - Q_θ'‖. The paper gives the orders of C_1, C_2, C_3; with
+    F = (L-μ)√d ≥ ‖Q_θ - Q*‖_F and c = 8√2 F log N/√n these choices make the bound follow, derived:
 
-        C_1 = 4 L⁴ σ_b⁻² log N,   C_3 = c,   C_2 = 8 log N/n + c (c + 3 + 4√(2 log N/n))
+        C_1 = 4 L⁴ σ_b⁻² log N/d²,   C_3 = c/d²,   C_2 = (8 log N/n + c (c + 4d - 1 + 4√(2 log N/n)))/d²
 
-    Derivation. Let Z = √n E R_n ℓ_Q^loc(r_q), u = √(2 log N/n), S the largest P_n f² of the local class. Each f is
-    1/√n close to one of N functions of norm at most √S + 1/√n, so that Massart's lemma gives
-    Z ≤ 1 + u + √(2 log N · E S). Symmetrization and contraction (f² is 2F-Lipschitz in f) give
-    E S ≤ r_q + 4F Z/√n. The quadratic inequality (Z - h)² ≤ a + cZ with h = 1 + u, a = 2 r_q log N has
-    Z² ≤ 2a + 2h² + 4ch + c², and 2h² ≤ 4 + 8 log N/n. The paper's t, of an event of probability 1 - e^{-t}, does not
-    come up, because the expectation is bounded directly.
+    Derivation. Eq. 18 becomes R_n ℓ_F ≤ √2 Stab(k) R_n 𝒬 by vector contraction, with
+    R_n 𝒬 = E sup_θ (1/n) Σ_i ⟨σ_i, Q_θ(x_i) - Q*(x_i)⟩, σ_i a matrix of d² signs. Let Z = √n E R_n 𝒬^loc(r_q),
+    u = √(2 log N/n), S the largest P_n‖Q_θ - Q*‖²_F of the local class. Each member is 1/√n close to one of N, whose
+    norm is at most √S + 1/√n; what lies between costs ‖σ_i‖_F/√n = d/√n, and Massart's lemma the rest:
+    Z ≤ d + u + √(2 log N · E S). Symmetrization and contraction (‖·‖²_F is 2F-Lipschitz) give E S ≤ r_q + 4√2 F Z/√n.
+    The quadratic inequality (Z - h)² ≤ a + cZ with h = d + u, a = 2 r_q log N has Z² ≤ 2a + 2h² + 4ch + c², and
+    2h² ≤ 4d² + 8 log N/n. Lemma 4.2 bounds r_q by L⁴ σ_b⁻² (Cvg M + √r)². The paper's t, of an event of probability
+    1 - e^{-t}, does not come up, because the expectation is bounded directly.
 
     Args:
         num_samples: n.
         radius: r, the local level: models with P ℓ² ≤ r.
-        log_covering: log N(n), see ``log_covering_parametric``.
+        log_covering: log N, of the matrix-valued class at radius 1/√n, see ``log_covering_parametric``.
         stability: Stab(k), the supremum over φ of ``Stability.wrt_Q`` with ‖b‖ = μM.
         convergence: Cvg(k), the supremum over φ.
         sensitivity: Sens(k).
@@ -215,10 +226,10 @@ def local_rademacher_bound(
         if value < 0:
             raise ValueError(f"{name}: expected a number ≥ 0, got {value}")
     n = num_samples
-    c = 8 * (L - mu) * math.sqrt(dim) * log_covering / math.sqrt(n)
-    C1 = 4 * L**4 / sigma_b**2 * log_covering
-    C2 = 8 * log_covering / n + c * (c + 3 + 4 * math.sqrt(2 * log_covering / n))
-    C3 = c
+    c = 8 * math.sqrt(2) * (L - mu) * math.sqrt(dim) * log_covering / math.sqrt(n)
+    C1 = 4 * L**4 / sigma_b**2 * log_covering / dim**2
+    C2 = (8 * log_covering / n + c * (c + 4 * dim - 1 + 4 * math.sqrt(2 * log_covering / n))) / dim**2
+    C3 = c / dim**2
     convergence_part = (float(convergence) * M + math.sqrt(radius)) ** 2 * C1
     root = math.sqrt(convergence_part + C2 + C3 + 4)
     perception = math.sqrt(2) * dim / math.sqrt(n) * float(stability) * root
@@ -331,16 +342,19 @@ def predicted_gap(algorithm: str, num_steps: Steps, regime: str, step_size: Numb
 
         under- and over-parameterized: Stab(k),   about right: Stab(k) Cvg(k)
 
+    Stab is that in Q: it stands before ‖Q_θ - Q_θ'‖ in Eq. 17, and so in Eq. 18 and Theorem 5.1. After one step from
+    zero nothing depends on Q, and the prediction is 0.
+
     Args:
         algorithm, num_steps, step_size, mu: as in ``convergence_rate``.
         regime: ``"under"``, ``"about_right"`` or ``"over"``.
     Returns:
-        A tensor of the broadcast shape; Stab is that in b, (1 - Cvg)/μ.
+        A tensor of the broadcast shape, for ‖b‖ = 1.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
     """
     check_regime(regime)
-    stab = stability(algorithm, num_steps, step_size, mu).wrt_b
+    stab = stability(algorithm, num_steps, step_size, mu).wrt_Q
     if regime == "about_right":
         return stab * convergence_rate(algorithm, num_steps, step_size, mu)
     return stab

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from unrolled_kernels import _check
-from unrolled_kernels.annotations import Number, Steps, Weights
+from unrolled_kernels.annotations import Number, Schedule, Steps, Weights
 from unrolled_kernels.regions import CellNorms, check_spectrum, largest_stable_step
 
 ALGORITHMS = ("gd", "nag")
@@ -136,6 +136,56 @@ def sensitivity(
     return b_norm * k * (k + 1) / 2 * (1 - (c0 * mu).sqrt()) ** before
 
 
+def schedule_convergence(schedule: Schedule, mu: float, L: float, *, points: int = 513) -> torch.Tensor:
+    """Cvg(t), t = 0 … k, of any schedule φ, β, γ: the largest |e_t(λ)/e_0| over the spectrum (paper, Eq. 6).
+
+    The error of a first-order method is a polynomial of Q, so that its largest value is found on scalar energies λ:
+    the recurrence runs on a grid of λ that is dense at the ends of [μ, L].
+
+    Args:
+        schedule: φ, β, γ, each ``[k]``, e.g. of ``schedules.chebyshev``.
+        mu, L: bounds of the spectrum of Q.
+        points: of the grid.
+    Returns:
+        ``[k + 1]`` float64.
+    Raises:
+        TypeError, ValueError: an argument out of its range; the message names it.
+    """
+    phi, beta, gamma, grid = _on_grid(schedule, mu, L, points)
+    one = torch.ones_like(grid)
+    return torch.stack([e.abs().amax() for e, _ in _recurrence(phi, beta, gamma, grid, one, one, 0.0)])
+
+
+def schedule_stability(schedule: Schedule, mu: float, L: float, *, points: int = 513) -> Stability:
+    """Stab(t), t = 0 … k, of any schedule φ, β, γ, for ‖b‖ = 1 (paper, Eq. 7).
+
+        wrt_b(t) = max_λ |y_t(λ)|,   wrt_Q(t) = Σ_{j<t} φ_j max_λ |p_{tj}(λ)| max_λ |z_j(λ)|
+
+    y and the extrapolated z are the states on the scalar energies λ with b = 1, and p_{tj} is what is left at step t of
+    an error in the gradient of step j. Q and Q' need not commute, so the two maxima are taken apart: wrt_Q is a bound,
+    and attained where both are at one λ, as they are at μ for GD and NAG (``stability``).
+
+    Args:
+        schedule, mu, L, points: as in ``schedule_convergence``.
+    Returns:
+        A ``Stability`` of two ``[k + 1]`` float64 tensors.
+    Raises:
+        TypeError, ValueError: an argument out of its range; the message names it.
+    """
+    phi, beta, gamma, grid = _on_grid(schedule, mu, L, points)
+    zero, k = torch.zeros_like(grid), len(phi)
+    states = list(_recurrence(phi, beta, gamma, grid, zero, zero, 1.0))
+    wrt_b = torch.stack([y.abs().amax() for y, _ in states])
+    reach = torch.stack([z.abs().amax() for _, z in states])
+    wrt_Q = torch.zeros_like(wrt_b)
+    for j in range(k):
+        # an error of 1 that enters with y_{j+1}: it was not there at step j
+        left = _recurrence(phi[j + 1 :], beta[j + 1 :], gamma[j + 1 :], grid, torch.ones_like(grid), zero, 0.0)
+        decay = torch.stack([p.abs().amax() for p, _ in left])
+        wrt_Q[j + 1 :] += phi[j].abs() * decay * reach[j]
+    return Stability(wrt_Q, wrt_b)
+
+
 def rnn_stability(weights: Weights, num_steps: Steps, *, mu: Number, L: Number, b_norm: Number = 1.0) -> Stability:
     """Stab(k, φ) of an RNN cell (paper, Table 2; constants derived).
 
@@ -204,6 +254,29 @@ def rnn_best_convergence_rate(num_steps: Steps, mu: Number, L: Number) -> torch.
         TypeError, ValueError: an argument out of its range; the message names it.
     """
     return convergence_rate("gd", num_steps, stable_region("gd", mu, L)[1], mu)
+
+
+def _on_grid(schedule, mu, L, points):
+    """φ, β, γ ``[k]`` and Chebyshev points of [μ, L], float64."""
+    check_spectrum(mu, L)
+    if not isinstance(schedule, (tuple, list)) or len(schedule) != 3:
+        raise TypeError(f"schedule: expected the three tensors φ, β, γ, got {type(schedule).__name__}")
+    phi, beta, gamma = (torch.as_tensor(x).detach().double().cpu() for x in schedule)
+    if phi.dim() != 1 or phi.shape != beta.shape or phi.shape != gamma.shape:
+        shapes = ", ".join(str(list(x.shape)) for x in (phi, beta, gamma))
+        raise ValueError(f"schedule: expected φ, β, γ of one shape [num_steps], got {shapes}")
+    grid = mu + (L - mu) * (1 - torch.linspace(0, math.pi, points, dtype=torch.float64).cos()) / 2
+    return phi, beta, gamma, grid
+
+
+def _recurrence(phi, beta, gamma, grid, y, before, b):
+    """(y_t, z_t) for t = 0 … k on the scalar energies ``grid``, from y_0 and y_{-1}; z is the extrapolated point."""
+    for f, m, g in zip(phi, beta, gamma, strict=True):
+        step = y - before
+        z = y + g * step
+        yield y, z
+        before, y = y, y + m * step - f * (grid * z + b)
+    yield y, y
 
 
 def check_algorithm(algorithm):

@@ -8,6 +8,15 @@ from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.theory.bounds import REGIMES, predicted_gap
 from unrolled_kernels.theory.properties import ALGORITHMS
 
+_PANELS = {
+    "convergence  Cvg": ("convergence",),
+    "stability in Q  Stab$_Q$": ("stability_Q",),
+    "product  Stab$_Q$ · Cvg, that of the theorem": ("stability_Q", "convergence"),
+    "sensitivity  Sens": ("sensitivity",),
+    "stability in b  Stab$_b$": ("stability_b",),
+    "product  Stab$_b$ · Cvg": ("stability_b", "convergence"),
+}
+
 
 def figure2(table):
     """Figure 2: Cvg, Stab and Stab·Cvg over k; lines are the theory, markers the largest value the layers reached.
@@ -17,18 +26,20 @@ def figure2(table):
     Returns:
         A matplotlib ``Figure``.
     """
-    figure = Figure(figsize=(11.4, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    titles = ("convergence  Cvg(k)", "stability  Stab(k)", "product  Stab(k) · Cvg(k)")
-    for panel, title in zip(panels, titles, strict=True):
+    figure = Figure(figsize=(11.4, 6.4), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True)
+    for panel, (title, factors) in zip(panels.flat, _PANELS.items(), strict=True):
         for algorithm, rows in table.groupby("algorithm"):
             name, style, k = NAMES[algorithm], STYLES[algorithm], rows["num_steps"]
-            theory, measured = (_series(rows, title, suffix) for suffix in ("", "_measured"))
+            theory, measured = (
+                rows[[f"{factor}{suffix}" for factor in factors]].prod(axis=1) for suffix in ("", "_measured")
+            )
             panel.plot(k, theory, color=style["color"], linewidth=1.6, label=f"{name}, theory")
             panel.plot(k, measured, linestyle="none", markersize=4, label=f"{name}, layer", **style)
         _finish(panel, title)
-    panels[0].set_ylabel(r"worst case over the class, $\|b\| = 1$")
-    panels[0].legend(frameon=False)
+    for row in panels:
+        row[0].set_ylabel(r"worst case over the class, $\|b\| = 1$")
+    panels[0, 0].legend(frameon=False)
     return figure
 
 
@@ -36,17 +47,18 @@ def theorem(bounds):
     """Theorem 5.1 over k for three covering numbers, one panel each.
 
     Args:
-        bounds: a dict from regime to ``(log_covering, {algorithm: [bound at k = 1, 2, …]})``.
+        bounds: from ``report.theorem_curves``.
     Returns:
         A matplotlib ``Figure``.
     """
-    figure = Figure(figsize=(11.4, 3.6), layout="constrained")
-    for panel, regime in zip(figure.subplots(1, 3), REGIMES, strict=True):
-        log_covering, curves = bounds[regime]
+    figure = Figure(figsize=(11.4, 3.8), layout="constrained")
+    for panel, (name, (log_covering, curves)) in zip(figure.subplots(1, 3), bounds.items(), strict=True):
         for algorithm, values in curves.items():
             steps = range(1, len(values) + 1)
-            panel.plot(steps, values, markersize=3, linewidth=1.4, label=NAMES[algorithm], **STYLES[algorithm])
-        _finish(panel, f"{CASES[regime]}\nlog N = {log_covering:g}")
+            panel.plot(steps, [v.total for v in values], markersize=3, linewidth=1.4, label=NAMES[algorithm],
+                       **STYLES[algorithm])  # fmt: skip
+        deciding = " → ".join(dict.fromkeys(CASES[v.regime] for v in curves["gd"]))
+        _finish(panel, f"{name}, log N = {log_covering:.3g}\nGD: {deciding}")
         panel.legend(frameon=False)
     figure.axes[0].set_ylabel("bound of Theorem 5.1")
     return figure
@@ -82,13 +94,6 @@ def gaps(results, *, step_size, mu):
     panels[0, 0].set_ylabel("Stab, or Stab·Cvg (any unit)")
     panels[1, 0].set_ylabel("generalization gap")
     return figure
-
-
-def _series(rows, title, suffix):
-    cvg, stab = rows[f"convergence{suffix}"], rows[f"stability_b{suffix}"]
-    if title.startswith("convergence"):
-        return cvg
-    return stab if title.startswith("stability") else stab * cvg
 
 
 def _finish(panel, title):

@@ -1,11 +1,13 @@
 """The tables of ``unrolled-kernels theory``: theory and measurement side by side, as DataFrames and Markdown."""
 
+import math
+
 import pandas as pd
 import torch
 
 from unrolled_kernels.regions import rnn_contraction
 from unrolled_kernels.theory import empirical
-from unrolled_kernels.theory.bounds import REGIMES, model_bound
+from unrolled_kernels.theory.bounds import log_covering_parametric, model_bound
 from unrolled_kernels.theory.properties import (
     ALGORITHMS,
     convergence_rate,
@@ -15,8 +17,13 @@ from unrolled_kernels.theory.properties import (
     stability,
 )
 
-# log N(n) of three neural modules, for each of which another addend of Eq. 15 decides the shape over k
-LOG_COVERING = {"under": 0.0, "about_right": 1.0, "over": 1e4}
+# log N of classes of Q_θ at radius 1/√n for n = 100: the smallest that is one, and the study's linear network and its
+# largest (33 and 451 parameters, taken in a ball of radius 5 and 5-Lipschitz in them)
+LOG_COVERING = {
+    "two functions": math.log(2),
+    "hidden size 0": log_covering_parametric(0.1, 33, 5.0, 5.0),
+    "hidden size 32": log_covering_parametric(0.1, 451, 5.0, 5.0),
+}
 _SHOWN = (1, 5, 10, 20, 30)
 
 
@@ -64,24 +71,24 @@ def theorem_curves(num_steps, step_size, *, mu, **problem):
         num_steps, step_size: of the layers.
         mu, problem: the other arguments of ``bounds.model_bound`` but log_covering.
     Returns:
-        A dict from regime to ``(log_covering, {algorithm: [total at each k]})``.
+        A dict from the name of the class to ``(log_covering, {algorithm: [bound at each k]})``, each a
+        ``LocalRademacherBound``.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
     """
-    curves = {}
-    for regime in REGIMES:
-        log_covering = LOG_COVERING[regime]
-        curves[regime] = (
+    return {
+        name: (
             log_covering,
             {
                 algorithm: [
-                    model_bound(algorithm, k, step_size, log_covering=log_covering, mu=mu, **problem).total
+                    model_bound(algorithm, k, step_size, log_covering=log_covering, mu=mu, **problem)
                     for k in range(1, num_steps + 1)
                 ]
                 for algorithm in ALGORITHMS
             },
         )
-    return curves
+        for name, log_covering in LOG_COVERING.items()
+    }
 
 
 def anchors_markdown(table):
