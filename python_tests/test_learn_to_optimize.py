@@ -1,4 +1,4 @@
-"""Learning to optimize: its layers' training, its runs and what they refuse, and the sentences of its report."""
+"""Learning to optimize: its layers' training, its runs and what they refuse, and the claims of its report."""
 
 import itertools
 import math
@@ -125,7 +125,7 @@ def test_run_writes_table_figure_and_report(small_run):
     text = (small_run / "report.md").read_text()
     assert "figure6.png" in text
     assert "| RNN | 3 |" in text
-    assert "the RNN represents better than GD: " in text
+    assert "| 6 | Q and b given | RNN against GD | represents better: lower training error |" in text
 
 
 def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypatch):
@@ -159,28 +159,22 @@ def test_directory_of_the_study_is_refused(small_run, capsys):
 # -- what is said of a table
 
 
-def test_sentences_where_the_finding_holds():
+def test_claims_where_the_finding_holds():
     train = {(name, k): value / k for name, value in zip(ALGORITHMS, (3, 2, 1), strict=True) for k in DEPTHS}
     gap = {(name, k): value for name, value in zip(ALGORITHMS, (0.1, 0.2, 5), strict=True) for k in DEPTHS}
-    sentences = claims.check(table(train, gap))
-    for name, said in (("GD", sentences[:3]), ("NAG", sentences[3:])):
-        assert said == [
-            f"Figure 6, the RNN represents better than {name}: holds. Its training error is lower in 100% of 4 pairs, "
-            "in most seeds at every k.",
-            f"Figure 6, the RNN generalizes worse than {name}: holds. Its generalization gap is larger in 100% of 4 "
-            "pairs, in most seeds at every k.",
-            f"What counts in the end, the error on all samples: the RNN's is larger than {name}'s in 100% of 4 pairs, "
-            "in most seeds at every k.",
-        ]
+    checked = claims.check(table(train, gap))
+    assert [claim.algorithm for claim in checked] == ["RNN against GD"] * 3 + ["RNN against NAG"] * 3
+    assert {claim.measured for claim in checked} == {"in 100% of 4 pairs [100%, 100%], in most seeds at every k"}
+    assert {claim.verdict for claim in checked} == {"holds"}
 
 
-def test_sentences_where_it_does_not():
+def test_claims_where_it_does_not():
     train = {(name, k): 1.0 for name in ALGORITHMS for k in DEPTHS} | {("rnn", 1): 2.0, ("rnn", 3): 0.5}
     gap = {(name, k): 1.0 for name in ALGORITHMS for k in DEPTHS} | {("rnn", 1): 0.0, ("rnn", 3): 0.5}
     represents, generalizes, tests = claims.check(table(train, gap))[:3]
-    assert "GD: does not hold. Its training error is lower in 50% of 4 pairs, in most seeds at k = 3 only" in represents
-    assert "does not hold. Its generalization gap is larger in 0% of 4 pairs, in most seeds at no k" in generalizes
-    assert "larger than GD's in 0% of 4 pairs" in tests
+    assert represents.measured == "in 50% of 4 pairs [50%, 50%], in most seeds at k = 3"
+    assert generalizes.measured == "in 0% of 4 pairs [0%, 0%], in most seeds at no k"
+    assert {claim.verdict for claim in (represents, generalizes, tests)} == {"does not hold"}
 
 
 def test_pairs_are_of_one_seed():
@@ -188,10 +182,12 @@ def test_pairs_are_of_one_seed():
     train = {(name, k): 1.0 for name in ALGORITHMS for k in DEPTHS}
     best = table(train, train)
     best.loc[best["algorithm"] == "rnn", "train"] = [0.9, 9.0, 0.9, 0.9]
-    assert "lower in 75% of 4 pairs, in most seeds at k = 3 only" in claims.check(best)[0]
+    represents = claims.check(best)[0]
+    assert represents.measured.startswith("in 75% of 4 pairs [50%, 100%], in most seeds at k = 3")
+    assert represents.verdict == "undecided"
 
 
-def test_figure_and_sentences_of_a_table_without_rnn(tmp_path):
+def test_figure_and_claims_of_a_table_without_rnn():
     ones = {(name, k): 1.0 for name in ALGORITHMS for k in DEPTHS}
     best = table(ones, ones)
     best = best[best["algorithm"] != "rnn"]

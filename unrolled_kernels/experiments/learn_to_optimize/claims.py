@@ -1,39 +1,45 @@
-"""The paper's finding about RNNs in words, with the numbers of a run and a plain verdict."""
+"""The paper's finding about RNNs against a run: shares of pairs with their intervals over seeds, and verdicts."""
 
-from unrolled_kernels.experiments.synthetic.claims import NEARLY_ALL, pairs, verdict
+from unrolled_kernels.experiments.figures import NAMES
+from unrolled_kernels.experiments.synthetic.claims import NEARLY_ALL, Claim, verdict
+from unrolled_kernels.experiments.synthetic.statistics import resampled, seed_table
+
+_CLAIMS = {
+    "train": ("represents better: lower training error", 1),
+    "gap": ("generalizes worse: larger gap", -1),
+    "test": ("what counts in the end: larger test error", -1),
+}
 
 
 def check(best):
     """Figure 6, "RNN has a better representation power but worse generalization ability", paired by k and seed.
 
     Args:
-        best: one row for each (algorithm, num_steps, seed), from ``grid.select_best``.
+        best: one row for each (algorithm, num_steps, seed), from ``select_best``.
     Returns:
-        A list of sentences.
+        A list of ``Claim``; empty without an RNN.
     """
-    sentences = []
+    claims = []
     for other in ("gd", "nag"):
-        rnn, plain = pairs(best, "rnn", other)
-        if rnn.empty:
+        rows = best[best["algorithm"].isin(["rnn", other])]
+        if rows["algorithm"].nunique() < 2:
             continue
-        name = other.upper()
-        represents, generalizes_worse, tests_worse = (
-            rnn[column] * sign < plain[column] * sign for column, sign in (("train", 1), ("gap", -1), ("test", -1))
-        )
-        sentences += [
-            f"Figure 6, the RNN represents better than {name}: {verdict(represents.mean() > NEARLY_ALL)}. Its "
-            f"training error is lower {_share(represents)}.",
-            f"Figure 6, the RNN generalizes worse than {name}: {verdict(generalizes_worse.mean() > NEARLY_ALL)}. Its "
-            f"generalization gap is larger {_share(generalizes_worse)}.",
-            f"What counts in the end, the error on all samples: the RNN's is larger than {name}'s "
-            f"{_share(tests_worse)}.",
-        ]
-    return sentences
-
-
-def _share(holds):
-    """How often a comparison of pairs holds, and at which k it does in most seeds."""
-    by_depth = holds.groupby("num_steps").mean()
-    chosen = by_depth.index[by_depth > 0.5]
-    depths = {0: "at no k", len(by_depth): "at every k"}.get(len(chosen), f"at k = {', '.join(map(str, chosen))} only")
-    return f"in {holds.mean():.0%} of {len(holds)} pairs, in most seeds {depths}"
+        for column, (claim, sign) in _CLAIMS.items():
+            values, algorithms, k = seed_table(rows, column)
+            rnn, plain = (values[:, algorithms.index(name)] for name in ("rnn", other))
+            better = (sign * (rnn - plain) < 0).astype(float)
+            share = resampled(better, lambda x: x.mean((1, 2)))
+            depths = k[better.mean(0) > 0.5].tolist()
+            where = "every k" if len(depths) == len(k) else f"k = {', '.join(map(str, depths))}" if depths else "no k"
+            claims.append(
+                Claim(
+                    "6",
+                    "Q and b given",
+                    f"RNN against {NAMES[other]}",
+                    claim,
+                    f"in {share.value:.0%} of {better.size} pairs [{share.low:.0%}, {share.high:.0%}], in most seeds "
+                    f"at {where}",
+                    verdict(share.low, share.high, NEARLY_ALL),
+                )
+            )
+    return claims

@@ -20,6 +20,7 @@ from unrolled_kernels.experiments.options import (
     resolve_device,
 )
 from unrolled_kernels.experiments.synthetic import runner
+from unrolled_kernels.experiments.synthetic.claims import table
 from unrolled_kernels.experiments.synthetic.figures import GAP, TRAINING_ERROR
 from unrolled_kernels.experiments.synthetic.grid import Training, select_best
 from unrolled_kernels.experiments.synthetic.report import summary_table
@@ -113,7 +114,7 @@ def _run(arguments):
         settings=settings,
         figures=drawn,
         sections={
-            "The paper's claims in this run": "\n".join(f"- {sentence}" for sentence in claims.check(best)),
+            "The paper's claims in this run": table(claims.check(best)),
             "Results": summary_table(best),
         },
     )

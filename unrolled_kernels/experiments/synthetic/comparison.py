@@ -8,7 +8,6 @@ Results come in as a DataFrame with one row for each trained model: ``algorithm`
 import pandas as pd
 import torch
 
-from unrolled_kernels.experiments.figures import CASES
 from unrolled_kernels.theory.bounds import approximation_bound, predicted_order, representation_bound
 from unrolled_kernels.theory.properties import convergence_rate
 
@@ -98,37 +97,3 @@ def order_table(results, *, mu):
         )
     columns = ["regime", "hidden", "num_steps", "gap_gd", "gap_nag", "predicted", "measured", "agrees"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def claims(results, *, mu, L, sigma_b, M):
-    """The paper's claims about approximation (Figures 3 and 4) and generalization (Figure 5) against the results.
-
-    Args:
-        results, mu, L, sigma_b, M: as in ``lemma_table``.
-    Returns:
-        A list of sentences.
-    Raises:
-        ValueError: a column is missing.
-    """
-    lemmas = lemma_table(results, mu=mu, L=L, sigma_b=sigma_b, M=M)
-    holds = (lemmas["loss"] <= lemmas["loss_bound"]).sum()
-    sentences = [f"Lemma 4.1 holds for {holds} of {len(lemmas)} models."]
-    known = lemmas.dropna(subset="q_error_bound")
-    if len(known):
-        holds = (known["q_error"] <= known["q_error_bound"]).sum()
-        sentences.append(f"Lemma 4.2 holds for {holds} of {len(known)} models.")
-    table = lemmas.assign(train=results["train"].to_numpy())
-    for hidden, part in table.groupby("hidden"):
-        mean = part.groupby(["algorithm", "num_steps"])[["convergence", "train", "q_error"]].mean()
-        if len(mean) > 2:
-            ranks = mean.rank().corr()["convergence"]
-            sentences.append(
-                f"Hidden size {hidden}: rank correlation with Cvg(k) over k and algorithm is {ranks['train']:+.2f} for "
-                f"the training error (Figure 3) and {ranks['q_error']:+.2f} for the error of Q_θ (Figure 4)."
-            )
-    for regime, part in order_table(results, mu=mu).query("predicted != 0").groupby("regime", sort=False):
-        sentences.append(
-            f"{CASES[regime].capitalize()}: the predicted order of the gaps of GD and NAG is the measured "
-            f"one at {part['agrees'].sum()} of {len(part)} depths (Figure 5)."
-        )
-    return sentences

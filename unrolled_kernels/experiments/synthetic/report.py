@@ -55,7 +55,7 @@ def write_report(path, *, settings, best, models, figures, speed, device):
         settings=settings,
         figures=figures,
         sections={
-            "The paper's claims in this run": "\n".join(f"- {sentence}" for sentence in claims.check(best)),
+            "The paper's claims in this run": claims.table(claims.check(best)),
             "Results": summary_table(best),
             "Speed": timed,
         },
