@@ -14,6 +14,7 @@ from unrolled_kernels import Diagonal, Spectral, UnrolledGD, UnrolledMomentum, U
 from unrolled_kernels import functional as F
 from unrolled_kernels.testing import random_quadratic
 from unrolled_kernels.theory.bounds import REGIMES
+from unrolled_kernels.theory.design import GAP_FACTORS
 from unrolled_kernels.theory.empirical import make_layer
 from unrolled_kernels.theory.properties import ALGORITHMS
 
@@ -690,14 +691,18 @@ def test_recommend_gives_a_layer_that_is_safe(regime):
         torch.testing.assert_close(report.error_factor.max().item(), advice.error_factor, rtol=1e-6, atol=0)
         # a learned step size held in the region can start at the advice
         type(layer)(advice.num_steps, advice.step_size, learn_step_size=True, stable_region=(MU, L))
-    if regime == "about_right":
-        assert (advice.algorithm, advice.num_steps) == ("nag", 30)
-    else:
-        assert advice.algorithm == "gd"
-        assert advice.num_steps < 30
-        assert advice.error_factor <= 0.1
-        assert theory.recommend(MU, L, 200, regime, tolerance=1e-3).num_steps > advice.num_steps
-    assert "gap moves like Stab" in advice.reason
+        # no choice within the budget is predicted to be better by more than the tolerance
+        for algorithm in ALGORITHMS:
+            phi = 0.99 * theory.stable_region(algorithm, MU, L)[1]
+            k = torch.arange(1, budget + 1)
+            others = theory.predicted_error(algorithm, k, regime, phi, MU, gap_factor=GAP_FACTORS[regime])
+            assert advice.predicted_error <= 1.01 * others.min()
+    # a network that adds nothing: as deep as need be; one that adds much: the gap stops it early
+    deep, early = (theory.recommend(MU, L, 60, "over", gap_factor=g, tolerance=0) for g in (0.0, 2.0))
+    assert deep.algorithm == "nag"
+    assert deep.num_steps == 60
+    assert early.num_steps < 10
+    assert "leave" in early.reason
 
 
 REFUSALS = [
@@ -747,7 +752,8 @@ REFUSALS = [
     (lambda: theory.recommend(1.0, 0.1, 5, "under"), ValueError, "mu, L"),
     (lambda: theory.recommend(0.1, 1.0, 0, "under"), ValueError, "num_steps: expected at least 1"),
     (lambda: theory.recommend(0.1, 1.0, 5, "normal"), ValueError, "regime"),
-    (lambda: theory.recommend(0.1, 1.0, 5, "under", tolerance=2.0), ValueError, "tolerance"),
+    (lambda: theory.recommend(0.1, 1.0, 5, "over", tolerance=2.0), ValueError, "tolerance"),
+    (lambda: theory.recommend(0.1, 1.0, 5, "over", gap_factor=-1.0), ValueError, "gap_factor"),
 ]
 
 

@@ -360,6 +360,31 @@ def predicted_gap(algorithm: str, num_steps: Steps, regime: str, step_size: Numb
     return stab
 
 
+def predicted_error(
+    algorithm: str, num_steps: Steps, regime: str, step_size: Number, mu: Number, *, gap_factor: Number
+) -> torch.Tensor:
+    """What test error is left after k steps, as a part of that of no step: bias and generalization gap together.
+
+        Cvg(k) + g μ² Stab(k)    under- and over-parameterized
+        Cvg(k) (1 + g μ² Stab(k))    about right
+
+    μ² Stab(k), with Stab in Q and ‖b‖ = 1, grows from 0 to 1. What no depth changes, the network's own error, is left
+    out: it does not matter to a choice.
+
+    Args:
+        algorithm, num_steps, regime, step_size, mu: as in ``predicted_gap``.
+        gap_factor: g ≥ 0, which falls like 1/√n with the number of training samples; see ``recommend``.
+    Returns:
+        A tensor of the broadcast shape.
+    Raises:
+        TypeError, ValueError: an argument out of its range; the message names it.
+    """
+    if not isinstance(gap_factor, torch.Tensor) and not gap_factor >= 0:
+        raise ValueError(f"gap_factor: expected a number ≥ 0, got {gap_factor}")
+    gap = predicted_gap(algorithm, num_steps, regime, step_size, mu)
+    return convergence_rate(algorithm, num_steps, step_size, mu) + gap_factor * mu**2 * gap
+
+
 def predicted_order(num_steps: torch.Tensor, regime: str, step_size: Number, mu: Number) -> torch.Tensor:
     """Which of GD and NAG has the larger generalization gap at each k, by ``predicted_gap``.
 

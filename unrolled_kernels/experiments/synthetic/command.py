@@ -16,7 +16,7 @@ from unrolled_kernels.experiments.options import (
     resolve_device,
 )
 from unrolled_kernels.experiments.synthetic import figures, report, runner, speed
-from unrolled_kernels.experiments.synthetic.data import FIRST_SEED
+from unrolled_kernels.experiments.synthetic.data import FIRST_SEED, NUM_SAMPLES, NUM_TRAIN
 from unrolled_kernels.experiments.synthetic.grid import OPTIMIZERS, PRESETS, Training, Trial, select_best
 from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
 
@@ -53,6 +53,18 @@ def add_parser(subparsers):
     grid.add_argument("--epochs", type=positive, default=argparse.SUPPRESS)
     grid.add_argument("--learn-step-size", action="store_true", help="train the layers' step size too")
     runner.add_data_options(parser)
+    parser.add_argument(
+        "--num-train",
+        type=positive,
+        metavar="N",
+        help="training samples of the generated data, at least 2; default 100",
+    )
+    parser.add_argument(
+        "--same-start",
+        action="store_true",
+        help="the same initial weights and minibatch order for every seed, as in the authors' release (and with "
+        "--reference); default: they vary with the seed, as the training samples do",
+    )
     add_run_options(parser, "runs/synthetic-PRESET")
     parser.add_argument(
         "--trainer",
@@ -74,12 +86,20 @@ def _run(arguments):
     device = resolve_device(arguments.device, *ranks.local())
     _backend.resolve(arguments.backend, device)
     grid = study.replaced(PRESETS[arguments.preset], arguments)
-    training = Training(epochs=grid.epochs, learn_step_size=arguments.learn_step_size)
+    num_train = arguments.num_train or NUM_TRAIN
+    if arguments.reference and (arguments.num_train not in (None, NUM_TRAIN)):
+        raise ValueError(f"--num-train: the authors' data have {NUM_TRAIN} training samples a seed, got {num_train}")
+    if not 2 <= num_train <= NUM_SAMPLES:
+        raise ValueError(f"--num-train: expected 2 to {NUM_SAMPLES}, got {num_train}")
+    # minibatches of half of the samples, as in the paper
+    training = Training(grid.epochs, learn_step_size=arguments.learn_step_size, batch_size=num_train // 2)
     setup = runner.Setup(
         training=training,
         device=str(device),
         backend=arguments.backend,
         data_seed=arguments.seed,
+        num_train=num_train,
+        same_start=arguments.same_start,
         reference=arguments.reference,
         trainer=arguments.trainer,
     )
@@ -93,6 +113,8 @@ def _run(arguments):
     settings = {"study": "synthetic"} | dataclasses.asdict(grid) | dataclasses.asdict(training)
     settings |= {
         "data": runner.data_name(arguments),
+        "num_train": num_train,
+        "same_start": arguments.same_start or arguments.reference is not None,
         "device": device.type,
         "backend": arguments.backend,
         "trainer": arguments.trainer,

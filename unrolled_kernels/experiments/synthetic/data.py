@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,9 @@ class SyntheticTask:
         y_star: ``[N, 5]`` float32, the minimizer -Q*⁻¹b.
         eigenvalues: e(x), ``[N, 5]`` float32, ordered [L, μ + (L-μ) softmax(MLP(x)), μ].
         seed: the seed that the samples were drawn from.
+        num_train: how many of them a training seed trains on.
+        same_start: initial weights and the order of the minibatches are those of the first training seed for all, as
+            in the authors' release, so that only the training samples vary; else all three vary.
     """
 
     x: torch.Tensor
@@ -42,10 +45,12 @@ class SyntheticTask:
     y_star: torch.Tensor
     eigenvalues: torch.Tensor
     seed: int
+    num_train: int = field(default=NUM_TRAIN, kw_only=True)
+    same_start: bool = field(default=False, kw_only=True)
 
     def train_index(self, seed):
-        """The samples that training seed ``seed`` trains on, ``[100]`` int64."""
-        index = _random(_SUBSET, self.seed, seed).choice(len(self.x), NUM_TRAIN, replace=False)
+        """The samples that training seed ``seed`` trains on, ``[num_train]`` int64."""
+        index = _random(_SUBSET, self.seed, seed).choice(len(self.x), self.num_train, replace=False)
         return torch.from_numpy(index)
 
     def initial_weights(self, hidden, seed):
@@ -54,7 +59,7 @@ class SyntheticTask:
         Weights are Glorot-uniform and biases zero; models of the same hidden size and seed share them, whatever their
         layer and optimizer, so that comparisons are paired.
         """
-        random = _random(_WEIGHTS, self.seed, seed, hidden)
+        random = _random(_WEIGHTS, self.seed, self._start(seed), hidden)
         sizes = (X_DIM, hidden, DIM - 2) if hidden else (X_DIM, DIM - 2)
         layers = []
         for fan_in, fan_out in itertools.pairwise(sizes):
@@ -71,10 +76,13 @@ class SyntheticTask:
             seed: the training seed.
             block: epochs ``256 · block … 256 · block + 255``, counted from zero; see ``epoch_blocks``.
         Returns:
-            ``[256, 100]`` int64, a permutation in each row.
+            ``[256, num_train]`` int64, a permutation in each row.
         """
-        rows = np.tile(np.arange(NUM_TRAIN), (_ORDER_BLOCK, 1))
-        return torch.from_numpy(_random(_ORDER, self.seed, seed, block).permuted(rows, axis=1))
+        rows = np.tile(np.arange(self.num_train), (_ORDER_BLOCK, 1))
+        return torch.from_numpy(_random(_ORDER, self.seed, self._start(seed), block).permuted(rows, axis=1))
+
+    def _start(self, seed):
+        return FIRST_SEED if self.same_start else seed
 
     def to(self, device_or_dtype):
         """The same task with its samples on another device or in another dtype, which models of it follow."""
@@ -107,12 +115,13 @@ class ReferenceTask(SyntheticTask):
         return _reference_orders(block)[0]
 
 
-def generate(seed=2, num_samples=NUM_SAMPLES):
+def generate(seed=2, num_samples=NUM_SAMPLES, num_train=NUM_TRAIN, same_start=False):
     """Draw the task: x and b uniform on [-5, 5], R a Haar rotation, the true network 10 → 3 → 3 with ReLU.
 
     Args:
         seed: a non-negative int; equal seeds give equal data.
         num_samples: N.
+        num_train, same_start: as in ``SyntheticTask``.
     Returns:
         A ``SyntheticTask``.
     """
@@ -127,7 +136,8 @@ def generate(seed=2, num_samples=NUM_SAMPLES):
     e = _true_eigenvalues(x, layers)
     x, b, R, e = (torch.from_numpy(array) for array in (x, b, R, e))
     y_star = F.minimize(Spectral(e, R), b)
-    return SyntheticTask(x.float(), R.float(), b.float(), y_star.float(), e.float(), seed)
+    options = {"num_train": num_train, "same_start": same_start}
+    return SyntheticTask(x.float(), R.float(), b.float(), y_star.float(), e.float(), seed, **options)
 
 
 def load_reference(directory):

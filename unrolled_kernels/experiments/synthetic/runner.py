@@ -26,18 +26,23 @@ class Setup(study.Setup):
 
     Attributes:
         training, device, backend: as in ``study.Setup``.
-        data_seed: seed of the generated data.
+        data_seed, num_train, same_start: of the generated data, as in ``data.generate``.
         reference: folder of the authors' data, or None.
         trainer: ``"ensemble"`` or ``"single"``.
     """
 
     data_seed: int = 2
+    num_train: int = data.NUM_TRAIN
+    same_start: bool = False
     reference: Path | None = None
     trainer: str = "ensemble"
 
     def task(self):
         """The data, on the device."""
-        task = data.load_reference(self.reference) if self.reference else data.generate(self.data_seed)
+        if self.reference:
+            task = data.load_reference(self.reference)
+        else:
+            task = data.generate(self.data_seed, num_train=self.num_train, same_start=self.same_start)
         return task.to(self.device)
 
     def chunks(self, trials, shares):
