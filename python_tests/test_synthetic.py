@@ -21,6 +21,7 @@ from unrolled_kernels.experiments import checkpoint, cli
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
 from unrolled_kernels.experiments.study import fingerprint
 from unrolled_kernels.experiments.synthetic import (
+    choice,
     claims,
     data,
     ensemble,
@@ -144,6 +145,21 @@ def test_reference_agrees_with_its_own_true_network():
     torch.testing.assert_close(
         F.minimize(Spectral(task.eigenvalues, task.R), task.b), task.y_star, atol=1e-4, rtol=1e-4
     )
+
+
+def test_more_or_fewer_samples_and_what_varies_with_the_seed():
+    task = data.generate(3, 500, num_train=30)
+    assert len(task.train_index(100)) == 30
+    assert torch.equal(task.minibatch_orders(100, 0).sort().values, torch.arange(30).expand(256, -1))
+    assert not torch.equal(task.initial_weights(0, 100)[0][0], task.initial_weights(0, 101)[0][0])
+    same = data.generate(3, 500, num_train=30, same_start=True)
+    assert torch.equal(same.initial_weights(0, 100)[0][0], same.initial_weights(0, 101)[0][0])
+    assert torch.equal(same.minibatch_orders(100, 1), same.minibatch_orders(107, 1))
+    # the first seed is the same in both, and the samples vary in both
+    assert torch.equal(same.initial_weights(0, 100)[0][0], task.initial_weights(0, 100)[0][0])
+    assert not torch.equal(same.train_index(100), same.train_index(101))
+    (row,) = ensemble.train_chunk(same, [Trial(8, "adam", "nag", 4, 100, 1e-2)], Training(20, batch_size=15))
+    assert row["train"] < row["init_train"]
 
 
 # -- the two trainers
@@ -428,7 +444,7 @@ def table_after_theory(gap_of, seeds=range(100, 106), sampling=3.0):
     for hidden, algorithm, k, seed in itertools.product((0, 16, 32), ("gd", "nag"), DEPTHS, seeds):
         cvg = convergence_rate(algorithm, k, 1.0, data.MU).item()
         row = {"hidden": hidden, "algorithm": algorithm, "num_steps": k, "seed": seed, "step_size": 1.0}
-        row |= {"train": cvg, "test": cvg, "test_squared": cvg**2, "qfro2_test": 0.01 + cvg**1.5}
+        row |= {"train": cvg, "test": cvg, "test_squared": 0.1 + cvg**2, "qfro2_test": 0.01 + cvg**1.5}
         row |= {"true_train": cvg, "true_test": cvg + moved[seed]}
         rows.append(row | {"gap": gap_of(hidden, algorithm, k) + moved[seed]})
     return pd.DataFrame(rows)
@@ -471,6 +487,30 @@ def test_claims_are_undecided_where_seeds_disagree():
     checked = claims.check(best)
     assert "undecided" in {claim.verdict for claim in checked if claim.figure == "5"}
     assert {claim.verdict for claim in checked if claim.figure == "3"} == {"undecided"}
+
+
+def test_advice_fitted_to_one_table_and_chosen_for_another():
+    def gap(hidden, algorithm, k):
+        return 0.2 * predicted_gap(algorithm, k, REGIME_OF_HIDDEN[hidden], 1.0, data.MU).item()
+
+    rows = table_after_theory(gap)
+    cvg = [convergence_rate(a, k, 1.0, data.MU).item() for a, k in zip(rows.algorithm, rows.num_steps, strict=True)]
+    rows["true_test"], rows["true_train"] = 40 * np.array(cvg), 40 * np.array(cvg)
+    rows["gap"] = [gap(*point) for point in zip(rows.hidden, rows.algorithm, rows.num_steps, strict=True)]
+    rows["test"] = rows["true_test"] + rows["gap"]
+    for hidden, regime in REGIME_OF_HIDDEN.items():
+        g = choice.gap_factor(rows[rows["hidden"] == hidden], regime)
+        assert g == pytest.approx(0.2 / (40 * data.MU**2), rel=1e-6)
+    for row in choice.validate(rows, rows):
+        # within the tolerance of the best, and better than the deepest GD
+        assert row["regrets"]["advice"] <= 0.01 * row["smallest"]
+        assert row["regrets"]["advice"] < row["regrets"]["GD"]
+    # where the gap is large, all steps are too many
+    over = choice.validate(rows, rows)[2]
+    assert over["choices"]["advice"][1] < 30
+    assert over["regrets"]["advice"] < over["regrets"]["NAG"]
+    # a quarter of the samples: twice the gap, and fewer steps
+    assert choice.validate(rows, rows, num_train=25)[2]["g"] == pytest.approx(2 * over["g"])
 
 
 def test_statistics_against_known_values():

@@ -591,6 +591,84 @@ def test_schedules_bound_what_their_layers_do(name):
     assert (error.amax(-1) >= 0.3 * cvg).all()
 
 
+# attacks: independent recurrences in search of a counterexample
+
+
+def scalar_run(algorithm, phi, mu, eigenvalues, k, start=0.0, b=1.0):
+    """y_0 … y_k and dy/dφ on scalar energies, written down without the package: two ``[k + 1, n]`` tensors."""
+    s = math.sqrt(phi * mu)
+    beta, slope = ((1 - s) / (1 + s), -mu / (s * (1 + s) ** 2)) if algorithm == "nag" else (0.0, 0.0)
+    y = before = torch.full_like(eigenvalues, start)
+    d = d_before = torch.zeros_like(y)
+    states, tangents = [y], [d]
+    for _ in range(k):
+        z, dz = y + beta * (y - before), d + beta * (d - d_before) + slope * (y - before)
+        gradient = eigenvalues * z + b
+        before, y = y, z - phi * gradient
+        d_before, d = d, dz - gradient - phi * eigenvalues * dz
+        states.append(y)
+        tangents.append(d)
+    return torch.stack(states), torch.stack(tangents)
+
+
+@pytest.mark.slow
+@algorithms
+def test_random_search_finds_no_violation_of_table_1(algorithm):
+    k, random = 60, torch.Generator().manual_seed(0)
+    draw = lambda low, high: low + (high - low) * torch.rand((), generator=random).item()
+    depths = torch.arange(k + 1)
+    for trial in range(1500):
+        L = 10 ** draw(-2, 2)
+        mu = L / 10 ** draw(0, 4)
+        part = (1.0, 1 - 1e-9, draw(0.001, 1), 10 ** draw(-4, 0))[trial % 4]
+        phi = part * theory.stable_region(algorithm, mu, L)[1]
+        points = (1 - torch.linspace(0, math.pi, 161, dtype=torch.float64).cos()) / 2
+        inside = torch.rand(60, generator=random, dtype=torch.float64)
+        grid = mu + (L - mu) * torch.cat([points, inside, torch.logspace(-4, 0, 60, dtype=torch.float64)])
+        errors, _ = scalar_run(algorithm, phi, mu, grid, k, start=1.0, b=0.0)
+        cvg = theory.convergence_rate(algorithm, depths, phi, mu)
+        assert (errors.abs().amax(1) <= cvg * (1 + 1e-9) + 1e-280).all(), (mu, L, phi)
+        states, tangents = scalar_run(algorithm, phi, mu, grid, k)
+        stab = theory.stability(algorithm, depths, phi, mu)
+        assert (states.abs().amax(1) <= stab.wrt_b * (1 + 1e-7)).all(), (mu, L, phi)
+        bound = theory.sensitivity(algorithm, depths, phi, mu)
+        # deep enough, rounding of the states is all that is left of the tangent
+        assert (tangents.abs().amax(1) <= bound * (1 + 1e-6) + 1e-9 * bound.max()).all(), (mu, L, phi)
+
+
+@pytest.mark.slow
+@algorithms
+def test_random_search_finds_no_violation_of_eq_7(algorithm):
+    random = torch.Generator().manual_seed(1)
+    draw = lambda: torch.rand((), generator=random, dtype=torch.float64).item()
+    for trial in range(120):
+        d, L = 1 + trial % 6, 10 ** (4 * draw() - 2)
+        mu = L / 10 ** (0.01 + 3.5 * draw())
+        phi = theory.stable_region(algorithm, mu, L)[1] * (1.0 if trial % 3 == 0 else draw() ** 2 + 1e-3)
+        phi = min(phi, theory.stable_region(algorithm, mu, L)[1])
+        pairs = theory.random_pairs(400, mu, L, dim=d, seed=trial)
+        ratio = theory.stability_ratio(algorithm, 40, phi, mu, pairs)
+        # pairs that differ by less than rounding tell nothing
+        told = torch.linalg.matrix_norm(pairs.Q - pairs.Q2, 2) > 1e-7 * L
+        assert ratio[:, told].amax() <= 1 + 1e-6, (mu, L, phi)
+
+
+@pytest.mark.slow
+@algorithms
+def test_random_search_finds_no_violation_of_the_repaired_theorem(algorithm):
+    for seed in range(12):
+        Q, Q_star, b = finite_class(models=24, n=20, seed=10 + seed)
+        m, n, d = Q.shape[:3]
+        sigma_b, M = theory.problem_constants(b, MU)
+        k = 2 + seed
+        values = (make_layer(algorithm, k, PHI, MU)(Q, b) - F.minimize(Q_star, b)).norm(dim=-1)
+        for radius in (0.02, 0.5, 1e3):
+            measured = theory.local_rademacher_complexity(values, radius, seed=seed)
+            bound = theory.model_bound(algorithm, k, PHI, num_samples=n, radius=radius, log_covering=math.log(m),
+                                       dim=d, mu=MU, L=L, sigma_b=sigma_b, M=M)  # fmt: skip
+            assert measured.value <= bound.total
+
+
 # design help
 
 
