@@ -32,7 +32,8 @@ LARGEST_Q_ERROR = 2 * (L - MU) ** 2
 NEARLY_ALL = 0.9
 # how far a rate may be from those of Cvg and of Cvg², Lemma 4.2's, as a power of Cvg
 _NEAR = 0.25
-_BOTH = {"Stab": "over", "Stab·Cvg": "about_right"}
+# what the gap is like, and the regime in which the theory says so
+LIKE = {"Stab": "over", "Stab·Cvg": "about_right"}
 
 
 class Claim(NamedTuple):
@@ -142,9 +143,9 @@ def _gap_trend(case, regime, rows):
     if len(k) < 4:
         return
     predicted = "Stab·Cvg" if regime == "about_right" else "Stab"
-    (other,) = _BOTH.keys() - {predicted}
+    (other,) = LIKE.keys() - {predicted}
     for values_of, algorithm in zip(values.swapaxes(0, 1), algorithms, strict=True):
-        like = {name: prediction(algorithm, k, of) for name, of in _BOTH.items()}
+        like = {name: prediction(algorithm, k, of) for name, of in LIKE.items()}
         ranks = {name: resampled(values_of, lambda x, p=p: rank_correlation(x.mean(1), p)) for name, p in like.items()}
         lead = resampled(
             values_of,
