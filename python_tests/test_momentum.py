@@ -351,6 +351,15 @@ def test_sums_over_many_samples(backend, structure, form, dtype):
 
 @backends
 @structures
+@pytest.mark.parametrize("form", ["step", "both"])
+def test_many_steps(backend, structure, form):
+    """More steps than are held at once, each with coefficients of its own."""
+    problem = MomentumProblem(structure, (3,), 5, 21, form=form, trajectory=True, device=device_of(backend))
+    compare(problem, backend, torch.float64)
+
+
+@backends
+@structures
 def test_diverging_steps_overflow_as_eager_does(backend, structure):
     problem = MomentumProblem(structure, (4,), 5, 200, method="gd", form="scalar", device=device_of(backend))
     problem.leaves["phi"] = torch.tensor(1e3, dtype=torch.float64, device=device_of(backend))
