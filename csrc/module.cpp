@@ -104,6 +104,7 @@ py::dict rnn_plan_of(bool diagonal, int64_t B, int64_t d, int64_t k, const std::
   (diagonal ? p.eigenvalues : p.matrix) = &storage;
   (diagonal ? p.d_eigenvalues : p.d_matrix) = &storage;
   p.matrix_stride = shared ? 0 : d * d;
+  p.db = p.dy0 = &storage;
   p.d_weights = &compute;
   const RnnPlan plan = rnn_kernels<Storage>().plan(p, backward ? &p : nullptr);
   const int64_t samples = shared && !diagonal ? 1 : B, matrix = diagonal ? d : d * d;

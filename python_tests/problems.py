@@ -99,6 +99,14 @@ class MomentumProblem(Problem):
         return max(10 * exact[name].abs().max().item() if exact[name].numel() else 0.0, terms)
 
 
+def canonical_structure(structure, leaves):
+    """``(matrix, eigenvalues, observed)`` of a structure's leaves as the ops of ``momentum`` take them."""
+    matrix = {"dense": leaves[0], "spectral": leaves[-1]}.get(structure)
+    if matrix is not None and matrix.dim() == 2:
+        matrix = matrix.unsqueeze(0)
+    return matrix, None if structure == "dense" else leaves[0], leaves[1] if structure == "tikhonov" else None
+
+
 def random_weights(hidden_dims, d, generator):
     """W₁, W₂, W² … Wᴸ, V that keep the size of the states about what it is."""
     for i, (rows, columns) in enumerate(weight_shapes(hidden_dims, d)):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import BACKENDS, device_of, interpreted
 from problems import DTYPES, MomentumProblem, compare
+from torch._dynamo.testing import CompileCounter
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
@@ -150,50 +151,92 @@ def test_second_order_needs_no_first_order_copy(backend, structure):
         torch.testing.assert_close(actual, expected)
 
 
-def _canonical(structure, method, k, batch_first, device, *, permuted=False, trajectory=False):
-    """Arguments of the raw ops, optionally with every layout a user's tensors may have."""
-    B, d = batch_first, 5
-    (leaves), _, b = random_quadratic(structure, (B,), d, dtype=torch.float64, device=device)
+def _canonical(structure, method, k, B, device, *, permuted=False, trajectory=False):
+    """A cotangent and the arguments of the raw op, optionally with every layout a user's tensors may have."""
+    d = 5
+    leaves, _, b = random_quadratic(structure, (B,), d, dtype=torch.float64, device=device)
     y0 = torch.randn(B, d, dtype=torch.float64, device=device)
     schedule = [torch.rand(B, k, dtype=torch.float64, device=device) for _ in range(3)]
     if method == "gd":
         schedule[1] = schedule[2] = None
     grad = torch.randn((k + 1, B, d) if trajectory else (B, d), dtype=torch.float64, device=device)
+    tensors = (grad, *problems.canonical_structure(structure, leaves), b, y0, *schedule)
     if permuted:
-        leaves = [x.mT.contiguous().mT for x in leaves]
-        b, y0 = (x.T.contiguous().T for x in (b, y0))
-        schedule = [x if x is None else x.T.contiguous().T for x in schedule]
-        grad = grad.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return list(leaves), b, y0, schedule, grad
+        tensors = (x if x is None else x.mT.contiguous().mT for x in tensors)
+    grad, *tensors = tensors
+    return grad, (*tensors, k, trajectory)
 
 
-@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
+native_backends = pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
+
+
+@native_backends
 @structures
 @methods
 @trajectories
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 def test_opcheck(backend, structure, method, trajectory, permuted):
-    leaves, b, y0, schedule, grad = _canonical(
-        structure, method, 4, 3, device_of(backend), permuted=permuted, trajectory=trajectory
-    )
-    forward = getattr(torch.ops.unrolled_kernels, f"momentum_{structure}").default
-    backward = getattr(torch.ops.unrolled_kernels, f"momentum_{structure}_backward").default
-    rest = (b, y0, *schedule, 4, trajectory)
+    grad, arguments = _canonical(structure, method, 4, 3, device_of(backend), permuted=permuted, trajectory=trajectory)
     # the raw ops refuse autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward, (*leaves, *rest), test_utils=tests)
-    for wanted in (True, False):
-        # what tikhonov observed has no gradient of its own
-        flags = [wanted] * (1 if structure == "tikhonov" else len(leaves))
-        torch.library.opcheck(backward, (grad, *leaves, *rest, *flags, wanted), test_utils=tests)
+    torch.library.opcheck(torch.ops.unrolled_kernels.momentum.default, arguments, test_utils=tests)
+    for needs in (255, 0, 1 << 3 | 1 << 5, 1 << 2 | 1 << 4):
+        backward = torch.ops.unrolled_kernels.momentum_backward.default
+        torch.library.opcheck(backward, (grad, *arguments, needs), test_utils=tests)
 
 
-@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
+@native_backends
+@structures
+@methods
+def test_gradients_that_are_not_needed(backend, structure, method):
+    """Whatever else is asked for, each gradient is the same to the bit, and what is not asked for is empty."""
+    grad, arguments = _canonical(structure, method, 4, 9, device_of(backend), trajectory=True)
+    backward = torch.ops.unrolled_kernels.momentum_backward
+    every = backward(grad, *arguments, 255)
+    for x, g in zip(arguments, every, strict=False):
+        assert g.shape == (torch.Size([0]) if x is None else x.shape)
+    for needs in range(256):
+        for i, (g, whole) in enumerate(zip(backward(grad, *arguments, needs), every, strict=True)):
+            if needs >> i & 1:
+                torch.testing.assert_close(g, whole)
+            else:
+                assert g.shape == (0,)
+                assert g.dtype == whole.dtype
+
+
+@native_backends
 def test_raw_ops_refuse_autograd(backend):
-    leaves, b, y0, schedule, _ = _canonical("dense", "gd", 4, 3, device_of(backend))
-    y = torch.ops.unrolled_kernels.momentum_dense(leaves[0].requires_grad_(), b, y0, *schedule, 4, False)
+    _, (Q, *rest) = _canonical("dense", "gd", 4, 3, device_of(backend))
+    y = torch.ops.unrolled_kernels.momentum(Q.requires_grad_(), *rest)
     with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("call", ["gradient_descent", "nesterov", "rnn"])
+@pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "backward"])
+def test_compile_counts_steps_dynamically(call, differentiated):
+    """One dynamic graph for any number of steps, after that of the first call."""
+    torch._dynamo.reset()
+    compiled = CompileCounter() if not differentiated else "aot_eager"
+    d = 5
+    weights = problems.nested(list(problems.random_weights((6, 4), d, torch.Generator().manual_seed(0))))
+    call = {
+        "gradient_descent": lambda Q, b, k: F.gradient_descent(Q, b, 0.3, k),
+        "nesterov": lambda Q, b, k: F.nesterov(Q, b, 0.3, 0.5, k),
+        "rnn": lambda Q, b, k: F.rnn(Q, b, weights, k),
+    }[call]
+    Q, b = torch.eye(d, dtype=torch.float64, requires_grad=differentiated), torch.ones(d, dtype=torch.float64)
+    function = torch.compile(call, fullgraph=True, backend=compiled)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for k in range(12):
+            y, expected = function(Q, b, k), call(Q, b, k)
+            torch.testing.assert_close(y, expected)
+            if differentiated and k > 0:
+                grads = (torch.autograd.grad(x.square().sum(), Q)[0] for x in (y, expected))
+                torch.testing.assert_close(*grads)
+    if not differentiated:
+        # k = 0 and k = 1 are special to torch.compile, the others share a graph
+        assert compiled.frame_count <= 3
 
 
 @backends

@@ -27,6 +27,7 @@ from native.emulation import (
     spread,
     stride,
 )
+from problems import canonical_structure
 
 from unrolled_kernels.ops.momentum import manual
 from unrolled_kernels.testing import STRUCTURES, random_quadratic
@@ -88,41 +89,26 @@ class Momentum(Emulation):
     family, reference = "momentum", manual
     sources = (*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "momentum_driver.cpp")
 
-    def forward(self, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed):
+    def forward(self, *arguments):
+        *tensors, k, trajectory = arguments
+        b = tensors[3]
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
-        return self._run(False, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed, [y])[0]
+        return self._run(False, *tensors, k, trajectory, [y])[0]
 
-    def backward(
-        self,
-        grad_y,
-        eigenvalues,
-        matrix,
-        b,
-        y0,
-        phi,
-        beta,
-        gamma,
-        k,
-        trajectory,
-        needs_eigenvalues,
-        needs_matrix,
-        needs_schedule,
-        observed,
-    ):
+    def backward(self, grad_y, *arguments):
+        *tensors, k, trajectory, needs = arguments
+        wanted = [x is not None and bool(needs >> i & 1) for i, x in enumerate(tensors)]
+        # the kernels have the gradients of a schedule all together, and that of what was observed as that of b
+        asked = [*wanted[:2], wanted[2] or wanted[3], wanted[4], *[any(wanted[5:])] * 3]
         outputs = [
-            poisoned(matrix.shape, b.dtype) if needs_matrix else None,
-            poisoned(b.shape, b.dtype) if needs_eigenvalues else None,
-            poisoned(b.shape, b.dtype),
-            poisoned(b.shape, b.dtype),
-            *(poisoned(c.shape, c.dtype) if needs_schedule and c is not None else None for c in (phi, beta, gamma)),
+            poisoned(x.shape, x.dtype) if x is not None and need else None
+            for x, need in zip([*tensors[:2], *tensors[3:]], asked, strict=True)
         ]
-        rest = [grad_y, *outputs]
-        outputs = self._run(True, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed, rest)
-        nothing = {True: b.new_empty(0), False: phi.new_empty(0)}
-        d_matrix, d_eigenvalues, *rest = (nothing[i < 4] if x is None else x for i, x in enumerate(outputs))
-        return (d_eigenvalues, d_matrix, *rest)
+        d_matrix, d_eigenvalues, db, *rest = self._run(True, *tensors, k, trajectory, [grad_y, *outputs])
+        grads = (d_matrix, d_eigenvalues, -db if wanted[2] else None, db, *rest)
+        return tuple(g if need else grad_y.new_empty(0) for g, need in zip(grads, wanted, strict=True))
 
-    def _run(self, backward, eigenvalues, matrix, b, y0, phi, beta, gamma, k, trajectory, observed, rest):
+    def _run(self, backward, matrix, eigenvalues, observed, b, y0, phi, beta, gamma, k, trajectory, rest):
         # the kernels know tikhonov as a diagonal with something observed
         structure = 0 if eigenvalues is None else 1 if matrix is None else 2
         numbers = [
@@ -142,14 +128,9 @@ class Momentum(Emulation):
 
 
 def _problem(structure, B, d, k, *, method="momentum", form="both", warm=True, shared=False, trajectory=False, seed=0):
-    """(grad_y, λ, matrix, b, y0, φ, β, γ, observed): canonical arguments of the op in float64, rounded to bfloat16."""
+    """(grad_y, matrix, λ, observed, b, y0, φ, β, γ): canonical arguments in float64, rounded to bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     leaves, _, b = random_quadratic(structure, (B,), d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed)
-    eigenvalues = leaves[0] if structure != "dense" else None
-    matrix = {"dense": leaves[0], "spectral": leaves[-1]}.get(structure)
-    observed = leaves[1] if structure == "tikhonov" else None
-    if matrix is not None and matrix.dim() == 2:
-        matrix = matrix.unsqueeze(0)
     shape = {"scalar": (1, 1), "step": (1, k), "sample": (B, 1), "both": (B, k)}[form]
     uniform = lambda low, high: low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
     schedule = [uniform(0.3, 1), uniform(0, 0.7), uniform(0, 0.7)]
@@ -158,39 +139,23 @@ def _problem(structure, B, d, k, *, method="momentum", form="both", warm=True, s
     normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
     y0 = normal(B, d) if warm else None
     grad = normal(*((k + 1, B, d) if trajectory else (B, d)))
-    tensors = (grad, eigenvalues, matrix, b, y0, *schedule, observed)
+    tensors = (grad, *canonical_structure(structure, leaves), b, y0, *schedule)
     return [x if x is None else x.bfloat16().double().contiguous() for x in tensors]
 
 
-def _run(implementation, tensors, k, dtype, needs=(True, True, True)):
+def _run(implementation, tensors, k, dtype, needs=255):
     """y, and the gradients by name; those of the schedule as one vector, since a single number may cancel by chance."""
     compute = torch.promote_types(dtype, torch.float32)
-    grad, eigenvalues, matrix, *rest, observed = (
-        x if x is None else x.to(compute if 5 <= i < 8 else dtype) for i, x in enumerate(tensors)
-    )
-    trajectory = grad.dim() == 3
-    y = implementation.forward(eigenvalues, matrix, *rest, k, trajectory, observed)
-    needs_eigenvalues, needs_matrix, needs_schedule = needs
-    grads = implementation.backward(
-        grad,
-        eigenvalues,
-        matrix,
-        *rest,
-        k,
-        trajectory,
-        needs_eigenvalues and eigenvalues is not None,
-        needs_matrix and matrix is not None,
-        needs_schedule,
-        observed,
-    )
-    return dict(
-        y=y,
-        **dict(zip(("d_eigenvalues", "d_matrix", "db", "dy0"), grads[:4], strict=True)),
-        d_schedule=torch.cat([x.flatten() for x in grads[4:]]),
-    )
+    grad, *tensors = (x if x is None else x.to(compute if i > 5 else dtype) for i, x in enumerate(tensors))
+    arguments = (*tensors, k, grad.dim() == 3)
+    grads = implementation.backward(grad, *arguments, needs)
+    names = ("d_matrix", "d_eigenvalues", "d_observed", "db", "dy0")
+    results = {"y": implementation.forward(*arguments)} | dict(zip(names, grads[:5], strict=True))
+    # without y0 there is no gradient of it
+    return results | {"d_schedule": torch.cat([x.flatten() for x in grads[5:]])}
 
 
-def _check(emulation, tensors, k, dtype, needs=(True, True, True)):
+def _check(emulation, tensors, k, dtype, needs=255):
     return emulation.check(lambda implementation, dtype: _run(implementation, tensors, k, dtype, needs), dtype)
 
 
@@ -253,17 +218,18 @@ def test_what_does_not_fit_in_shared_memory(structure):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_strides_and_alignment(structure, dtype):
     for d, shift in ((8, 1), (7, 0), (32, 3), (40, 1), (136, 1)):
-        grad, eigenvalues, matrix, b, y0, *schedule, observed = _problem(structure, 5, d, 3, seed=6)
-        wide = [x if x is None else spread(x.to(DTYPES[dtype])) for x in (eigenvalues, matrix, b, y0, observed)]
-        _check(Momentum(shift=shift), [grad, *wide[:4], *schedule, wide[4]], 3, DTYPES[dtype])
-        expanded = [grad, eigenvalues, matrix, b[:1].expand(5, d), y0[:1].expand(5, d), *schedule, observed]
+        grad, *structured, b, y0, phi, beta, gamma = _problem(structure, 5, d, 3, seed=6)
+        wide = [x if x is None else spread(x.to(DTYPES[dtype])) for x in (*structured, b, y0)]
+        _check(Momentum(shift=shift), [grad, *wide, phi, beta, gamma], 3, DTYPES[dtype])
+        expanded = [grad, *structured, b[:1].expand(5, d), y0[:1].expand(5, d), phi, beta, gamma]
         _check(Momentum(shift=shift), expanded, 3, DTYPES[dtype])
 
 
 @needs_emulation
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gradients_that_are_not_needed(structure):
-    for needs, d in itertools.product(itertools.product((True, False), repeat=3), (6, 40, 130)):
+    needs_of = (0, 255, *(255 - (1 << i) for i in range(5)), *(1 << i for i in range(5)), 255 - 224, 224)
+    for needs, d in itertools.product(needs_of, (6, 40, 130)):
         _check(Momentum(), _problem(structure, 3, d, 4, seed=2), 4, torch.float64, needs)
 
 
@@ -272,7 +238,7 @@ def test_nan_stays_in_its_row():
     for structure, (B, d) in itertools.product(STRUCTURES, ((37, 6), (9, 20), (3, 40), (3, 130))):
         tensors = _problem(structure, B, d, 3, seed=8)
         clean = _run(Momentum(), tensors, 3, torch.float32)
-        tensors[3][1, d // 2] = torch.nan
+        tensors[4][1, d // 2] = torch.nan
         spoiled = _run(Momentum(), tensors, 3, torch.float32)
         others = [i for i in range(B) if i != 1]
         assert not spoiled["y"][1].isfinite().all()

@@ -150,7 +150,8 @@ def _canonical(structure, k, B, device, *, permuted=False, trajectory=False):
     if permuted:
         turn = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
         Q, b, y0, grad, *weights = map(turn, (Q, b, y0, grad, *weights))
-    return grad, (Q, b, y0, weights, k, trajectory)
+    matrix, eigenvalues = (None, Q) if structure == "diagonal" else (Q, None)
+    return grad, (matrix, eigenvalues, b, y0, weights, k, trajectory)
 
 
 @native_backends
@@ -159,19 +160,35 @@ def _canonical(structure, k, B, device, *, permuted=False, trajectory=False):
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 def test_opcheck(backend, structure, trajectory, permuted):
     grad, arguments = _canonical(structure, 4, 3, device_of(backend), permuted=permuted, trajectory=trajectory)
-    forward = getattr(torch.ops.unrolled_kernels, f"rnn_{structure}").default
-    backward = getattr(torch.ops.unrolled_kernels, f"rnn_{structure}_backward").default
     # the raw ops refuse autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward, arguments, test_utils=tests)
-    for wanted in itertools.product((True, False), repeat=2):
-        torch.library.opcheck(backward, (grad, *arguments, *wanted), test_utils=tests)
+    torch.library.opcheck(torch.ops.unrolled_kernels.rnn.default, arguments, test_utils=tests)
+    for needs in (31, 0, 1 << 4, 1 << 2 | 1):
+        torch.library.opcheck(
+            torch.ops.unrolled_kernels.rnn_backward.default, (grad, *arguments, needs), test_utils=tests
+        )
+
+
+@native_backends
+@structures
+def test_gradients_that_are_not_needed(backend, structure):
+    """Whatever else is asked for, each gradient is the same, and what is not asked for is empty."""
+    grad, arguments = _canonical(structure, 4, 9, device_of(backend), trajectory=True)
+    backward = torch.ops.unrolled_kernels.rnn_backward
+    every = backward(grad, *arguments, 31)
+    for needs in range(32):
+        *grads, d_weights = backward(grad, *arguments, needs)
+        for i, (x, g, whole) in enumerate(zip(arguments, grads, every, strict=False)):
+            wanted = x is not None and needs >> i & 1
+            assert torch.equal(g, whole) if wanted else g.shape == (0,)
+        assert len(d_weights) == (len(arguments[4]) if needs >> 4 else 0)
+        assert all(map(torch.equal, d_weights, every[4]))
 
 
 @native_backends
 def test_raw_ops_refuse_autograd(backend):
     _, (Q, *rest) = _canonical("dense", 4, 3, device_of(backend))
-    y = torch.ops.unrolled_kernels.rnn_dense(Q.requires_grad_(), *rest)
+    y = torch.ops.unrolled_kernels.rnn(Q.requires_grad_(), *rest)
     with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
         y.sum().backward()
 

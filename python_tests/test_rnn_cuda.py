@@ -32,28 +32,21 @@ class Rnn(Emulation):
     family, reference = "rnn", manual
     sources = (CSRC / "cuda" / "rnn.cu", EMULATION / "rnn_driver.cpp")
 
-    def forward(self, eigenvalues, matrix, b, y0, weights, k, trajectory):
+    def forward(self, matrix, eigenvalues, b, y0, weights, k, trajectory):
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
-        return self._run(False, eigenvalues, matrix, b, y0, weights, k, trajectory, [y])[0]
+        return self._run(False, matrix, eigenvalues, b, y0, weights, k, trajectory, [y])[0]
 
-    def backward(self, grad_y, eigenvalues, matrix, b, y0, weights, k, trajectory, *needs):
-        needs_eigenvalues, needs_matrix, needs_weights = needs
-        packed = _pack(weights)
+    def backward(self, grad_y, matrix, eigenvalues, b, y0, weights, k, trajectory, needs):
+        tensors = (matrix, eigenvalues, b, y0, _pack(weights))
         outputs = [
-            poisoned(matrix.shape, b.dtype) if needs_matrix else None,
-            poisoned(b.shape, b.dtype) if needs_eigenvalues else None,
-            poisoned(b.shape, b.dtype),
-            poisoned(b.shape, b.dtype),
-            poisoned(packed.shape, packed.dtype) if needs_weights else None,
+            poisoned(x.shape, x.dtype) if x is not None and needs >> i & 1 else None for i, x in enumerate(tensors)
         ]
-        rest = [grad_y, *outputs]
-        outputs = self._run(True, eigenvalues, matrix, b, y0, weights, k, trajectory, rest)
-        *grads, d_weights = outputs
-        d_matrix, d_eigenvalues, db, dy0 = (b.new_empty(0) if x is None else x for x in grads)
+        *grads, d_weights = self._run(True, matrix, eigenvalues, b, y0, weights, k, trajectory, [grad_y, *outputs])
+        grads = (b.new_empty(0) if x is None else x for x in grads)
         d_weights = [] if d_weights is None else d_weights.split([W.numel() for W in weights])
-        return d_eigenvalues, d_matrix, db, dy0, *(g.view(W.shape) for g, W in zip(d_weights, weights, strict=False))
+        return *grads, [g.view(W.shape) for g, W in zip(d_weights, weights, strict=False)]
 
-    def _run(self, backward, eigenvalues, matrix, b, y0, weights, k, trajectory, rest):
+    def _run(self, backward, matrix, eigenvalues, b, y0, weights, k, trajectory, rest):
         hidden_dims = hidden_dims_of(weights)
         numbers = [
             int(backward),
@@ -77,7 +70,7 @@ def _pack(weights):
 
 
 def _problem(structure, B, d, hidden_dims, k, *, warm=True, trajectory=False, seed=0):
-    """(grad_y, λ, matrix, b, y0, weights): canonical arguments of the op in float64, rounded to bfloat16."""
+    """(grad_y, matrix, λ, b, y0, weights): canonical arguments of the op in float64, rounded to bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     kind = "diagonal" if structure == "diagonal" else "dense"
     leaves, _, b = random_quadratic(
@@ -91,22 +84,21 @@ def _problem(structure, B, d, hidden_dims, k, *, warm=True, trajectory=False, se
     y0 = normal(B, d) if warm else None
     grad = normal(*((k + 1, B, d) if trajectory else (B, d)))
     rounded = lambda x: x if x is None else x.bfloat16().double().contiguous()
-    return [*map(rounded, (grad, eigenvalues, matrix, b, y0)), [rounded(W) for W in weights]]
+    return [*map(rounded, (grad, matrix, eigenvalues, b, y0)), [rounded(W) for W in weights]]
 
 
-def _run(implementation, tensors, k, dtype, needs=(True, True, True)):
+def _run(implementation, tensors, k, dtype, needs=31):
     """y, and the gradients by name."""
     compute = torch.promote_types(dtype, torch.float32)
-    grad, eigenvalues, matrix, b, y0 = (x if x is None else x.to(dtype) for x in tensors[:5])
+    grad, matrix, eigenvalues, b, y0 = (x if x is None else x.to(dtype) for x in tensors[:5])
     weights = [W.to(compute) for W in tensors[5]]
-    call = (eigenvalues, matrix, b, y0, weights, k, grad.dim() == 3)
-    needs = (needs[0] and eigenvalues is not None, needs[1] and matrix is not None, needs[2])
-    d_eigenvalues, d_matrix, db, dy0, *d_weights = implementation.backward(grad, *call, *needs)
+    call = (matrix, eigenvalues, b, y0, weights, k, grad.dim() == 3)
+    d_matrix, d_eigenvalues, db, dy0, d_weights = implementation.backward(grad, *call, needs)
     results = {"y": implementation.forward(*call), "d_eigenvalues": d_eigenvalues, "d_matrix": d_matrix}
     return results | {"db": db, "dy0": dy0} | {f"d_weights {i}": g for i, g in enumerate(d_weights)}
 
 
-def _check(emulation, tensors, k, dtype, needs=(True, True, True)):
+def _check(emulation, tensors, k, dtype, needs=31):
     return emulation.check(lambda implementation, dtype: _run(implementation, tensors, k, dtype, needs), dtype)
 
 
@@ -162,15 +154,15 @@ def test_strides_and_alignment(structure, dtype):
     hidden_dims = (6, 10)
     grad, *operands, weights = _problem(structure, 5, 7, hidden_dims, 3, seed=6)
     spread = [spread_rows(x if x is None else x.to(DTYPES[dtype])) for x in operands]
-    eigenvalues, matrix, b, y0 = operands
-    expanded = [eigenvalues, matrix, b[:1].expand(5, 7), y0[:1].expand(5, 7)]
+    matrix, eigenvalues, b, y0 = operands
+    expanded = [matrix, eigenvalues, b[:1].expand(5, 7), y0[:1].expand(5, 7)]
     for case in (spread, expanded):
         _check(Rnn(shift=1), [grad, *case, weights], 3, DTYPES[dtype])
 
 
 @structures
 def test_gradients_that_are_not_needed(structure):
-    for needs in itertools.product((True, False), repeat=3):
+    for needs in range(32):
         tensors = _problem(structure, 9, 6, (5, 8), 4, seed=2)
         _check(Rnn(), tensors, 4, torch.float32, needs)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import INTERPRETED, device_of
+from problems import canonical_structure
 
 import unrolled_kernels
 import unrolled_kernels.functional as F
@@ -315,19 +316,15 @@ def test_device_functions_return_only_at_their_end():
         assert returns in ([], [function.body[-1]]), f"{file}: {function.name} returns in the middle"
 
 
-def gradients_of(structure):
-    """How many of the tensors before b have a gradient of their own: what tikhonov observed has not."""
-    return 2 if structure == "spectral" else 1
-
-
 def _arguments(structure, trajectory, permuted):
     device = device_of("triton")
     B, d, k = 3, 5, 4
     leaves, _, b = random_quadratic(structure, (B,), d, dtype=torch.float64, device=device)
     schedule = [torch.rand(B, k, dtype=torch.float64, device=device) for _ in range(3)]
     grad = torch.randn((k + 1, B, d) if trajectory else (B, d), dtype=torch.float64, device=device)
-    turn = (lambda x: x.mT.contiguous().mT) if permuted else lambda x: x
-    return turn(grad), tuple(turn(x) for x in (*leaves, b, b)), [turn(x) for x in schedule], k, gradients_of(structure)
+    turn = lambda x: x if x is None or not permuted else x.mT.contiguous().mT
+    tensors = (*canonical_structure(structure, leaves), b, b)
+    return turn(grad), [turn(x) for x in tensors], [turn(x) for x in schedule], k
 
 
 @runs
@@ -335,21 +332,21 @@ def _arguments(structure, trajectory, permuted):
 @pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 def test_opcheck(structure, trajectory, permuted):
-    grad, tensors, schedule, k, operands = _arguments(structure, trajectory, permuted)
-    forward = getattr(torch.ops.unrolled_kernels, f"momentum_{structure}_triton").default
-    backward = getattr(torch.ops.unrolled_kernels, f"momentum_{structure}_triton_backward").default
+    grad, tensors, schedule, k = _arguments(structure, trajectory, permuted)
+    forward = torch.ops.unrolled_kernels.momentum_triton.default
+    backward = torch.ops.unrolled_kernels.momentum_triton_backward.default
     # the raw ops refuse autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
     for rest in ((*tensors, *schedule, k, trajectory), (*tensors, schedule[0], None, None, k, trajectory)):
         torch.library.opcheck(forward, rest, test_utils=tests)
-        for wanted in (True, False):
-            torch.library.opcheck(backward, (grad, *rest, *[wanted] * operands, wanted), test_utils=tests)
+        for needs in (255, 0, 1 << 2, 1 << 3 | 1 << 5):
+            torch.library.opcheck(backward, (grad, *rest, needs), test_utils=tests)
 
 
 @runs
 def test_raw_ops_refuse_autograd():
-    _, (Q, b, y0), schedule, k, _ = _arguments("dense", False, False)
-    y = torch.ops.unrolled_kernels.momentum_dense_triton(Q.requires_grad_(), b, y0, *schedule, k, False)
+    _, (Q, *rest), schedule, k = _arguments("dense", False, False)
+    y = torch.ops.unrolled_kernels.momentum_triton(Q.requires_grad_(), *rest, *schedule, k, False)
     with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
         y.sum().backward()
 
@@ -365,7 +362,7 @@ def test_export(structure):
             return F.nesterov(make_Q(*args[:-1]), args[-1], 0.5, 0.1, 3, backend="triton")
 
     exported = torch.export.export(Model(), (*leaves, b))
-    assert f"momentum_{structure}_triton" in str(exported.graph)
+    assert "momentum_triton" in str(exported.graph)
     torch.testing.assert_close(exported.module()(*leaves, b), Model()(*leaves, b))
 
 
@@ -434,7 +431,7 @@ def test_import_does_not_import_the_kernels():
     code = """
 import sys
 import unrolled_kernels.functional
-assert "unrolled_kernels.ops.momentum.triton_kernels" in sys.modules
+assert "unrolled_kernels.ops.momentum.triton_ops" in sys.modules
 assert "unrolled_kernels.ops.triton.tile" not in sys.modules
 """
     done = _python(code)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from unrolled_kernels import _torch_private
+
 NAMES = ("eager", "cpu", "cuda", "triton")
 # one for each thread and asynchronous task: blocks of use_backend that overlap in time do not see each other
 _default = contextvars.ContextVar("backend", default=os.environ.get("UNROLLED_KERNELS_BACKEND") or "auto")
@@ -32,8 +34,6 @@ def unavailable_reason(name):
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; get it with `pip install triton` (Linux)"
-        if importlib.util.find_spec("unrolled_kernels.ops.momentum.triton_kernels") is None:
-            return "this version has no Triton kernels"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return (
                 "there is no CUDA device; set TRITON_INTERPRET=1 before the import to interpret the kernels on the CPU"
@@ -79,6 +79,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def check_name(name):
     """Refuse a backend that is unknown or unavailable."""
+    # "manual", the derivation that the kernels implement in eager torch, is there for tests and offered nowhere
     if name in ("auto", "manual"):
         return
     if name not in NAMES:
@@ -109,6 +110,8 @@ def resolve(backend, device, products=False):
     return _decide(backend, device.type, products)
 
 
+# torch.compile would look through functools.cache, hence two functions
+@_torch_private.constant_of_the_graph
 def _decide(backend, device_type, products):
     return _choose(_default.get() if backend is None or backend == "auto" else backend, device_type, products)
 
@@ -124,9 +127,3 @@ def _choose(backend, device_type, products):
     if device_type != runs_on:
         raise ValueError(f"backend: {backend!r} runs on {runs_on} tensors, got tensors on device {device_type!r}")
     return backend
-
-
-# torch.compile takes the answer as a constant of the graph, which it guards on the arguments (and it would look
-# through functools.cache, hence two functions). This is what
-# torch.compiler.assume_constant_result sets, without its import of the compiler, and with that of triton.
-_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -178,7 +178,7 @@ def rnn(
     matrix = None if matrix is None else _flatten_matrix(matrix, shape[:-1])
     compute = torch.promote_types(b.dtype, torch.float32)
     matrices = tuple(W if W.dtype == compute else W.to(compute) for W in matrices)
-    y = _rnn_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, matrices)
+    y = _rnn_op(chosen, matrix, eigenvalues, b, y0, matrices, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if y.shape == final_shape else y.reshape(final_shape)
 
@@ -223,7 +223,7 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
         schedule = [_plain_coefficient(c, b.device, b.dtype) for c in (phi, beta, gamma)]
         if not any(c is NotImplemented for c in schedule):
             chosen = _backend.resolve(backend, b.device)
-            return _momentum_op(chosen, num_steps, return_trajectory, None, Q, b, None, *schedule, None)
+            return _momentum_op(chosen, Q, None, None, b, None, *schedule, num_steps, return_trajectory)
     shape = _full_shape(Q, b, y0)
     # one Q for many samples, beyond what the GPU kernels hold in registers
     products = isinstance(Q, torch.Tensor) and Q.dim() == 2 and shape[-1] > 128 and math.prod(shape[:-1]) > 128
@@ -231,9 +231,9 @@ def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
     schedule = tuple(
         None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma)
     )
-    eigenvalues, matrix, b, y0, observed, batch = _canonical(Q, b, y0, shape, schedule)
+    *tensors, batch = _canonical(Q, b, y0, shape, schedule)
     schedule = tuple(None if c is None else _rows(c, batch) for c in schedule)
-    y = _momentum_op(chosen, num_steps, return_trajectory, eigenvalues, matrix, b, y0, *schedule, observed)
+    y = _momentum_op(chosen, *tensors, *schedule, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if y.shape == final_shape else y.reshape(final_shape)
 
@@ -332,7 +332,7 @@ class _Batch(NamedTuple):
 
 
 def _canonical(Q, b, y0, shape, schedule):
-    """Q, b, y0 as the ops take them, and the batch that the coefficients are to be flattened to."""
+    """Matrix, eigenvalues, observed, b, y0 as the ops take them, and the batch to flatten the coefficients to."""
     if isinstance(Q, (Diagonal, Tikhonov)):
         # elementwise: as few rows as the schedule can tell apart, as long as nothing is broadcast
         leading = len(shape) - 1
@@ -341,14 +341,14 @@ def _canonical(Q, b, y0, shape, schedule):
         rows = max(_varying_dims(c, leading) for c in schedule if c is not None) if whole else leading
         flat = (math.prod(shape[:rows]), math.prod(shape[rows:]))
         q, b, y0, observed = (_reshape(x, shape, flat) for x in (q, b, y0, observed))
-        return q, None, b, y0, observed, _Batch(shape[:rows], leading)
+        return None, q, observed, b, y0, _Batch(shape[:rows], leading)
     batch, d = shape[:-1], shape[-1]
     flat = (math.prod(batch), d)
     b, y0 = _reshape(b, shape, flat), _reshape(y0, shape, flat)
     if isinstance(Q, Spectral):
         eigenvalues = _reshape(Q.eigenvalues, shape, flat)
-        return eigenvalues, _flatten_matrix(Q.eigenvectors, batch), b, y0, None, _Batch(batch, len(batch))
-    return None, _flatten_matrix(Q, batch), b, y0, None, _Batch(batch, len(batch))
+        return _flatten_matrix(Q.eigenvectors, batch), eigenvalues, None, b, y0, _Batch(batch, len(batch))
+    return _flatten_matrix(Q, batch), None, None, b, y0, _Batch(batch, len(batch))
 
 
 def _reshape(x, shape, flat):

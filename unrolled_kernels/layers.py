@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import nn
 
-from unrolled_kernels import _backend, _check, schedules
+from unrolled_kernels import _backend, _check, _torch_private, schedules
 from unrolled_kernels import functional as F
 from unrolled_kernels.annotations import Number, Quadratic
 from unrolled_kernels.regions import largest_stable_step
@@ -67,7 +67,7 @@ class _Computed(torch.Tensor):
                 f"{name}: this value is computed from a parameter in other coordinates, and writing into it would "
                 "change nothing; assign to the layer's attribute instead, layer.step_size = 0.1 for instance"
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch_private.ignore_tensor_subclasses():
             args = (x.as_subclass(torch.Tensor) if isinstance(x, cls) else x for x in args)
             return func(*args, **kwargs)
 

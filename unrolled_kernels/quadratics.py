@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch.utils import _pytree as pytree
+
+from unrolled_kernels._torch_private import pytree
 
 
 @dataclass(frozen=True, eq=False)

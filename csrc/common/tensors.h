@@ -16,6 +16,7 @@ namespace unrolled_kernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // Calls f(Storage()) for the storage type of a tensor.
 template <typename F>
@@ -52,19 +53,24 @@ inline Tensor allocate(const Tensor& like, ScalarType type, std::initializer_lis
   return Tensor(handle);
 }
 
-// `x` if every sample is contiguous and the batch is not expanded, else a contiguous copy. A size of 1 is a shared
-// sample.
-inline Tensor with_contiguous_samples(const Tensor& x) {
+// Copies x unless every sample is contiguous and the batch is not expanded. A size of 1 is a shared sample.
+inline void make_samples_contiguous(Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   int64_t expected = 1;
   bool contiguous = sizes[0] <= 1 || strides[0] != 0;
   for (size_t i = sizes.size(); i-- > 1; expected *= sizes[i]) contiguous &= sizes[i] == 1 || strides[i] == expected;
-  return contiguous ? x : torch::stable::contiguous(x);
+  if (!contiguous) x = torch::stable::contiguous(x);
 }
 
 // The same, but an expanded batch is left as it is: samples that are the same in memory are read, not written.
-inline Tensor with_contiguous_rows(const Tensor& x) {
-  return x.size(1) == 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+inline void make_rows_contiguous(Tensor& x) {
+  if (x.size(1) != 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
+}
+
+inline Tensor negative(const Tensor& x) {
+  StableIValue stack[] = {torch::stable::detail::from(x)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline int64_t batch_stride(const Tensor& x) { return x.size(0) == 1 ? 0 : x.stride(0); }

@@ -252,7 +252,8 @@ class DenseTile {
   UNROLLED_KERNELS_NOINLINE void store_backward(const MomentumBackward<Storage>& p, bool per_step) {
     const Vector<C> scale = per_step || p.k == 0 ? broadcast(C(-1)) : -schedule_.view().template at<false>(0).phi;
     Vector<C> phi_sum{};
-    for (int64_t n = 0; n < row_; n += W) {
+    const bool sum_wanted = p.db || (!per_step && gradient_.wanted());
+    for (int64_t n = 0; sum_wanted && n < row_; n += W) {
       Vector<C> partial[4] = {};
       const C* a = s_ + row_ + n;
       int64_t t = 0;
@@ -265,7 +266,7 @@ class DenseTile {
       phi_sum += sum * load(b_ + n);
       store(db_ + n, scale * sum);
     }
-    tile_.store_state(db_, p.db);
+    if (p.db) tile_.store_state(db_, p.db);
     if (p.d_matrix) {
       const int64_t first = p.y0 || p.k == 0 ? 0 : 1;  // z_0 = y_0 may be zero
       phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_ + first * row_, p.k - first, scale,
@@ -275,7 +276,7 @@ class DenseTile {
       if (!per_step && p.k > 0) gradient_.sums().add_phi(0, -phi_sum);
       gradient_.end_tile(tile_);
     }
-    tile_.store_state(s_, p.dy0);
+    if (p.dy0) tile_.store_state(s_, p.dy0);
   }
 
   void end_chunk(const MomentumChunk<C>& chunk) const {

@@ -55,7 +55,7 @@ template <typename C>
 struct ElementwiseBackward : Elementwise<C> {
   using Elementwise<C>::Elementwise;
   const C* grad_y = nullptr;
-  C *dlambda = nullptr, *db = nullptr, *dy0 = nullptr;
+  C *dlambda = nullptr, *db = nullptr, *dy0 = nullptr;  // nullptr: not wanted
   ScheduleSums<C> sums{};
   C* trace = nullptr;  // [2, k, vectors_at_once] vectors
 };
@@ -213,8 +213,8 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     beta_sum += sm_sum[n];
     gamma_sum += lambda[n] * sm_sum[n];
     if (p.dlambda) store(p.dlambda + offset + n * W, scale * sz_sum[n]);
-    store(p.db + offset + n * W, scale * s_sum[n]);
-    store(p.dy0 + offset + n * W, ybar[n]);
+    if (p.db) store(p.db + offset + n * W, scale * s_sum[n]);
+    if (p.dy0) store(p.dy0 + offset + n * W, ybar[n]);
   }
   if (!per_step && k > 0 && sums.phi) {
     sums.add_phi(0, -phi_sum);
@@ -263,8 +263,8 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
   for (int n = 0; n < N; ++n) {
     phi_sum += load(p.lambda + offset + n * W) * u[n] + load(p.b + offset + n * W) * T[n];
     if (p.dlambda) store(p.dlambda + offset + n * W, -phi * u[n]);
-    store(p.db + offset + n * W, -phi * T[n]);
-    store(p.dy0 + offset + n * W, P[n]);
+    if (p.db) store(p.db + offset + n * W, -phi * T[n]);
+    if (p.dy0) store(p.dy0 + offset + n * W, P[n]);
   }
   if (p.sums.phi) p.sums.add_phi(0, -phi_sum);
 }

@@ -110,12 +110,14 @@ class SpectralTiles {
       run_elementwise(e, tile_.size());
 
       if (p.d_eigenvalues) tile_.store_state(dlambda_, p.d_eigenvalues);
-      tile_.store_state(R_.apply(dbh_), p.db);
-      const C* image = R_.apply(dy0h_);
-      for (int64_t n = 0; n < row_; n += W) {
-        store(state_ + n, first == 1 ? load(image + n) + load(grad + n) : load(image + n));
+      if (p.db) tile_.store_state(R_.apply(dbh_), p.db);
+      if (p.dy0) {
+        const C* image = R_.apply(dy0h_);
+        for (int64_t n = 0; n < row_; n += W) {
+          store(state_ + n, first == 1 ? load(image + n) + load(grad + n) : load(image + n));
+        }
+        tile_.store_state(state_, p.dy0);
       }
-      tile_.store_state(state_, p.dy0);
       if (p.d_matrix) {
         forward_eigenbasis(yh);
         copy_vectors(dbh_, row_, right_);

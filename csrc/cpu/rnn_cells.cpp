@@ -114,7 +114,7 @@ class Tile {
     adjoint_rows_ = take(S * segment, adjoints_);
     // a product may read up to a vector behind the last row
     if (gradients_in_rows_) inputs_ = arena_.take<C>((S * segment * W + 1) * padded(activations_));
-    db_ = panel(p.d);
+    if (backward->db) db_ = panel(p.d);
     grad_ = panel(p.d);
     if (backward->d_eigenvalues) d_eigenvalues_ = panel(p.d);
     if (backward->d_matrix) d_matrix_ = take(shared_ ? 1 : S, padded(p.d * p.d));
@@ -161,7 +161,7 @@ class Tile {
       hidden(row(t));
       if (t + 1 < p_.k) output(row(t), row(t + 1));
     }
-    zero(db_, p_.d);
+    if (db_.data) zero(db_, p_.d);
     if (d_eigenvalues_.data) zero(d_eigenvalues_, p_.d);
     if (d_matrix_ && !shared_) fill_zero(d_matrix_, S * padded(p_.d * p_.d) * W);
     // y_ is the adjoint of y_{t+1}, then of y_t
@@ -175,8 +175,8 @@ class Tile {
       }
       add_gradients(t, steps);
     }
-    store_panel(db_, p_.d, p.db);
-    store_panel(y_, p_.d, p.dy0);
+    if (db_.data) store_panel(db_, p_.d, p.db);
+    if (p.dy0) store_panel(y_, p_.d, p.dy0);
     if (d_eigenvalues_.data) store_panel(d_eigenvalues_, p_.d, p.d_eigenvalues);
     if (d_matrix_ && !shared_) {
       store_panel({d_matrix_, padded(p_.d * p_.d) * W}, p_.d * p_.d, p.d_matrix);
@@ -313,12 +313,12 @@ class Tile {
     apply_transposed(layers_[0], a, Plain<C>(), into_y);
     add_product(true, e, into_y, y_);
     for (int s = 0; s < S; ++s) {
-      C *db = db_.data + s * db_.plane,
+      C *db = db_.data ? db_.data + s * db_.plane : nullptr,
         *dq = d_eigenvalues_.data ? d_eigenvalues_.data + s * d_eigenvalues_.plane : nullptr;
       const C *es = e.data + s * e.plane, *y = x.data + s * x.plane;
       for (int64_t i = 0; i < d * W; i += W) {
         const Vector<C> ei = load(es + i);
-        store(db + i, load(db + i) + ei);
+        if (db) store(db + i, load(db + i) + ei);
         if (dq) store(dq + i, load(dq + i) + ei * load(y + i));
       }
     }

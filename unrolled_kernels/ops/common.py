@@ -2,6 +2,8 @@
 
 import torch
 
+from unrolled_kernels import _torch_private
+
 
 def matvec(matrix, z):
     """``matrix`` ``[B or 1, d, d]`` times each row of z ``[B, d]``."""
@@ -15,16 +17,22 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args):
-        # Function.apply binds default arguments through inspect, several times the cost of a small launch; ours have
-        # none. Its base is what it ends up calling where no torch.func transform is active.
-        if torch._C._are_functorch_transforms_active():
+        if _torch_private.transforms_are_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return _torch_private.launch_function(cls, *args)
 
 
 def is_differentiated():
     """Whether the backward that runs now may itself be differentiated; else it can go straight to the launcher."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or _torch_private.transforms_are_active()
+
+
+def mask(needs):
+    """The bools ``needs`` as the bits of one int, the first of them the lowest."""
+    bits = 0
+    for needed in reversed(needs):
+        bits = bits << 1 | needed
+    return bits
 
 
 def second_order(manual_backward, cotangents, tensors, *constants):
@@ -52,17 +60,18 @@ def second_order(manual_backward, cotangents, tensors, *constants):
     return grads
 
 
-def vmap_forward(run, vmap_size, dims, tensors, trajectory):
+def vmap_forward(run, vmap_size, dims, tensors, trajectory, b):
     """vmap of a forward ``run(*tensors)``: the vmapped dimension becomes part of the batch.
 
     Args:
-        run: maps tensors that begin with a batch dimension, b third, to y ``[B, d]`` or ``[k + 1, B, d]``.
+        run: maps tensors that begin with a batch dimension to y ``[B, d]`` or ``[k + 1, B, d]``.
         vmap_size, dims: size of the vmapped dimension, and where each tensor has it (None: it has not).
+        b: which of the tensors is b, whose batch dimension is never shared.
     Returns:
         y and its vmapped dimension.
     """
     sizes = [_batch_size(x, dim) for x, dim in zip(tensors, dims, strict=True)]
-    batch = sizes[2]
+    batch = sizes[b]
     folded = (
         # what neither the batch nor vmap varies stays shared
         x if x is None or (dim is None and size == 1 != batch) else _fold(x, dim, vmap_size, batch)
@@ -71,11 +80,11 @@ def vmap_forward(run, vmap_size, dims, tensors, trajectory):
     return run(*folded).unflatten(int(trajectory), (vmap_size, batch)), int(trajectory)
 
 
-def vmap_backward(run, vmap_size, dims, tensors, trajectory):
-    """vmap of a backward ``run(grad_y, *tensors)``: it returns a gradient, or an empty one, for the first tensors."""
+def vmap_backward(run, vmap_size, dims, tensors, trajectory, b):
+    """vmap of a backward ``run(grad_y, *tensors)``: it returns a gradient, or an empty one, for each of the tensors."""
     (grad_y, *tensors), (grad_dim, *dims) = tensors, dims
     sizes = [_batch_size(x, dim) for x, dim in zip(tensors, dims, strict=True)]
-    batch = sizes[2]
+    batch = sizes[b]
     # what is shared is repeated: each vmapped row needs a gradient of its own
     folded = [None if x is None else _fold(x, dim, vmap_size, batch) for x, dim in zip(tensors, dims, strict=True)]
     grads = run(_fold(grad_y, grad_dim, vmap_size, batch, batch_dim=int(trajectory)), *folded)
@@ -118,19 +127,11 @@ def vmap_loop(run, vmap_size, dims, tensors):
     return stacked, (0,) * len(stacked)
 
 
-def call(name, arguments):
-    """The registered op ``unrolled_kernels::name``."""
-    op = getattr(torch.ops.unrolled_kernels, name).default
-    if torch.compiler.is_compiling():
-        return op(*arguments)
-    # inside a Function there is nothing for autograd to do: its kernel, which is Python, costs as much as the launch
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+def register(name, fake):
+    """Give the op ``unrolled_kernels::name`` a fake kernel and a loud autograd.
 
-
-def register(name, fake_forward, fake_backward):
-    """Give the op ``name`` and its backward a fake kernel each and a loud autograd.
-
+    Returns:
+        The op as it is called inside a Function.
     Raises:
         RuntimeError: the extension does not have the op: it was built from the sources of another version.
     """
@@ -139,9 +140,24 @@ def register(name, fake_forward, fake_backward):
             f"unrolled_kernels: the compiled extension has no op {name}: it was built from other sources than these; "
             "build it again (`make build`, or `pip install --no-build-isolation .`)"
         )
-    for op, fake in ((name, fake_forward), (f"{name}_backward", fake_backward)):
-        torch.library.register_fake(f"unrolled_kernels::{op}", fake)
-        torch.library.register_autograd(f"unrolled_kernels::{op}", _not_differentiable)
+    torch.library.register_fake(f"unrolled_kernels::{name}", fake)
+    torch.library.register_autograd(f"unrolled_kernels::{name}", _not_differentiable)
+    op = getattr(torch.ops.unrolled_kernels, name).default
+
+    def call(*arguments):
+        if torch.compiler.is_compiling():
+            return op(*arguments)
+        with _torch_private.below_autograd():
+            return op(*arguments)
+
+    return call
+
+
+def fake_gradients(tensors, needs, like):
+    """Shapes and dtypes of the gradients of ``tensors``: empty, and like another tensor, where a bit is not set."""
+    return [
+        like.new_empty(0) if x is None or not needs >> i & 1 else x.new_empty(x.shape) for i, x in enumerate(tensors)
+    ]
 
 
 def _not_differentiable(ctx, *grads):

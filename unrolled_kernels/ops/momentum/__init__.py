@@ -2,8 +2,8 @@
 
 Every module here takes the *canonical* arguments that ``functional`` prepares:
 
-    eigenvalues    ``[B, d]``, or None when Q is dense
-    matrix         dense: Q, spectral: R, ``[B or 1, d, d]`` (1: shared by the batch); diagonal: None
+    matrix         dense: Q, spectral: R, ``[B or 1, d, d]`` (1: shared by the batch); diagonal, tikhonov: None
+    eigenvalues    diagonal: q, spectral: λ, tikhonov: f, ``[B, d]``; dense: None
     observed       None, or x ``[B, d]``: then Q = diag(1 + eigenvalues²), and b - x takes the place of b (tikhonov)
     b, y0          ``[B, d]``; ``y0=None`` means zero
     step_sizes, momentum, extrapolation

@@ -4,22 +4,32 @@ The first Function's backward is the second, whose own backward differentiates t
 gradients of every order are those of the specification. Both take canonical arguments (see the package's docstring).
 """
 
-import functools
-
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
-from unrolled_kernels.ops.momentum import manual, native, reference, triton_kernels
+from unrolled_kernels.ops.momentum import manual, native, reference, triton_ops
 
-_NATIVE = native.Launcher()
-_LAUNCHERS = {"manual": manual, "cpu": _NATIVE, "cuda": _NATIVE, "triton": triton_kernels.LAUNCHER}
+# each with a forward and a backward; "manual", the derivation that the kernels implement, is for tests
+_LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native, "triton": triton_ops}
 
 
-def momentum(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, observed):
+def momentum(
+    backend,
+    matrix,
+    eigenvalues,
+    observed,
+    b,
+    y0,
+    step_sizes,
+    momentum,
+    extrapolation,
+    num_steps,
+    trajectory,
+):
     """Run the recurrence on ``backend``, differentiably in every tensor."""
-    tensors = (eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation)
+    arguments = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory)
     if backend == "eager":
-        return reference.forward(*tensors, num_steps, trajectory, observed)
-    return MomentumFunction.apply(backend, num_steps, trajectory, *tensors, observed)
+        return reference.forward(*arguments)
+    return MomentumFunction.apply(backend, *arguments)
 
 
 class MomentumFunction(Function):
@@ -28,38 +38,43 @@ class MomentumFunction(Function):
     # torch.compile counts the arguments of forward: no *args here
     @staticmethod
     def forward(
-        backend, num_steps, trajectory, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, observed
+        backend,
+        matrix,
+        eigenvalues,
+        observed,
+        b,
+        y0,
+        step_sizes,
+        momentum,
+        extrapolation,
+        num_steps,
+        trajectory,
     ):
-        tensors = (eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation)
-        return _LAUNCHERS[backend].forward(*tensors, num_steps, trajectory, observed)
+        return _LAUNCHERS[backend].forward(
+            matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, ctx.num_steps, ctx.trajectory, *tensors = inputs
+        ctx.backend, *tensors, ctx.num_steps, ctx.trajectory = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad_y):
-        needs = ctx.needs_input_grad[3:]
-        needs_flags = (needs[0], needs[1], any(needs[4:7]))
+        needs = ctx.needs_input_grad[1:9]
+        arguments = (grad_y, *ctx.saved_tensors, ctx.num_steps, ctx.trajectory, common.mask(needs))
         if common.is_differentiated():
-            grads = MomentumBackwardFunction.apply(
-                ctx.backend, ctx.num_steps, ctx.trajectory, needs_flags, grad_y, *ctx.saved_tensors
-            )
+            grads = MomentumBackwardFunction.apply(ctx.backend, *arguments)
         else:
             # nothing will differentiate this backward: straight to the launcher
-            *tensors, observed = ctx.saved_tensors
-            grads = _LAUNCHERS[ctx.backend].backward(
-                grad_y, *tensors, ctx.num_steps, ctx.trajectory, *needs_flags, observed
-            )
-        # what was observed counts against b
-        grads = (*grads, -grads[2] if needs[7] else None)
-        return (None, None, None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)))
+            grads = _LAUNCHERS[ctx.backend].backward(*arguments)
+        return (None, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None)
 
     @staticmethod
-    def vmap(info, in_dims, backend, num_steps, trajectory, *tensors):
-        run = functools.partial(MomentumFunction.apply, backend, num_steps, trajectory)
-        return common.vmap_forward(run, info.batch_size, in_dims[3:], tensors, trajectory)
+    def vmap(info, in_dims, backend, *arguments):
+        *tensors, num_steps, trajectory = arguments
+        run = lambda *tensors: MomentumFunction.apply(backend, *tensors, num_steps, trajectory)
+        return common.vmap_forward(run, info.batch_size, in_dims[1:9], tensors, trajectory, b=3)
 
 
 class MomentumBackwardFunction(Function):
@@ -68,36 +83,34 @@ class MomentumBackwardFunction(Function):
     @staticmethod
     def forward(
         backend,
-        num_steps,
-        trajectory,
-        needs,
         grad_y,
-        eigenvalues,
         matrix,
+        eigenvalues,
+        observed,
         b,
         y0,
         step_sizes,
         momentum,
         extrapolation,
-        observed,
+        num_steps,
+        trajectory,
+        needs,
     ):
-        tensors = (eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation)
-        return _LAUNCHERS[backend].backward(grad_y, *tensors, num_steps, trajectory, *needs, observed)
+        tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation)
+        return _LAUNCHERS[backend].backward(grad_y, *tensors, num_steps, trajectory, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.num_steps, ctx.trajectory, ctx.needs, *tensors = inputs
+        _, *tensors, ctx.num_steps, ctx.trajectory, ctx.needs = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        def gradients(*tensors):
-            *tensors, observed = tensors
-            return manual.backward(*tensors, ctx.num_steps, ctx.trajectory, *ctx.needs, observed)
-
-        return (None, None, None, None, *common.second_order(gradients, cotangents, ctx.saved_tensors))
+        gradients = lambda *tensors: manual.backward(*tensors, ctx.num_steps, ctx.trajectory, ctx.needs)
+        return (None, *common.second_order(gradients, cotangents, ctx.saved_tensors), None, None, None)
 
     @staticmethod
-    def vmap(info, in_dims, backend, num_steps, trajectory, needs, *tensors):
-        run = functools.partial(MomentumBackwardFunction.apply, backend, num_steps, trajectory, needs)
-        return common.vmap_backward(run, info.batch_size, in_dims[4:], tensors, trajectory)
+    def vmap(info, in_dims, backend, *arguments):
+        *tensors, num_steps, trajectory, needs = arguments
+        run = lambda *tensors: MomentumBackwardFunction.apply(backend, *tensors, num_steps, trajectory, needs)
+        return common.vmap_backward(run, info.batch_size, in_dims[1:10], tensors, trajectory, b=3)

@@ -34,32 +34,23 @@ forward = reference.forward
 
 
 def backward(
-    grad_y,
-    eigenvalues,
-    matrix,
-    b,
-    y0,
-    step_sizes,
-    momentum,
-    extrapolation,
-    num_steps,
-    trajectory,
-    needs_eigenvalues,
-    needs_matrix,
-    needs_schedule,
-    observed,
+    grad_y, matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, needs
 ):
     """Gradients of the canonical arguments for the cotangent ``grad_y`` (shape of the forward's output).
 
+    Args:
+        needs: bit i for the gradient of tensor i, in the order of forward's arguments.
     Returns:
-        ``(d_eigenvalues [B, d], d_matrix like matrix, db [B, d], dy0 [B, d], d_step_sizes, d_momentum,
+        ``(d_matrix like matrix, d_eigenvalues, d_observed, db, dy0 [B, d], d_step_sizes, d_momentum,
         d_extrapolation)``, the last three shaped like their inputs; what is not needed, or absent, is a tensor of
-        shape ``[0]``. With ``observed`` the first is f̄, and the gradient of ``observed`` is -db.
+        shape ``[0]``. With ``observed`` the second is f̄.
     """
     storage, compute = b.dtype, step_sizes.dtype
     schedule = (step_sizes, momentum, extrapolation)
-    grad_y, eigenvalues, matrix, b, y0, observed = (
-        x if x is None else x.to(compute) for x in (grad_y, eigenvalues, matrix, b, y0, observed)
+    tensors = (matrix, eigenvalues, observed, b, y0, *schedule)
+    needed = [x is not None and bool(needs >> i & 1) for i, x in enumerate(tensors)]
+    grad_y, matrix, eigenvalues, observed, b, y0 = (
+        x if x is None else x.to(compute) for x in (grad_y, matrix, eigenvalues, observed, b, y0)
     )
     f = eigenvalues
     if observed is not None:
@@ -75,7 +66,7 @@ def backward(
         db = a.sum(0)
         d_eigenvalues = None
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
-        d_matrix = torch.einsum(equation, a, z).reshape(matrix.shape) if needs_matrix else None
+        d_matrix = torch.einsum(equation, a, z).reshape(matrix.shape) if needed[0] else None
     elif matrix is None:
         apply_Q = lambda x: eigenvalues * x
         d_y0, a, z, d_schedule = _adjoint_sweep(apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents)
@@ -94,21 +85,20 @@ def backward(
         d_y0 = cotangents[0] + matvec(matrix, d_y0_hat)
         d_eigenvalues = (a * z).sum(0)
         d_matrix = None
-        if needs_matrix:
+        if needed[0]:
             y_hat = iterates(apply_Q, b_hat, y0_hat, *schedule, num_steps)
             left = torch.stack([b, y0, *cotangents[1:]])
             right = torch.stack([db_hat, d_y0_hat, *y_hat[1:]])
             equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
             d_matrix = torch.einsum(equation, left, right).reshape(matrix.shape)
 
-    nothing = b.new_empty(0)
-    d_schedule = [
-        x.sum_to_size(c.shape) if needs_schedule and c is not None else nothing.to(compute)
-        for x, c in zip(d_schedule, schedule, strict=True)
-    ]
-    d_eigenvalues = d_eigenvalues if needs_eigenvalues else None
-    d_inputs = [(nothing if x is None else x).to(storage) for x in (d_eigenvalues, d_matrix, db, d_y0)]
-    return (*d_inputs, *d_schedule)
+    d_observed = None if observed is None else -db
+    d_schedule = [x if c is None else x.sum_to_size(c.shape) for x, c in zip(d_schedule, schedule, strict=True)]
+    grads = (d_matrix, d_eigenvalues, d_observed, db, d_y0, *d_schedule)
+    dtypes = [storage] * 5 + [compute] * 3
+    return tuple(
+        (g if wanted else b.new_empty(0)).to(dtype) for g, wanted, dtype in zip(grads, needed, dtypes, strict=True)
+    )
 
 
 def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents):

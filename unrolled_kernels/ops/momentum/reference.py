@@ -10,11 +10,11 @@ import torch
 from unrolled_kernels.ops.common import matvec
 
 
-def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, observed):
+def forward(matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
     """Run the recurrence on canonical arguments (see the package's docstring)."""
     storage, compute = b.dtype, step_sizes.dtype
-    eigenvalues, matrix, b, y0, observed = (
-        x if x is None else x.to(compute) for x in (eigenvalues, matrix, b, y0, observed)
+    matrix, eigenvalues, observed, b, y0 = (
+        x if x is None else x.to(compute) for x in (matrix, eigenvalues, observed, b, y0)
     )
     if observed is not None:
         eigenvalues, b = 1 + eigenvalues * eigenvalues, b - observed

@@ -4,24 +4,23 @@ The first Function's backward is the second, whose own backward differentiates t
 gradients of every order are those of the specification. Both take canonical arguments (see the package's docstring).
 """
 
-import functools
 import itertools
 
 import torch
 
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
-from unrolled_kernels.ops.rnn import manual, native, reference, triton_kernels
+from unrolled_kernels.ops.rnn import manual, native, reference, triton_ops
 
-_NATIVE = native.Launcher()
-_LAUNCHERS = {"manual": manual, "cpu": _NATIVE, "cuda": _NATIVE, "triton": triton_kernels.LAUNCHER}
+# each with a forward and a backward; "manual", the derivation that the kernels implement, is for tests
+_LAUNCHERS = {"manual": manual, "cpu": native.LAUNCHER, "cuda": native.LAUNCHER, "triton": triton_ops.LAUNCHER}
 
 
-def rnn(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, weights):
+def rnn(backend, matrix, eigenvalues, b, y0, weights, num_steps, trajectory):
     """Run the cells on ``backend``, differentiably in every tensor."""
     if backend == "eager":
-        return reference.forward(eigenvalues, matrix, b, y0, weights, num_steps, trajectory)
-    tensors = (eigenvalues, matrix, b, y0, *weights)
+        return reference.forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory)
+    tensors = (matrix, eigenvalues, b, y0, *weights)
     if torch.compiler.is_compiling() and not any(x is not None and x.requires_grad for x in tensors):
         # where nothing is differentiated torch.compile counts the arguments of forward, and stumbles over *weights
         return RnnFunction.forward(backend, num_steps, trajectory, *tensors)
@@ -35,8 +34,8 @@ class RnnFunction(Function):
     """
 
     @staticmethod
-    def forward(backend, num_steps, trajectory, eigenvalues, matrix, b, y0, *weights):
-        return _LAUNCHERS[backend].forward(eigenvalues, matrix, b, y0, weights, num_steps, trajectory)
+    def forward(backend, num_steps, trajectory, matrix, eigenvalues, b, y0, *weights):
+        return _LAUNCHERS[backend].forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -46,34 +45,36 @@ class RnnFunction(Function):
     @staticmethod
     def backward(ctx, grad_y):
         needs = ctx.needs_input_grad[3:]
-        needs_flags = (needs[0], needs[1], any(needs[4:]))
-        eigenvalues, matrix, b, y0, *weights = ctx.saved_tensors
-        steps = (ctx.num_steps, ctx.trajectory)
+        arguments = (ctx.num_steps, ctx.trajectory, common.mask((*needs[:4], any(needs[4:]))))
+        matrix, eigenvalues, b, y0, *weights = ctx.saved_tensors
         if common.is_differentiated():
-            run = functools.partial(RnnBackwardFunction.apply, ctx.backend, *steps, needs_flags)
-            grads = run(grad_y, eigenvalues, matrix, b, y0, *weights)
+            tensors = (grad_y, matrix, eigenvalues, b, y0, *weights)
+            grads = RnnBackwardFunction.apply(ctx.backend, *arguments, *tensors)
         else:
             # nothing will differentiate this backward: straight to the launcher
-            arguments = (grad_y, eigenvalues, matrix, b, y0, weights, *steps, *needs_flags)
-            grads = _LAUNCHERS[ctx.backend].backward(*arguments)
+            tensors = (grad_y, matrix, eigenvalues, b, y0, weights)
+            *grads, d_weights = _LAUNCHERS[ctx.backend].backward(*tensors, *arguments)
+            grads += d_weights
         return (None, None, None, *(g if needed else None for g, needed in itertools.zip_longest(grads, needs)))
 
     @staticmethod
     def vmap(info, in_dims, backend, num_steps, trajectory, *tensors):
-        run = functools.partial(RnnFunction.apply, backend, num_steps, trajectory)
+        run = lambda *tensors: RnnFunction.apply(backend, num_steps, trajectory, *tensors)
         dims, weight_dims = in_dims[3:7], in_dims[7:]
         if any(dim is not None for dim in weight_dims):
             return common.vmap_loop(run, info.batch_size, (*dims, *weight_dims), tensors)
         tensors, weights = tensors[:4], tensors[4:]
-        return common.vmap_forward(lambda *x: run(*x, *weights), info.batch_size, dims, tensors, trajectory)
+        return common.vmap_forward(lambda *x: run(*x, *weights), info.batch_size, dims, tensors, trajectory, b=2)
 
 
 class RnnBackwardFunction(Function):
     """The gradients of ``RnnFunction`` as a differentiable function of the cotangent and of the inputs."""
 
     @staticmethod
-    def forward(backend, num_steps, trajectory, needs, grad_y, eigenvalues, matrix, b, y0, *weights):
-        return _LAUNCHERS[backend].backward(grad_y, eigenvalues, matrix, b, y0, weights, num_steps, trajectory, *needs)
+    def forward(backend, num_steps, trajectory, needs, grad_y, matrix, eigenvalues, b, y0, *weights):
+        tensors = (grad_y, matrix, eigenvalues, b, y0, weights)
+        *grads, d_weights = _LAUNCHERS[backend].backward(*tensors, num_steps, trajectory, needs)
+        return (*grads, *d_weights)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -82,16 +83,19 @@ class RnnBackwardFunction(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        constants = (ctx.num_steps, ctx.trajectory, *ctx.needs)
-        gradients = lambda *tensors: manual.backward(*tensors[:5], tensors[5:], *constants)
+        def gradients(*tensors):
+            constants = (ctx.num_steps, ctx.trajectory, ctx.needs)
+            *grads, d_weights = manual.backward(*tensors[:5], tensors[5:], *constants)
+            return (*grads, *d_weights)
+
         return (None, None, None, None, *common.second_order(gradients, cotangents, ctx.saved_tensors))
 
     @staticmethod
     def vmap(info, in_dims, backend, num_steps, trajectory, needs, *tensors):
-        run = functools.partial(RnnBackwardFunction.apply, backend, num_steps, trajectory, needs)
+        run = lambda *tensors: RnnBackwardFunction.apply(backend, num_steps, trajectory, needs, *tensors)
         dims, weight_dims = in_dims[4:9], in_dims[9:]
-        if needs[2] or any(dim is not None for dim in weight_dims):
+        if needs >> 4 or any(dim is not None for dim in weight_dims):
             # each vmapped row has a gradient of the weights of its own, where the kernels sum over the batch
             return common.vmap_loop(run, info.batch_size, (*dims, *weight_dims), tensors)
         tensors, weights = tensors[:5], tensors[5:]
-        return common.vmap_backward(lambda *x: run(*x, *weights), info.batch_size, dims, tensors, trajectory)
+        return common.vmap_backward(lambda *x: run(*x, *weights), info.batch_size, dims, tensors, trajectory, b=2)

@@ -29,32 +29,23 @@ from unrolled_kernels.ops.rnn.reference import apply_Q
 forward = reference.forward
 
 
-def backward(
-    grad_y,
-    eigenvalues,
-    matrix,
-    b,
-    y0,
-    weights,
-    num_steps,
-    trajectory,
-    needs_eigenvalues,
-    needs_matrix,
-    needs_weights,
-):
+def backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs):
     """Gradients of the canonical arguments for the cotangent ``grad_y`` (shape of the forward's output).
 
+    Args:
+        needs: bit i for the gradient of argument i, in the order of forward's; the weights are one of them.
     Returns:
-        ``(d_eigenvalues [B, d], d_matrix like matrix, db [B, d], dy0 [B, d], *d_weights)``; what is not needed, or
-        absent, is a tensor of shape ``[0]``, and weights that are not needed have no gradients at all.
+        ``(d_matrix like matrix, d_eigenvalues, db, dy0 [B, d], [d_weights …])``; what is not needed, or absent, is a
+        tensor of shape ``[0]``, and weights that are not needed have an empty list.
     """
     storage, compute = b.dtype, weights[0].dtype
-    grad_y, eigenvalues, matrix, b, y0 = (
-        x if x is None else x.to(compute) for x in (grad_y, eigenvalues, matrix, b, y0)
+    needed = [x is not None and bool(needs >> i & 1) for i, x in enumerate((matrix, eigenvalues, b, y0, weights))]
+    grad_y, matrix, eigenvalues, b, y0 = (
+        x if x is None else x.to(compute) for x in (grad_y, matrix, eigenvalues, b, y0)
     )
     transposed = None if matrix is None else matrix.mT
     cotangents = list(grad_y.unbind(0)) if trajectory else [torch.zeros_like(b)] * num_steps + [grad_y]
-    cells = _replay(eigenvalues, matrix, b, torch.zeros_like(b) if y0 is None else y0, weights, num_steps)
+    cells = _replay(matrix, eigenvalues, b, torch.zeros_like(b) if y0 is None else y0, weights, num_steps)
 
     W1, W2, *rest = weights
     a, e_stack = cotangents[num_steps], []
@@ -68,33 +59,33 @@ def backward(
         adjoints[0].append(delta)
         adjoints[1].append(delta)
         e_stack.append(delta @ W2)
-        a = cotangents[t] + delta @ W1 + apply_Q(eigenvalues, transposed, e_stack[-1])
+        a = cotangents[t] + delta @ W1 + apply_Q(transposed, eigenvalues, e_stack[-1])
 
     # inputs of the weights in the same order: y_t, g_t, h¹ … hᴸ, the last step first
     inputs = [[cell[i] for cell in reversed(cells)] for i in range(len(weights))]
     empty = b.new_zeros((0, *b.shape))
     e, y = (torch.stack(x) if num_steps else empty for x in (e_stack, inputs[0]))
-    d_eigenvalues = (e * y).sum(0) if needs_eigenvalues else None
+    d_eigenvalues = (e * y).sum(0) if needed[1] else None
     d_matrix, d_weights = None, []
-    if needs_matrix:
+    if needed[0]:
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, e, y).reshape(matrix.shape)
-    if needs_weights and num_steps:
+    if needed[4] and num_steps:
         outer = lambda left, right: torch.einsum("tbi,tbj->ij", torch.stack(left), torch.stack(right))
         d_weights = map(outer, adjoints, inputs)
-    elif needs_weights:
+    elif needed[4]:
         d_weights = map(torch.zeros_like, weights)
-    nothing = b.new_empty(0)
-    d_inputs = [(nothing if x is None else x).to(storage) for x in (d_eigenvalues, d_matrix, e.sum(0), a)]
-    return (*d_inputs, *d_weights)
+    grads = (d_matrix, d_eigenvalues, e.sum(0), a)
+    d_inputs = [(g if wanted else b.new_empty(0)).to(storage) for g, wanted in zip(grads, needed, strict=False)]
+    return (*d_inputs, list(d_weights))
 
 
-def _replay(eigenvalues, matrix, b, y, weights, num_steps):
+def _replay(matrix, eigenvalues, b, y, weights, num_steps):
     """The inputs of every weight in each cell: a list of tuples ``(y_t, g_t, h¹ … hᴸ)``."""
     W1, W2, *inner, V = weights
     cells = []
     for _ in range(num_steps):
-        g = apply_Q(eigenvalues, matrix, y) + b
+        g = apply_Q(matrix, eigenvalues, y) + b
         hidden = [torch.relu(y @ W1.mT + g @ W2.mT)]
         for W in inner:
             hidden.append(torch.relu(hidden[-1] @ W.mT))

@@ -1,0 +1,45 @@
+"""What this package takes of torch beyond its documented interface, each with its reason.
+
+``python_tests/test_torch_private.py`` asserts of every one that it is there and does what it is used for, so that a
+torch that changes it breaks this file and no other.
+"""
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "below_autograd",
+    "constant_of_the_graph",
+    "ignore_tensor_subclasses",
+    "launch_function",
+    "pytree",
+    "transforms_are_active",
+]
+
+# Inside a Function there is nothing for autograd to do: a registered op's autograd, which is Python, costs as much as
+# a small kernel.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+# whether a transform of torch.func is at work
+transforms_are_active = torch._C._are_functorch_transforms_active
+
+# within it the __torch_function__ of tensor subclasses is not asked
+ignore_tensor_subclasses = torch._C.DisableTorchFunctionSubclass
+
+
+def launch_function(function, *args):
+    """``function.apply(*args)`` of an autograd Function, where no transform of torch.func is active.
+
+    Function.apply binds default arguments through inspect, several times the cost of a small launch; ours have none.
+    The apply of its base is what it ends up calling.
+    """
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def constant_of_the_graph(function):
+    """Have torch.compile take what ``function`` returns as a constant, guarded on its arguments.
+
+    This is ``torch.compiler.assume_constant_result`` without its import of the compiler, and with that of triton.
+    """
+    function._dynamo_marked_constant = True
+    return function

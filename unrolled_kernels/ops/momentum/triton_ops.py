@@ -1,0 +1,68 @@
+"""Launcher of the Triton kernels, as ops that torch.compile and torch.export see. Imports Triton at the first call."""
+
+import functools
+import importlib
+
+import torch
+
+from unrolled_kernels.ops import common
+from unrolled_kernels.ops.momentum import native
+
+# the schemas of csrc/momentum.cpp; CompositeExplicitAutograd is CUDA, and the CPU for Triton's interpreter
+_library = torch.library.Library("unrolled_kernels", "FRAGMENT")
+_library.define(
+    "momentum_triton(Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
+    "Tensor? momentum, Tensor? extrapolation, SymInt num_steps, bool trajectory) -> Tensor"
+)
+_library.define(
+    "momentum_triton_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, "
+    "Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, SymInt num_steps, bool trajectory, "
+    "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@functools.cache
+def _kernels(structure):
+    """The module of ``structure``'s kernels, which imports Triton."""
+    return importlib.import_module(f"unrolled_kernels.ops.momentum.triton_{structure}")
+
+
+def _forward(matrix, eigenvalues, observed, b, *rest):
+    if eigenvalues is None:
+        return _kernels("dense").forward(matrix, b, *rest)
+    if matrix is None:
+        return _kernels("diagonal").forward(eigenvalues, b, *rest, observed=observed)
+    return _kernels("spectral").forward(eigenvalues, matrix, b, *rest)
+
+
+def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
+    *rest, needs = rest
+    needs_matrix, needs_eigenvalues, needs_observed, needs_b, needs_y0, *needs_schedule = (
+        bool(needs >> i & 1) for i in range(8)
+    )
+    nothing = b.new_empty(0)
+    d_matrix = d_eigenvalues = nothing
+    if eigenvalues is None:
+        arguments = (grad_y, matrix, b, *rest, needs_matrix, any(needs_schedule))
+        d_matrix, db, dy0, *d_schedule = _kernels("dense").backward(*arguments)
+    elif matrix is None:
+        arguments = (grad_y, eigenvalues, b, *rest, needs_eigenvalues, any(needs_schedule))
+        d_eigenvalues, db, dy0, *d_schedule = _kernels("diagonal").backward(*arguments, observed=observed)
+    else:
+        arguments = (grad_y, eigenvalues, matrix, b, *rest, needs_eigenvalues, needs_matrix, any(needs_schedule))
+        d_eigenvalues, d_matrix, db, dy0, *d_schedule = _kernels("spectral").backward(*arguments)
+    needs_y0 = needs_y0 and rest[0] is not None
+    return (
+        d_matrix,
+        d_eigenvalues,
+        -db if needs_observed and observed is not None else nothing.clone(),
+        db if needs_b else nothing.clone(),
+        dy0 if needs_y0 else nothing.clone(),
+        *(g if needed else g.new_empty(0) for g, needed in zip(d_schedule, needs_schedule, strict=True)),
+    )
+
+
+_library.impl("momentum_triton", _forward, "CompositeExplicitAutograd")
+_library.impl("momentum_triton_backward", _backward, "CompositeExplicitAutograd")
+forward = common.register("momentum_triton", native.fake_forward)
+backward = common.register("momentum_triton_backward", native.fake_backward)
