@@ -4,7 +4,7 @@ import operator
 
 import torch
 
-from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov
+from unrolled_kernels.quadratics import Structure
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,22 +23,17 @@ def check_num_steps(num_steps):
 
 def check_Q(Q):
     """A dense ``[*batch, d, d]`` tensor, a Diagonal, a Spectral or a Tikhonov; returns its tensors by name."""
-    if isinstance(Q, Diagonal):
-        tensors = {"Q": Q.q}
-    elif isinstance(Q, Spectral):
-        tensors = {"Q (eigenvalues)": Q.eigenvalues, "Q (eigenvectors)": Q.eigenvectors}
-    elif isinstance(Q, Tikhonov):
-        tensors = {"Q (f)": Q.f, "Q (x)": Q.x}
-    elif isinstance(Q, torch.Tensor):
-        tensors = {"Q": Q}
+    if isinstance(Q, Structure):
+        tensors = Q.tensors
+        return {"Q" if len(tensors) == 1 else f"Q ({name})": x for name, x in tensors.items()}
+    if isinstance(Q, torch.Tensor):
         if Q.dim() < 2 or Q.shape[-1] != Q.shape[-2]:
             raise ValueError(
                 f"Q: expected square matrices [*batch, d, d], got shape {list(Q.shape)}; "
                 "wrap a diagonal in unrolled_kernels.Diagonal"
             )
-    else:
-        raise TypeError(f"Q: expected a tensor, Diagonal, Spectral or Tikhonov, got {type(Q).__name__}")
-    return tensors
+        return {"Q": Q}
+    raise TypeError(f"Q: expected a tensor, Diagonal, Spectral or Tikhonov, got {type(Q).__name__}")
 
 
 def check_tensors(tensors):

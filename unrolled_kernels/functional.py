@@ -19,7 +19,7 @@ from unrolled_kernels import _backend, _check
 from unrolled_kernels.annotations import Number, Quadratic, Weights
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
-from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov, smallest_eigenvalue
+from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
 __all__ = ["gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
@@ -170,9 +170,9 @@ def rnn(
     chosen = _backend.resolve(backend, b.device)
     if isinstance(Q, Tikhonov):
         Q, b = Q.as_diagonal(b)
-    eigenvalues, matrix = (Q.q, None) if isinstance(Q, Diagonal) else (None, Q)
-    if isinstance(Q, Spectral):
-        matrix = Q.to_dense()
+    elif isinstance(Q, Spectral):
+        Q = Q.to_dense()
+    matrix, eigenvalues = (Q, None) if isinstance(Q, torch.Tensor) else (None, Q.q)
     flat = (math.prod(shape[:-1]), shape[-1])
     eigenvalues, b, y0 = (_reshape(x, shape, flat) for x in (eigenvalues, b, y0))
     matrix = None if matrix is None else _flatten_matrix(matrix, shape[:-1])
@@ -204,9 +204,7 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
     if isinstance(Q, torch.Tensor):
         rhs = b.to(work).expand(shape).unsqueeze(-1)
         return -torch.linalg.solve(Q.to(work), rhs).squeeze(-1).to(b.dtype)
-    if isinstance(Q, Diagonal):
-        return -Diagonal(Q.q.to(work)).solve(b.to(work)).to(b.dtype)
-    return -Spectral(Q.eigenvalues.to(work), Q.eigenvectors.to(work)).solve(b.to(work)).to(b.dtype)
+    return -Q.to(work).solve(b.to(work)).to(b.dtype)
 
 
 def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
@@ -268,18 +266,7 @@ def _full_shape(Q, b, y0=None):
     _check.check_tensors(tensors)
     if b.dim() < 1:
         raise ValueError("b: expected [*batch, d], got a scalar tensor")
-    if isinstance(Q, Diagonal):
-        q_shape = Q.q.shape
-    elif isinstance(Q, Spectral):
-        q_shape = Q.eigenvalues.shape
-        if q_shape != Q.eigenvectors.shape[:-1]:
-            q_shape = torch.broadcast_shapes(q_shape, Q.eigenvectors.shape[:-1])
-    elif isinstance(Q, Tikhonov):
-        q_shape = Q.f.shape
-        if q_shape != Q.x.shape:
-            _check.check_broadcast("Q (x)", Q.x.shape, q_shape, "the shape of f")
-    else:
-        q_shape = Q.shape[:-1]
+    q_shape = Q.shape[:-1] if isinstance(Q, torch.Tensor) else Q.state_shape
     if q_shape[-1] != b.shape[-1]:
         raise ValueError(
             f"b: expected last dimension d = {q_shape[-1]} to fit Q {_shape_of(Q)}, got shape {list(b.shape)}"
@@ -299,13 +286,7 @@ def _full_shape(Q, b, y0=None):
 
 
 def _shape_of(Q):
-    if isinstance(Q, Diagonal):
-        return f"Diagonal of shape {list(Q.q.shape)}"
-    if isinstance(Q, Spectral):
-        return f"Spectral of shapes {list(Q.eigenvalues.shape)} and {list(Q.eigenvectors.shape)}"
-    if isinstance(Q, Tikhonov):
-        return f"Tikhonov of shape {list(Q.f.shape)}"
-    return f"of shape {list(Q.shape)}"
+    return f"of shape {list(Q.shape)}" if isinstance(Q, torch.Tensor) else Q.describe()
 
 
 def _check_coefficient(name, value, batch, num_steps, b):
@@ -333,22 +314,15 @@ class _Batch(NamedTuple):
 
 def _canonical(Q, b, y0, shape, schedule):
     """Matrix, eigenvalues, observed, b, y0 as the ops take them, and the batch to flatten the coefficients to."""
-    if isinstance(Q, (Diagonal, Tikhonov)):
+    matrix, eigenvalues, observed = (Q, None, None) if isinstance(Q, torch.Tensor) else Q.operands
+    leading = rows = len(shape) - 1
+    if matrix is None and all(x is None or x.shape == shape for x in (eigenvalues, observed, b, y0)):
         # elementwise: as few rows as the schedule can tell apart, as long as nothing is broadcast
-        leading = len(shape) - 1
-        q, observed = (Q.q, None) if isinstance(Q, Diagonal) else (Q.f, Q.x)
-        whole = all(x is None or x.shape == shape for x in (q, b, y0, observed))
-        rows = max(_varying_dims(c, leading) for c in schedule if c is not None) if whole else leading
-        flat = (math.prod(shape[:rows]), math.prod(shape[rows:]))
-        q, b, y0, observed = (_reshape(x, shape, flat) for x in (q, b, y0, observed))
-        return None, q, observed, b, y0, _Batch(shape[:rows], leading)
-    batch, d = shape[:-1], shape[-1]
-    flat = (math.prod(batch), d)
-    b, y0 = _reshape(b, shape, flat), _reshape(y0, shape, flat)
-    if isinstance(Q, Spectral):
-        eigenvalues = _reshape(Q.eigenvalues, shape, flat)
-        return _flatten_matrix(Q.eigenvectors, batch), eigenvalues, None, b, y0, _Batch(batch, len(batch))
-    return _flatten_matrix(Q, batch), None, None, b, y0, _Batch(batch, len(batch))
+        rows = max(_varying_dims(c, leading) for c in schedule if c is not None)
+    batch, flat = shape[:rows], (math.prod(shape[:rows]), math.prod(shape[rows:]))
+    eigenvalues, observed, b, y0 = (_reshape(x, shape, flat) for x in (eigenvalues, observed, b, y0))
+    matrix = None if matrix is None else _flatten_matrix(matrix, batch)
+    return matrix, eigenvalues, observed, b, y0, _Batch(batch, leading)
 
 
 def _reshape(x, shape, flat):
@@ -365,7 +339,7 @@ def _flatten_matrix(matrix, batch):
         return matrix
     if math.prod(matrix.shape[:-2]) == 1:
         return matrix.reshape(1, d, d)
-    return matrix.expand(*batch, d, d).reshape(-1 if 0 not in batch else 0, d, d)
+    return matrix.expand(*batch, d, d).reshape(math.prod(batch), d, d)
 
 
 def _varying_dims(coefficient, leading):
@@ -394,12 +368,8 @@ def _autocasting(device_type):
 
 
 def _to_float32(x):
-    if isinstance(x, Diagonal):
-        return Diagonal(_to_float32(x.q))
-    if isinstance(x, Spectral):
-        return Spectral(_to_float32(x.eigenvalues), _to_float32(x.eigenvectors))
-    if isinstance(x, Tikhonov):
-        return Tikhonov(_to_float32(x.f), _to_float32(x.x))
+    if isinstance(x, Structure):
+        return x.map(_to_float32)
     if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16):
         return x.float()
     return x

@@ -1,14 +1,149 @@
 """The structures of Q in the energy 1/2 yᵀQy + bᵀy: a plain tensor is dense; the classes here are not."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 
 from unrolled_kernels._torch_private import pytree
 
 
+class Structure:
+    """What the structures share: they are handled as tensors are.
+
+    ``map``, ``to`` and its relatives, ``detach``, ``clone``, ``pin_memory`` and indexing return a new structure.
+    """
+
+    # the dimensions of each tensor that are not batch dimensions, by its name
+    _own_dims: ClassVar[dict[str, int]]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by the names of the arguments."""
+        return {name: getattr(self, name) for name in self._own_dims}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The structure of ``function`` of each tensor; shapes are not checked anew."""
+        return _unflatten(type(self), [function(x) for x in self.tensors.values()])
+
+    @property
+    def state_shape(self) -> torch.Size:
+        """``[*batch, d]``, that of the b and y that go with it.
+
+        Raises:
+            ValueError: the tensors do not broadcast against each other.
+        """
+        shapes = [
+            x.shape[: x.dim() + 1 - own] for x, own in zip(self.tensors.values(), self._own_dims.values(), strict=True)
+        ]
+        if all(shape == shapes[0] for shape in shapes):
+            return shapes[0]
+        try:
+            return torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            raise ValueError(f"Q: the tensors do not broadcast against each other: {self.describe()}") from None
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Matrix, eigenvalues and what was observed, as the ops take them (``unrolled_kernels.ops.momentum``)."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The class and the shapes, for messages."""
+        shapes = [str(list(x.shape)) for x in self.tensors.values()]
+        return f"{type(self).__name__} of shape{'s' * (len(shapes) > 1)} {' and '.join(shapes)}"
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[*batch, d, d]``, that of ``to_dense()``."""
+        shape = self.state_shape
+        return torch.Size((*shape, shape[-1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor; a call refuses others beside it."""
+        return next(iter(self.tensors.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first tensor; a call refuses others beside it."""
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the tensors does."""
+        return any(x.requires_grad for x in self.tensors.values())
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set ``requires_grad`` of every tensor, in place."""
+        for x in self.tensors.values():
+            x.requires_grad_(requires_grad)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """``Tensor.to`` of every tensor."""
+        return self.map(lambda x: x.to(*args, **kwargs))
+
+    def cpu(self) -> Self:
+        """On the CPU."""
+        return self.to("cpu")
+
+    def cuda(self) -> Self:
+        """On the current CUDA device."""
+        return self.to("cuda")
+
+    def float(self) -> Self:
+        """In float32."""
+        return self.to(torch.float32)
+
+    def double(self) -> Self:
+        """In float64."""
+        return self.to(torch.float64)
+
+    def half(self) -> Self:
+        """In float16."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        """In bfloat16."""
+        return self.to(torch.bfloat16)
+
+    def detach(self) -> Self:
+        """Without the graph behind it, in the same memory."""
+        return self.map(torch.Tensor.detach)
+
+    def clone(self) -> Self:
+        """In memory of its own."""
+        return self.map(torch.clone)
+
+    def pin_memory(self) -> Self:
+        """In pinned memory, as a ``DataLoader`` asks for."""
+        return self.map(torch.Tensor.pin_memory)
+
+    def is_pinned(self) -> bool:
+        """Whether every tensor is in pinned memory."""
+        return all(x.is_pinned() for x in self.tensors.values())
+
+    def __getitem__(self, index: Any) -> Self:
+        """The samples that ``index`` picks, as it would from a tensor ``[*batch]``; what all of them share stays so."""
+        batch = self.state_shape[:-1]
+        index = index if isinstance(index, tuple) else (index,)
+        _ = torch.empty((), device=self.device).expand(batch)[index]  # IndexError where it does not fit the batch
+        around = any(i is Ellipsis for i in index)
+
+        def pick(x, own_dims):
+            leading, own = x.shape[: x.dim() - own_dims], x.shape[x.dim() - own_dims :]
+            if leading != batch and math.prod(leading) == 1:
+                return x.reshape(own)
+            return x.expand(*batch, *own)[(*index, *([slice(None)] * own_dims if around else [Ellipsis]))]
+
+        return _unflatten(type(self), list(map(pick, self.tensors.values(), self._own_dims.values())))
+
+
 @dataclass(frozen=True, eq=False)
-class Diagonal:
+class Diagonal(Structure):
     """Q = diag(q).
 
     Args:
@@ -20,10 +155,17 @@ class Diagonal:
 
     q: torch.Tensor
 
+    _own_dims: ClassVar[dict[str, int]] = {"q": 1}
+
     def __post_init__(self) -> None:
         _check_floating("q", self.q)
         if self.q.dim() < 1:
             raise ValueError("q: expected at least one dimension [*batch, d], got a scalar tensor")
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Matrix, eigenvalues and what was observed, as the ops take them."""
+        return None, self.q, None
 
     def matvec(self, y: torch.Tensor) -> torch.Tensor:
         """Q y for y broadcastable with ``[*batch, d]``."""
@@ -43,7 +185,7 @@ class Diagonal:
 
 
 @dataclass(frozen=True, eq=False)
-class Spectral:
+class Spectral(Structure):
     """Q = R diag(λ) Rᵀ with orthogonal R.
 
     The recurrence runs in the eigenbasis: two products with R in all, whatever the number of steps. R is taken to be
@@ -60,6 +202,8 @@ class Spectral:
     eigenvalues: torch.Tensor
     eigenvectors: torch.Tensor
 
+    _own_dims: ClassVar[dict[str, int]] = {"eigenvalues": 1, "eigenvectors": 2}
+
     def __post_init__(self) -> None:
         _check_floating("eigenvalues", self.eigenvalues)
         _check_floating("eigenvectors", self.eigenvectors)
@@ -69,6 +213,11 @@ class Spectral:
                 f"eigenvectors: expected [*batch, d, d] beside eigenvalues [*batch, d] of shape {list(values)}, "
                 f"got shape {list(vectors)}"
             )
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Matrix, eigenvalues and what was observed, as the ops take them."""
+        return self.eigenvectors, self.eigenvalues, None
 
     def matvec(self, y: torch.Tensor) -> torch.Tensor:
         """Q y for y ``[*batch, d]``."""
@@ -88,7 +237,7 @@ class Spectral:
 
 
 @dataclass(frozen=True, eq=False)
-class Tikhonov:
+class Tikhonov(Structure):
     """The energy 1/2 ‖y - x‖² + 1/2 ‖f y‖² of a denoiser (paper, Sec. 7.2): Q = diag(1 + f²), and b - x for b.
 
     With b = g it is 1/2 ‖y + g - x‖² + 1/2 ‖f y‖² up to a constant. The kernels take f, x and b as they are: neither
@@ -96,7 +245,7 @@ class Tikhonov:
 
     Args:
         f: weights of the regulariser, ``[*batch, d]``, any number of dimensions (an image too), floating point.
-        x: what was observed, broadcastable to the shape of f.
+        x: what was observed, broadcastable with f: one f may serve many x.
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: f is a scalar.
@@ -104,6 +253,8 @@ class Tikhonov:
 
     f: torch.Tensor
     x: torch.Tensor
+
+    _own_dims: ClassVar[dict[str, int]] = {"f": 1, "x": 1}
 
     def __post_init__(self) -> None:
         _check_floating("f", self.f)
@@ -114,6 +265,11 @@ class Tikhonov:
     def as_diagonal(self, b: torch.Tensor) -> tuple[Diagonal, torch.Tensor]:
         """The same energy as a ``Diagonal`` and its linear term."""
         return Diagonal(1 + self.f * self.f), b - self.x
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Matrix, eigenvalues and what was observed, as the ops take them."""
+        return None, self.f, self.x
 
     def matvec(self, y: torch.Tensor) -> torch.Tensor:
         """Q y for y broadcastable with ``[*batch, d]``."""
@@ -154,7 +310,7 @@ def _check_floating(name, x):
 def _unflatten(cls, children):
     # torch.export and torch.func fill structures with things that are not tensors: no checks here
     instance = object.__new__(cls)
-    for field, child in zip(cls.__dataclass_fields__, children, strict=True):
+    for field, child in zip(cls._own_dims, children, strict=True):
         object.__setattr__(instance, field, child)
     return instance
 
@@ -162,12 +318,12 @@ def _unflatten(cls, children):
 for _cls in (Diagonal, Spectral, Tikhonov):
     pytree.register_pytree_node(
         _cls,
-        lambda x: ([getattr(x, field) for field in x.__dataclass_fields__], None),
+        lambda x: (list(x.tensors.values()), None),
         lambda children, _, cls=_cls: _unflatten(cls, children),  # type: ignore[misc]
         serialized_type_name=f"unrolled_kernels.{_cls.__name__}",
         # torch.export names the inputs by these
         flatten_with_keys_fn=lambda x: (
-            [(pytree.GetAttrKey(field), getattr(x, field)) for field in x.__dataclass_fields__],
+            [(pytree.GetAttrKey(field), tensor) for field, tensor in x.tensors.items()],
             None,
         ),
     )

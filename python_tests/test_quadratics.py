@@ -1,0 +1,133 @@
+"""The structures of Q, handled as tensors are."""
+
+import pytest
+import torch
+
+import unrolled_kernels.functional as F
+from unrolled_kernels import Diagonal, Spectral, Tikhonov
+from unrolled_kernels.testing import STRUCTURES, random_quadratic
+
+structured = pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "dense"])
+
+
+def _make(structure, batch=(4, 3), d=5, **options):
+    leaves, make_Q, b = random_quadratic(structure, batch, d, **options)
+    return make_Q(*leaves), b
+
+
+@structured
+@pytest.mark.parametrize("batch", [(), (4,), (4, 3)], ids=str)
+def test_shape(structure, batch):
+    Q, b = _make(structure, batch)
+    assert Q.state_shape == b.shape
+    assert Q.shape == Q.to_dense().shape == (*batch, 5, 5)
+    assert (Q.dtype, Q.device) == (torch.float32, torch.device("cpu"))
+
+
+@structured
+def test_conversions(structure):
+    Q, b = _make(structure)
+    for dtype, name in ((torch.float64, "double"), (torch.bfloat16, "bfloat16"), (torch.float16, "half")):
+        for converted in (Q.to(dtype), getattr(Q, name)()):
+            assert type(converted) is type(Q)
+            assert all(x.dtype == dtype for x in converted.tensors.values())
+    assert all(x.dtype == torch.float32 for x in Q.double().float().tensors.values())
+    assert all(x.device.type == "meta" for x in Q.to("meta").tensors.values())
+    torch.testing.assert_close(
+        F.gradient_descent(Q.double(), b.double(), 0.2, 3).float(), F.gradient_descent(Q, b, 0.2, 3)
+    )
+
+
+@structured
+def test_detach_clone_and_gradients(structure):
+    Q, b = _make(structure)
+    assert not Q.requires_grad
+    assert Q.requires_grad_() is Q
+    assert Q.requires_grad
+    assert all(x.requires_grad for x in Q.tensors.values())
+    F.gradient_descent(Q, b, 0.2, 3).sum().backward()
+    assert all(x.grad.any() for x in Q.tensors.values())
+    for x, detached, cloned in zip(*(Q.tensors.values() for Q in (Q, Q.detach(), Q.clone())), strict=True):
+        assert not detached.requires_grad
+        assert detached.data_ptr() == x.data_ptr() != cloned.data_ptr()
+        assert cloned.requires_grad
+
+
+INDICES = {
+    "sample": 2,
+    "last": -1,
+    "slice": slice(1, 3),
+    "column": (slice(None), 1),
+    "both": (1, 2),
+    "none": (),
+    "ellipsis": ...,
+    "ellipsis then column": (..., 0),
+    "new dimension": None,
+    "list": [3, 0, 3],
+    "tensor": torch.tensor([3, 0, 3]),
+    "tensor and slice": (torch.tensor([1, 0]), slice(2)),
+    "mask": torch.tensor([True, False, True, False]),
+}
+
+
+@structured
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("name", INDICES)
+def test_indexing(structure, shared, name):
+    """The samples that the same index picks from the matrices."""
+    Q, _ = _make(structure, shared=shared)
+    index = INDICES[name] if isinstance(INDICES[name], tuple) else (INDICES[name],)
+    picked = Q[INDICES[name]]
+    assert type(picked) is type(Q)
+    rest = (slice(None), slice(None)) if ... in [i for i in index if not isinstance(i, torch.Tensor)] else (...,)
+    expected = Q.to_dense()[(*index, *rest)]
+    assert picked.shape == expected.shape
+    torch.testing.assert_close(picked.to_dense(), expected)
+    if structure == "spectral" and shared:
+        assert picked.eigenvectors.shape == (5, 5)
+
+
+@structured
+def test_an_index_of_too_many_dimensions(structure):
+    Q, _ = _make(structure, (4,))
+    for index in ((0, 0), (..., 0, 0), 4):
+        with pytest.raises(IndexError):
+            Q[index]
+    with pytest.raises(IndexError):
+        Q[0][0]
+
+
+def test_what_does_not_broadcast_is_refused():
+    b = torch.zeros(3, 5)
+    for Q in (Spectral(torch.ones(2, 5), torch.ones(3, 5, 5)), Tikhonov(torch.ones(3, 5), torch.ones(2, 5))):
+        with pytest.raises(ValueError, match=r"Q: the tensors do not broadcast against each other: .*\[2, 5\]"):
+            F.gradient_descent(Q, b, 0.1, 2)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_one_f_for_many_images(backend):
+    f, x, g = torch.rand(6), torch.randn(4, 3, 6), torch.randn(3, 6)
+    results = []
+    for weights in (f, f.expand(4, 3, 6)):
+        leaf = weights.clone().requires_grad_()
+        y = F.gradient_descent(Tikhonov(leaf, x), g, 0.3, 4, backend=backend)
+        y.square().sum().backward()
+        results.append((y, leaf.grad.sum_to_size(6), F.minimize(Tikhonov(leaf, x), g)))
+    for one, many in zip(*results, strict=True):
+        assert one.shape in ((4, 3, 6), (6,))
+        torch.testing.assert_close(one, many)
+
+
+def test_data_loader():
+    class Loaded(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return Diagonal(torch.full((3,), float(i)))
+
+    collate = lambda samples: Diagonal(torch.stack([Q.q for Q in samples]))
+    (batch,) = torch.utils.data.DataLoader(Loaded(), batch_size=2, collate_fn=collate)
+    assert batch.shape == (2, 3, 3)
+    assert torch.equal(batch[1].q, torch.ones(3))
+    assert not batch.is_pinned()
