@@ -15,6 +15,6 @@ def _extension():
         return None
 
 
-def runs_on(device):
-    """Whether kernels of the experiments serve tensors on ``device``: it is a CPU, and the backend there is "cpu"."""
-    return _backend.resolve("auto", device) == "cpu" and _extension() is not None
+def runs_on(device, backend="auto"):
+    """Whether kernels of the experiments serve tensors on ``device``: it is a CPU, and ``backend`` is "cpu" there."""
+    return _backend.resolve(backend, device) == "cpu" and _extension() is not None

@@ -7,6 +7,7 @@ from torch import nn
 
 from unrolled_kernels import Tikhonov, UnrolledGD, UnrolledNAG
 from unrolled_kernels import functional as F
+from unrolled_kernels.experiments.denoising import dncnn
 from unrolled_kernels.experiments.denoising.distributed import BatchNorm2d
 
 ALGORITHMS = ("gd", "nag")
@@ -53,9 +54,10 @@ class DnCNN(nn.Sequential):
     Args:
         channels: of every layer between.
         hidden_layers: how many with batch normalisation.
+        backend: "eager" for torch's modules; else one C++ op runs them all where ``dncnn.can_run`` says so.
     """
 
-    def __init__(self, channels, hidden_layers=2):
+    def __init__(self, channels, hidden_layers=2, backend="auto"):
         layers = [nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(inplace=True)]
         for _ in range(hidden_layers):
             layers += [
@@ -69,6 +71,11 @@ class DnCNN(nn.Sequential):
                 nn.init.orthogonal_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        self.backend = backend
+
+    def forward(self, x):
+        """x ``[B, 1, H, W]`` to the same shape."""
+        return dncnn.run(self, x) if dncnn.can_run(self, x, self.backend) else super().forward(x)
 
 
 class StepSize(nn.Module):
@@ -110,8 +117,8 @@ class HybridDenoiser(nn.Module):
 
     def __init__(self, case, algorithm, num_steps, step_size="guarded", start=0.5, backend="auto"):
         super().__init__()
-        self.f = DnCNN(case.f_channels)
-        self.g = DnCNN(case.g_channels) if case.g_channels else None
+        self.f = DnCNN(case.f_channels, backend=backend)
+        self.g = DnCNN(case.g_channels, backend=backend) if case.g_channels else None
         self.step_size = StepSize(step_size, algorithm, start)
         self.algorithm, self.num_steps, self.backend = algorithm, num_steps, backend
 
@@ -126,10 +133,10 @@ class HybridDenoiser(nn.Module):
 class PlainDenoiser(nn.Module):
     """Y = X - h(X): a DnCNN alone, as wide as brings it nearest to a number of parameters."""
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, backend="auto"):
         super().__init__()
         width = min(range(1, 65), key=lambda channels: abs(_dncnn_parameters(channels) - parameters))
-        self.h = DnCNN(width)
+        self.h = DnCNN(width, backend=backend)
 
     def forward(self, X):
         """X ``[B, 1, H, W]`` to Y ``[B, 1, H, W]``."""
@@ -147,7 +154,9 @@ def make_model(trial, training, backend="auto"):
         torch.manual_seed(trial.seed)
         if trial.case == PLAIN:
             about_right = CASES["about-right"]
-            model = PlainDenoiser(sum(map(_dncnn_parameters, (about_right.f_channels, about_right.g_channels))))
+            model = PlainDenoiser(
+                sum(map(_dncnn_parameters, (about_right.f_channels, about_right.g_channels))), backend
+            )
         else:
             options = {"step_size": training.step_size, "start": training.step_size_start, "backend": backend}
             model = HybridDenoiser(CASES[trial.case], trial.algorithm, trial.num_steps, **options)

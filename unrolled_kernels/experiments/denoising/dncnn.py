@@ -1,0 +1,87 @@
+"""A small DnCNN on the CPU as one op each way: few channels leave torch's convolutions mostly idle."""
+
+import torch
+
+from unrolled_kernels.experiments import native
+from unrolled_kernels.experiments.denoising import distributed
+
+# as far as the op was measured to be ahead of torch
+_MOST_CHANNELS = 32
+
+
+def can_run(network, x, backend="auto"):
+    """Whether the op serves a call of ``network`` (a ``model.DnCNN``) on x ``[B, 1, H, W]``.
+
+    It does for float32 and float64 on a CPU whose backend is "cpu", up to 32 channels; torch's modules do the rest:
+    autocast, statistics over several ranks, graphs of ``torch.compile``, ``torch.func``.
+    """
+    first = network[0]
+    return (
+        first.out_channels <= _MOST_CHANNELS
+        and x.dtype in (torch.float32, torch.float64)
+        and first.weight.dtype == x.dtype
+        and x.numel() > 0
+        and not torch.is_autocast_enabled(x.device.type)
+        and not (network.training and distributed.ranks() > 1)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and native.runs_on(x.device, backend)
+    )
+
+
+def run(network, x):
+    """What ``network``'s modules give on x ``[B, 1, H, W]``, their running statistics included."""
+    norms = [layer for layer in network if isinstance(layer, torch.nn.BatchNorm2d)]
+    channels, eps = network[0].out_channels, norms[0].eps if norms else 0.0
+    given = None
+    if not network.training:
+        given = x.new_empty(len(norms), 2, channels, dtype=torch.float64)
+        for row, norm in zip(given, norms, strict=True):
+            row[0], row[1] = norm.running_mean, norm.running_var
+    y, statistics = DnCNNFunction.apply(x, given, channels, len(norms), eps, *network.parameters())
+    if network.training:
+        _update_running_statistics(norms, statistics, x.numel())
+    return y
+
+
+@torch.no_grad()
+def _update_running_statistics(norms, statistics, count):
+    for norm, (mean, variance) in zip(norms, statistics, strict=True):
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+
+
+class DnCNNFunction(torch.autograd.Function):
+    """y and the statistics ``[n, 2, C]`` (mean, variance; not differentiable) of ``csrc/experiments/dncnn.h``.
+
+    ``apply(x, statistics, channels, hidden_layers, eps, *parameters)``: statistics None is training, parameters are in
+    the order of the header.
+    """
+
+    @staticmethod
+    def forward(ctx, x, given, channels, hidden_layers, eps, *parameters):
+        x = x.contiguous()
+        flat = torch.cat([p.reshape(-1) for p in parameters])
+        keep = any(ctx.needs_input_grad)
+        op = torch.ops.unrolled_kernels.dncnn.default
+        y, c, statistics = op(x, flat, given, channels, hidden_layers, eps, keep)
+        ctx.mark_non_differentiable(statistics)
+        if keep:
+            ctx.save_for_backward(x, flat, c, statistics, *parameters)
+        ctx.eps, ctx.training = eps, given is None
+        return y, statistics
+
+    @staticmethod
+    def backward(ctx, grad_y, _):
+        x, flat, c, statistics, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "DnCNN: the C++ op has no second derivative (create_graph=True); run the model with backend='eager'"
+            )
+        op = torch.ops.unrolled_kernels.dncnn_backward.default
+        needs_x = ctx.needs_input_grad[0]
+        d_flat, dx = op(grad_y.contiguous(), x, flat, c, statistics, ctx.eps, ctx.training, needs_x)
+        grads = d_flat.split([p.numel() for p in parameters])
+        grads = (g.view(p.shape) for g, p in zip(grads, parameters, strict=True))
+        return dx if needs_x else None, None, None, None, None, *grads
