@@ -27,10 +27,10 @@ from native.emulation import (
     spread,
     stride,
 )
-from problems import canonical_structure
+from problems import MomentumProblem, assert_nearest_even, canonical_structure, momentum_at_ties
 
 from unrolled_kernels.ops.momentum import manual
-from unrolled_kernels.testing import STRUCTURES, random_quadratic
+from unrolled_kernels.testing import STRUCTURES
 
 STEMS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
 
@@ -127,20 +127,20 @@ class Momentum(Emulation):
         return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
 
 
-def _problem(structure, B, d, k, *, method="momentum", form="both", warm=True, shared=False, trajectory=False, seed=0):
+def _problem(structure, B, d, k, **options):
     """(grad_y, matrix, λ, observed, b, y0, φ, β, γ): canonical arguments in float64, rounded to bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
-    leaves, _, b = random_quadratic(structure, (B,), d, symmetric=False, shared=shared, dtype=torch.float64, seed=seed)
-    shape = {"scalar": (1, 1), "step": (1, k), "sample": (B, 1), "both": (B, k)}[form]
-    uniform = lambda low, high: low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
-    schedule = [uniform(0.3, 1), uniform(0, 0.7), uniform(0, 0.7)]
-    if method == "gd":
-        schedule[1:] = None, None
-    normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
-    y0 = normal(B, d) if warm else None
-    grad = normal(*((k + 1, B, d) if trajectory else (B, d)))
-    tensors = (grad, *canonical_structure(structure, leaves), b, y0, *schedule)
-    return [x if x is None else x.bfloat16().double().contiguous() for x in tensors]
+    problem = MomentumProblem(structure, (B,), d, k, **options)
+    grad = problem.normal(*((k + 1, B, d) if problem.trajectory else (B, d)))
+    return _canonical(structure, problem, grad.bfloat16().double())
+
+
+def _canonical(structure, problem, grad):
+    operands = [x for name, x in problem.leaves.items() if name.startswith("Q")]
+    b, y0, *schedule = (problem.leaves.get(name) for name in ("b", "y0", "phi", "beta", "gamma"))
+    # [1 or B, 1 or k]
+    schedule = [c if c is None or c.dim() == 2 else c.reshape(1, -1) for c in schedule]
+    tensors = (grad, *canonical_structure(structure, operands), b, y0, *schedule)
+    return [x if x is None else x.contiguous() for x in tensors]
 
 
 def _run(implementation, tensors, k, dtype, needs=255):
@@ -231,6 +231,18 @@ def test_gradients_that_are_not_needed(structure):
     needs_of = (0, 255, *(255 - (1 << i) for i in range(5)), *(1 << i for i in range(5)), 255 - 224, 224)
     for needs, d in itertools.product(needs_of, (6, 40, 130)):
         _check(Momentum(), _problem(structure, 3, d, 4, seed=2), 4, torch.float64, needs)
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_results_are_rounded_once(structure, dtype):
+    for d in (6, 20, 40, 130):
+        for shared in (False, True):
+            problem = momentum_at_ties(structure, d, DTYPES[dtype], shared=shared, method="gd")
+            tensors = _canonical(structure, problem, torch.ones(d, d, dtype=torch.float64))
+            actual = _run(Momentum(), tensors, 1, DTYPES[dtype])
+            assert_nearest_even(actual, _run(manual, tensors, 1, torch.float64), DTYPES[dtype])
 
 
 @needs_emulation

@@ -15,11 +15,10 @@ from native.emulation import (
     stride,
 )
 from native.emulation import spread as spread_rows
+from problems import RnnProblem, assert_nearest_even, rnn_at_ties
 
 from unrolled_kernels.ops.rnn import manual
 from unrolled_kernels.ops.rnn.native import hidden_dims_of
-from unrolled_kernels.ops.rnn.reference import weight_shapes
-from unrolled_kernels.testing import random_quadratic
 
 pytestmark = needs_emulation
 structures = pytest.mark.parametrize("structure", ["dense", "shared", "diagonal"])
@@ -69,22 +68,18 @@ def _pack(weights):
     return torch.cat([W.reshape(-1) for W in weights])
 
 
-def _problem(structure, B, d, hidden_dims, k, *, warm=True, trajectory=False, seed=0):
+def _problem(structure, B, d, hidden_dims, k, **options):
     """(grad_y, matrix, λ, b, y0, weights): canonical arguments of the op in float64, rounded to bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
     kind = "diagonal" if structure == "diagonal" else "dense"
-    leaves, _, b = random_quadratic(
-        kind, (B,), d, symmetric=False, shared=structure == "shared", dtype=torch.float64, seed=seed
-    )
-    eigenvalues = leaves[0] if structure == "diagonal" else None
-    matrix = None if structure == "diagonal" else leaves[0].reshape(-1, d, d)
-    normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
-    # of a size that keeps states and adjoints of the size of b over the steps
-    weights = [normal(n, m) * (1.2 / m) ** 0.5 for n, m in weight_shapes(hidden_dims, d)]
-    y0 = normal(B, d) if warm else None
-    grad = normal(*((k + 1, B, d) if trajectory else (B, d)))
-    rounded = lambda x: x if x is None else x.bfloat16().double().contiguous()
-    return [*map(rounded, (grad, matrix, eigenvalues, b, y0)), [rounded(W) for W in weights]]
+    problem = RnnProblem(kind, (B,), d, k, hidden_dims, shared=structure == "shared", **options)
+    grad = problem.normal(*((k + 1, B, d) if problem.trajectory else (B, d)))
+    return _canonical(problem, grad.bfloat16().double())
+
+
+def _canonical(problem, grad):
+    b, y0, Q = (problem.leaves.get(name) for name in ("b", "y0", "Q0"))
+    matrix, eigenvalues = (Q.reshape(-1, *Q.shape[-2:]), None) if Q.shape != b.shape else (None, Q)
+    return [grad, matrix, eigenvalues, b, y0, [x for name, x in problem.leaves.items() if name.startswith("W")]]
 
 
 def _run(implementation, tensors, k, dtype, needs=31):
@@ -165,6 +160,17 @@ def test_gradients_that_are_not_needed(structure):
     for needs in range(32):
         tensors = _problem(structure, 9, 6, (5, 8), 4, seed=2)
         _check(Rnn(), tensors, 4, torch.float32, needs)
+
+
+@structures
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_results_are_rounded_once(structure, dtype):
+    for d in (6, 40):
+        kind = "diagonal" if structure == "diagonal" else "dense"
+        problem = rnn_at_ties(kind, d, DTYPES[dtype], B=1 if structure == "shared" else 3)
+        tensors = _canonical(problem, torch.ones(problem.leaves["b"].shape, dtype=torch.float64))
+        actual = _run(Rnn(), tensors, 1, DTYPES[dtype])
+        assert_nearest_even(actual, _run(manual, tensors, 1, torch.float64), DTYPES[dtype])
 
 
 def test_nan_stays_in_its_row():
