@@ -43,7 +43,8 @@ fuzz: build $(VENV)/.dev
 	UNROLLED_KERNELS_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest python_tests/test_fuzz.py \
 	  $(SIDE_BY_SIDE)
 
-bench: build $(VENV)/.experiments
+# this machine's results, their page under docs/speed and the README's numbers: ten minutes, with nothing else running
+bench: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m benchmarks.momentum --record
 	$(BIN)/python -m benchmarks.rnn --record
 	$(BIN)/python -m benchmarks.training --record
@@ -88,6 +89,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pre-commit validate-config
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # the site, in build/site; `.venv/bin/mkdocs serve` shows it while it is written
