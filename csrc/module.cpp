@@ -40,7 +40,7 @@ py::dict build_info() {
 #endif
       "cpp_standard"_a = static_cast<long>(__cplusplus), "isa_levels"_a = levels, "isa"_a = isa_name(active_isa()),
       "cuda"_a = cuda, "torch_target_version"_a = UNROLLED_KERNELS_TORCH_TARGET,
-      "kernel_sources_sha256"_a = UNROLLED_KERNELS_SOURCES_SHA256);
+      "csrc_sha256"_a = UNROLLED_KERNELS_SOURCES_SHA256);
 }
 
 struct Floors {
