@@ -1,6 +1,7 @@
 // What the processor can do at most: multiply-adds in registers, and bytes through the memory hierarchy. Compiled by
 // roofs.py when it is first needed, for the processor it runs on.
 
+#include <algorithm>
 #include <barrier>
 #include <chrono>
 #include <cstdint>
@@ -24,7 +25,8 @@ constexpr int chains = 12;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Runs `work`, which returns how much it did, again and again for `seconds` on each thread; their rates together.
+// Runs `work`, which returns how much it did, again and again for `seconds` on each thread; the sum of the threads' best
+// rates over half a millisecond, in which nothing else had the processor.
 template <typename Work>
 double rate(int threads, double seconds, Work work) {
   std::vector<double> rates(threads);
@@ -32,13 +34,16 @@ double rate(int threads, double seconds, Work work) {
   auto body = [&](int thread) {
     work(thread);
     start.arrive_and_wait();
-    const double begin = now();
-    double done = 0, elapsed = 0;
-    while (elapsed < seconds) {
-      done += work(thread);
-      elapsed = now() - begin;
+    const double first = now();
+    for (double begin = first; begin - first < seconds;) {
+      double done = 0, elapsed = 0;
+      while (elapsed < 0.0005) {
+        done += work(thread);
+        elapsed = now() - begin;
+      }
+      rates[thread] = std::max(rates[thread], done / elapsed);
+      begin += elapsed;
     }
-    rates[thread] = done / elapsed;
   };
   std::vector<std::thread> others;
   for (int thread = 1; thread < threads; ++thread) others.emplace_back(body, thread);
