@@ -1,4 +1,4 @@
-"""Figures of the results of one device: ratios to the peers, the roofline, how time grows."""
+"""Figures of the results of one device: ratios to the peers, the share of the roof, how time grows."""
 
 import matplotlib
 
@@ -14,6 +14,7 @@ _COLORS = {
     "compile": "#7768ae", "compile-max": "#4b3f72", "jax": "#3a7ca5", "func": "#d4a5a5", "solve": "#8d99ae",
     "deepinv": "#f2cc8f",
 }  # fmt: skip
+_LABELS = {"eager": "eager loop", "compile": "torch.compile", "jax": "JAX"}
 _MARKERS = {"dense": "o", "diagonal": "s", "spectral": "^", "tikhonov": "D"}
 
 
@@ -39,22 +40,54 @@ def ratios(rows, directory):
     return _save(figure, directory, rows, "ratios")
 
 
+def summary(rows, directory):
+    """A few cases: bars of the peers' times over the best fused kernel's, for the top of the README."""
+    peers = [name for name in ("eager", "compile", "jax") if name in set(rows.backend)]
+    groups = list(rows.groupby(["op", "structure", "method", "B", "d", "k"], sort=False))
+    figure, axes = plt.subplots(figsize=(7.6, 0.62 * len(groups) + 0.9), layout="constrained")
+    height = 0.8 / len(peers)
+    for i, (_, group) in enumerate(groups):
+        best = group[group.backend.isin(FUSED)].p50_us.min()
+        for j, name in enumerate(peers):
+            for time in group[group.backend == name].p50_us:
+                y = i + (j + 0.5) * height - 0.4
+                axes.barh(
+                    y, time / best - 1, height, left=1, color=_COLORS[name], label=_LABELS[name] if i == 0 else None
+                )
+                axes.annotate(
+                    f" {time / best:.1f}× ", (max(time / best, 1), y), va="center", fontsize=8, color="dimgray"
+                )
+    axes.axvline(1, color=_COLORS["cpu"], linewidth=2, label="fused kernel")
+    names = [
+        f"{m.upper() if op == 'momentum' else 'RNN'}, {s}\n{B:,} × {d:,}, {k} steps"
+        for (op, s, m, B, d, k), _ in groups
+    ]
+    axes.set_yticks(range(len(groups)), [name.replace("1 × ", "") for name in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="time of forward + backward over the fused kernel's (below 1: the other is faster)")
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(peers) + 1)
+    return _save(figure, directory, rows, "summary")
+
+
 def roofline(rows, directory):
-    """Achieved flops over arithmetic intensity, both of the floor, under the roof measured in the same run."""
+    """Share of the roof that was measured beside each row, over the arithmetic intensity of its floor."""
     rows = rows[(rows["mode"] == "forward+backward") & rows.backend.isin((*FUSED, "eager"))]
-    bandwidth, peak = rows.copy_gb_s.median(), rows.fma_gflop_s.median()
-    intensity = rows.flops / rows.bytes
-    x = np.geomspace(intensity.min() / 2, intensity.max() * 2, 100)
-    figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
-    axes.plot(x, np.minimum(bandwidth * x, peak), color="black", label="roof: copy and matrix product")
+    figure, axes = plt.subplots(figsize=(7.6, 3.8), layout="constrained")
     for (backend, structure), group in rows.groupby(["backend", "structure"], sort=False):
         axes.scatter(
-            group.flops / group.bytes, group.gflop_s, color=_COLORS[backend], marker=_MARKERS[structure], s=28,
+            group.flops / group.bytes, group.percent_of_roof, color=_COLORS[backend], marker=_MARKERS[structure], s=28,
             label=f"{backend}, {structure}",
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="flops per byte of the floor", ylabel="GFLOP/s of the floor's flops")
+    axes.axhline(100, color="black", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="flops per byte of the floor", ylabel="share of the roof, %")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return _save(figure, directory, rows, "roofline")
+    return _save(figure, directory, rows, "roof")
 
 
 def scaling(sweeps, directory):
