@@ -3,22 +3,27 @@
 import argparse
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch._C import _functorch as functorch
 
 import unrolled_kernels as uk
 from unrolled_kernels import theory
 
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -81,8 +86,44 @@ WITH_PYTHON = [
 ]
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """``(layer, Q, b, y0, y)`` of each call of a first-order method, those apart that ``theory`` makes to judge one."""
+    layers = {"gradient_descent": uk.UnrolledGD, "nesterov": uk.UnrolledNAG, "momentum": uk.UnrolledMomentum}
+    seen = []
+
+    def watched(function, layer):
+        def call(Q, b, *coefficients, **options):
+            y = function(Q, b, *coefficients, **options)
+            # a trace, or a transform's tensor, has no values to judge
+            traced = torch.compiler.is_compiling() or functorch.is_functorch_wrapped_tensor(y)
+            if not traced and type(y) is torch.Tensor:
+                frames = (frame.filename for frame in inspect.stack(context=0))
+                if not any(Path(file).parent == Path(theory.__file__).parent for file in frames):
+                    *coefficients, num_steps = (x.detach() if hasattr(x, "detach") else x for x in coefficients)
+                    last = y[-1] if options.get("return_trajectory") else y
+                    seen.append((layer(num_steps, *coefficients), Q, b.detach(), options.get("y0"), last.detach()))
+            return y
+
+        return call
+
+    for name, layer in layers.items():
+        monkeypatch.setattr(uk.functional, name, watched(getattr(uk.functional, name), layer))
+    return seen
+
+
+def assert_converging(layer, Q, b, y0, y):
+    """The layer is stable on Q, and y is nearer the minimizer than y0 was."""
+    found = theory.check(layer, Q)
+    assert found.stable.all(), str(found)
+    with torch.no_grad():
+        exact = uk.functional.minimize(Q, b)
+        before, after = ((x - exact).norm() for x in (torch.zeros_like(y) if y0 is None else y0, y))
+    assert after <= before, f"{layer}: {after} from the minimizer, {before} before"
+
+
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
-def test_code_runs(page, tmp_path, monkeypatch):
+def test_code_runs_and_converges(page, tmp_path, monkeypatch, calls):
     monkeypatch.chdir(tmp_path)
     threads, namespace = torch.get_num_threads(), {"__name__": "__main__"}
     for block in blocks(page.read_text(encoding="utf-8")):
@@ -90,7 +131,18 @@ def test_code_runs(page, tmp_path, monkeypatch):
             # a traceback has the page's own line
             code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
             exec(code, namespace)
+            for call in calls:
+                assert_converging(*call)
+            calls.clear()
     assert torch.get_num_threads() == threads
+
+
+def test_an_example_that_diverges_is_found(calls):
+    A, b = torch.randn(1000, 5, 5), torch.randn(1000, 5)
+    uk.UnrolledNAG(num_steps=30, step_size=1.0, mu=0.1)(0.1 * torch.eye(5) + 0.1 * A @ A.mT, b)
+    with pytest.raises(AssertionError, match="UNSTABLE"):
+        assert_converging(*calls.pop())
+    assert not calls
 
 
 class Parsed(Exception):
@@ -111,6 +163,84 @@ def parse(module, arguments):
         patch.delitem(sys.modules, module, raising=False)
         with pytest.raises(Parsed):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def literally(command, folder, **environment):
+    """Run a command as it stands in the documentation, with this Python's programs first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        command, shell=True, cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | environment,
+    )  # fmt: skip
+
+
+def test_benchmarks_run_as_the_readme_says(tmp_path):
+    """Stored, then compared; of all the benchmarks, the two of one small case."""
+    pytest.importorskip("pytest_benchmark")
+    lines = [line for block in blocks(README.read_text()) for line in block.code.split("\n")]
+    commands = [line.split("#")[0].strip() for line in lines if line.startswith("pytest benchmarks")]
+    assert len(commands) == 2
+    few = "-k 'dense-gd-B50-d5 and forward and eager' --benchmark-min-rounds=1 --benchmark-max-time=0.01"
+    for i, command in enumerate(commands):
+        options = f"{few} -p no:cacheprovider --benchmark-storage=file://{tmp_path}"
+        result = literally(command, ROOT, PYTEST_ADDOPTS=options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert re.search(r"^2 passed|\b2 passed", result.stdout), result.stdout
+        assert "skipped" not in result.stdout
+        assert len(list(tmp_path.rglob("*.json"))) == 1
+        assert ("(NOW)" in result.stdout) == (i == 1), result.stdout
+
+
+SHORT = ["python -m unrolled_kernels.info", "python -m benchmarks.momentum --help", "python -m benchmarks.freshness"]
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_short_commands_of_the_readme_run(command):
+    pytest.importorskip("pandas")
+    assert command in README.read_text()
+    result = literally(command, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout or "freshness" in command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["synthetic", "synthetic --learn-to-optimize", "denoising", "theory"])
+def test_studies_start_as_the_readme_says(command, tmp_path):
+    """Each is left to itself until it has written down what it does, then interrupted, which it survives."""
+    assert f"`unrolled-kernels {command}`" in README.read_text()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "unrolled_kernels.experiments.cli", *command.split()]
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE) as run:
+        while run.poll() is None and not list(tmp_path.rglob("config.json")):
+            time.sleep(0.1)
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGINT)
+        error = run.communicate(timeout=120)[1].decode()
+    assert run.returncode in (0, 130), error
+    assert "Traceback" not in error, error
+    assert list(tmp_path.rglob("config.json")) or command == "theory"
+
+
+def test_targets_of_make_call_what_exists(capsys):
+    """What `make` would do for each target the documentation names: its commands of ours parse."""
+    pytest.importorskip("pandas")
+    targets = {words[1] for page in PAGES for _, words in commands(page) if words[0] == "make" and "=" not in words[1]}
+    assert {"demo", "test", "bench", "docs"} <= targets
+    seen = 0
+    for target in sorted(targets):
+        result = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, f"make {target}: {result.stderr}"
+        for line in result.stdout.split("\n"):
+            found = re.search(r"(?:python3? -m (benchmarks\.\w+)|bin/(unrolled-kernels)) ?(.*)", line.replace("\\", ""))
+            if found and found[3]:
+                module = found[1] or "unrolled_kernels.experiments.cli"
+                try:
+                    parse(module, shlex.split(found[3]))
+                except SystemExit:
+                    pytest.fail(f"make {target}: {line}: {capsys.readouterr().err}")
+                seen += 1
+    assert seen >= 5
 
 
 def test_commands_exist(capsys):
@@ -168,7 +298,7 @@ def test_messages_to_be_looked_up_are_those_of_the_code():
 
 
 def test_site_builds(tmp_path):
-    for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml", "ziamath"):
+    for package in ("mkdocs", "material", "mkdocs_include_markdown_plugin", "mkdocstrings", "latex2mathml", "ziamath"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'unrolled-kernels[docs]'")
     result = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
@@ -178,8 +308,7 @@ def test_site_builds(tmp_path):
     pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
     for name, text in pages.items():
         assert "arithmatex" not in text, name
-        assert "&lt;!-- include" not in text, name
-        assert "<!-- include" not in text, name
+        assert "include-markdown" not in text, name
         # Q* is no emphasis
         assert not re.search(r"\w<em>", text), name
         # the site needs no network
@@ -191,3 +320,9 @@ def test_site_builds(tmp_path):
     documented = {anchor.rpartition(".")[2] for anchor in re.findall(r'id="?(unrolled_kernels\.[\w.]+)', reference)}
     public = {*uk.__all__, *uk.functional.__all__, *theory.__all__} - {"functional", "schedules"}
     assert public <= documented, public - documented
+
+
+def test_formatters_before_a_commit_are_those_of_make_lint():
+    config, package = ((ROOT / name).read_text() for name in (".pre-commit-config.yaml", "pyproject.toml"))
+    hooks = dict(re.findall(r"(ruff|clang-format)\S*\n +rev: v(\S+)", config))
+    assert hooks == dict(re.findall(r'"(ruff|clang-format)==([^"]+)"', package))
