@@ -204,7 +204,7 @@ def test_short_commands_of_the_readme_run(command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["synthetic", "synthetic --learn-to-optimize", "denoising", "theory"])
+@pytest.mark.parametrize("command", ["synthetic", "learn-to-optimize", "denoising", "theory"])
 def test_studies_start_as_the_readme_says(command, tmp_path):
     """Each is left to itself until it has written down what it does, then interrupted, which it survives."""
     assert f"`unrolled-kernels {command}`" in README.read_text()
