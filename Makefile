@@ -13,7 +13,8 @@ export OMP_WAIT_POLICY ?= passive
 # the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
 export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 
-.PHONY: build-native demo test test-oldest-triton test-slow fuzz bench docs gpu gpu-sanitize gpu-profile lint build clean
+.PHONY: build-native demo test test-oldest-triton test-slow fuzz bench docs gpu gpu-test gpu-bench \
+  gpu-sanitize gpu-profile lint build clean
 
 # the extension compiles while the packages install, for this processor alone where none is there yet
 demo: $(VENV)/.base
@@ -53,21 +54,30 @@ bench: build $(VENV)/.experiments $(VENV)/.dev
 
 # on a machine with a GPU, with its own python3 and torch: builds in place, for that GPU alone, and installs nothing
 GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
-gpu gpu-sanitize gpu-profile: export UNROLLED_KERNELS_CUDA = 1
-gpu gpu-sanitize gpu-profile: export TORCH_CUDA_ARCH_LIST ?= $(GPU_ARCH)
+gpu gpu-test gpu-bench gpu-sanitize gpu-profile: export UNROLLED_KERNELS_CUDA = 1
+gpu gpu-test gpu-bench gpu-sanitize gpu-profile: export TORCH_CUDA_ARCH_LIST ?= $(GPU_ARCH)
+gpu: export UNROLLED_KERNELS_EXTENSION = 1
 GPU_BUILD = UNROLLED_KERNELS_EXTENSION=1 $(PYTHON) setup.py --quiet build_ext --inplace
 
-# the tests that launch kernels on the GPU; side by side where pytest-xdist is there
+# a measuring run of independent parts, benchmarks/gpu.py: 8 minutes up to the tests. OUT: the folder of its results
+gpu:
+	$(PYTHON) -m benchmarks.gpu --device cuda $(if $(PARTS),--parts $(PARTS))
+
+# all tests that launch kernels on the GPU; side by side where pytest-xdist is there
 GPU_TESTS = $(patsubst %,python_tests/test_%.py,momentum rnn interoperability synthetic synthetic_rnn) \
   -k "cuda or triton or gpu" $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8)
 
-gpu:
+gpu-test:
 	$(GPU_BUILD)
 	$(PYTHON) -m pytest $(GPU_TESTS)
-	$(PYTHON) -m benchmarks.momentum --device cuda --modes forward,backward,forward+backward --record
-	$(PYTHON) -m benchmarks.rnn --device cuda --modes forward,backward,forward+backward --record
-	$(PYTHON) -m benchmarks.training --device cuda --record
-	$(PYTHON) -m benchmarks.scaling --device cuda --record
+
+# every case beside every peer: hours
+gpu-bench:
+	$(GPU_BUILD)
+	-$(PYTHON) -m benchmarks.momentum --device cuda --modes forward,backward,forward+backward --record
+	-$(PYTHON) -m benchmarks.rnn --device cuda --modes forward,backward,forward+backward --record
+	-$(PYTHON) -m benchmarks.training --device cuda --record
+	-$(PYTHON) -m benchmarks.scaling --device cuda --record
 
 # memory errors, races, missing barriers and reads of what was never written, by the tool that comes with CUDA
 gpu-sanitize:
@@ -82,8 +92,8 @@ gpu-sanitize:
 gpu-profile:
 	$(GPU_BUILD)
 	mkdir -p runs/profile
-	ncu --set full --kernel-name regex:momentum --launch-skip 4 --launch-count 4 --export runs/profile/momentum \
-	  --force-overwrite $(PYTHON) -m benchmarks.momentum --device cuda --only d32-k10 --peers "" --rounds 1
+	ncu --set full --clock-control none --kernel-name regex:momentum --launch-skip 4 --launch-count 4 \
+	  --export runs/profile/momentum --force-overwrite $(PYTHON) -m benchmarks.momentum --device cuda --only d32-k10 --peers "" --rounds 1
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

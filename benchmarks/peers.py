@@ -2,10 +2,14 @@
 
 import functools
 import importlib.util
+import os
 import time
 
 import numpy as np
 import torch
+
+# or JAX takes most of a GPU's memory when it is first asked for anything
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # the eager loop as it is, by torch.func, captured, compiled twice; JAX; the exact minimizer; the library of the field
 PEERS = ("eager", "func", "cudagraph", "compile", "compile-max", "jax", "solve", "deepinv")
