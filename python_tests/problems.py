@@ -207,6 +207,28 @@ def cotangents():
         yield cotangent
 
 
+def assert_gradients_pass_gradcheck(problem, backend, *, second=True):
+    """Gradients, and theirs, along random directions through all entries at once instead of entry by entry."""
+    names = list(problem.leaves)
+    leaves = [problem.leaves[n].requires_grad_() for n in names]
+    function = lambda *xs: problem.call(backend, dict(zip(names, xs, strict=True)))
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    if second:
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def assert_second_order_is_that_of_eager(problem, backend):
+    """A Hessian-vector product through ``create_graph`` equals eager's: nothing is silently dropped."""
+    results = []
+    for name in ("eager", backend):
+        leaves = {n: x.clone().requires_grad_() for n, x in problem.leaves.items()}
+        y = problem.call(name, leaves)
+        first = torch.autograd.grad(y.pow(3).sum(), list(leaves.values()), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
+    for actual, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def ties(dtype, count):
     """``count`` numbers above 1 halfway between neighbours in ``dtype``: to nearest even, every other one goes down."""
     return 1 + torch.finfo(dtype).eps * (torch.arange(count, dtype=torch.float64) % 64 + 0.5)

@@ -118,28 +118,15 @@ def test_spectral_runs_as_dense(backend):
 @trajectories
 def test_gradcheck(backend, structure, trajectory):
     problem = RnnProblem(structure, (2,), 3, 2, (4, 3), trajectory=trajectory, device=device_of(backend))
-    names = list(problem.leaves)
-    leaves = [problem.leaves[n].requires_grad_() for n in names]
-    function = lambda *xs: problem.call(backend, dict(zip(names, xs, strict=True)))
-    # along random directions through all entries at once, not entry by entry
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
-    if not (interpreted(backend) and trajectory):
-        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    second = not (interpreted(backend) and trajectory)
+    problems.assert_gradients_pass_gradcheck(problem, backend, second=second)
 
 
 @backends
 @structures
 def test_second_order_needs_no_first_order_copy(backend, structure):
-    """A Hessian-vector product through ``create_graph`` equals eager's: nothing is silently dropped."""
     problem = RnnProblem(structure, (3,), 4, 5, device=device_of(backend))
-    results = []
-    for name in ("eager", backend):
-        leaves = {n: x.clone().requires_grad_() for n, x in problem.leaves.items()}
-        y = problem.call(name, leaves)
-        first = torch.autograd.grad(y.pow(3).sum(), list(leaves.values()), create_graph=True)
-        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
-    for actual, expected in zip(*results[::-1], strict=True):
-        torch.testing.assert_close(actual, expected)
+    problems.assert_second_order_is_that_of_eager(problem, backend)
 
 
 def _canonical(structure, k, B, device, *, permuted=False, trajectory=False):
