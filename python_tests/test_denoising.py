@@ -6,9 +6,11 @@ import math
 import os
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,155 @@ def test_folder_takes_colour_and_16_bits_and_the_middle(tmp_path):
     assert skipped == 0
     torch.testing.assert_close(clean[0, 0, 0], torch.from_numpy(ramp[4:36].astype(np.float32)) / 65535)
     assert (clean[1] > 0.99).all()
+
+
+# -- images as people have them
+
+
+def written(path, pixels, mode=None, **options):
+    Image.fromarray(pixels, mode).save(path, **options) if mode else Image.fromarray(pixels).save(path, **options)
+    return images.read_gray(path)
+
+
+RAMP = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+
+
+def png(path, pixels):
+    """A PNG of 16 bits a channel, ``[H, W, channels]``, which Pillow itself does not write."""
+    height, width, channels = pixels.shape
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return images.read_gray(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16], ids=["8 bits", "16 bits"])
+def test_gray_of_8_and_16_bits(tmp_path, suffix, dtype):
+    white = np.iinfo(dtype).max
+    pixels = (RAMP * white).round().astype(dtype)
+    gray = written(tmp_path / f"x.{suffix}", pixels)
+    assert gray.dtype == np.float32
+    np.testing.assert_array_equal(gray, pixels.astype(np.float32) / white)
+
+
+def test_float_tiff_is_read_as_it_is_or_refused(tmp_path):
+    np.testing.assert_array_equal(written(tmp_path / "x.tiff", RAMP), RAMP)
+    for wrong in (RAMP * 255, RAMP - 0.5, np.where(RAMP > 0.9, np.nan, RAMP)):
+        with pytest.raises(ValueError, match=r"floating-point numbers .* expected finite ones in \[0, 1\]; scale them"):
+            written(tmp_path / "x.tiff", wrong.astype(np.float32))
+
+
+def test_integers_of_32_bits_are_those_of_16_or_refused(tmp_path):
+    pixels = (RAMP * 65535).round().astype(np.int32)
+    np.testing.assert_array_equal(written(tmp_path / "x.tiff", pixels), pixels.astype(np.float32) / 65535)
+    for wrong in (pixels * 1000, pixels // 300, pixels - 1):
+        with pytest.raises(ValueError, match=r"32-bit integers .* whose white is not known"):
+            written(tmp_path / "x.tiff", wrong)
+
+
+def test_colours_of_16_bits(tmp_path):
+    pixels = (RAMP * 65535).round().astype(np.uint16)
+    for channels in (1, 3):
+        gray = png(tmp_path / "x.png", np.repeat(pixels[..., None], channels, 2))
+        np.testing.assert_allclose(gray, RAMP, atol=1 / 255)
+    opaque = np.full_like(pixels, 65535)
+    for layers in ([pixels, opaque], [pixels, pixels, pixels, opaque]):
+        np.testing.assert_allclose(png(tmp_path / "x.png", np.stack(layers, 2)), RAMP, atol=1 / 255)
+
+
+def test_colours_become_luminance(tmp_path):
+    colours = np.zeros((1, 4, 3), np.uint8)
+    colours[0, :3] = np.eye(3) * 255
+    gray = written(tmp_path / "x.png", colours)
+    np.testing.assert_allclose(gray[0], [0.299, 0.587, 0.114, 0], atol=1 / 255)
+
+
+def test_alpha_is_laid_over_white(tmp_path):
+    layers = np.zeros((1, 3, 4), np.uint8)
+    layers[..., 3] = [0, 128, 255]
+    np.testing.assert_allclose(written(tmp_path / "x.png", layers)[0], [1, 127 / 255, 0], atol=1 / 255)
+    np.testing.assert_allclose(
+        written(tmp_path / "x.png", layers[..., [0, 3]], "LA")[0], [1, 127 / 255, 0], atol=1 / 255
+    )
+
+
+def test_palettes_are_the_colours_they_stand_for(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2, 3]], np.uint8), "P")
+    image.putpalette([200, 200, 200, 10, 10, 10, 255, 255, 255, 0, 0, 0])
+    for suffix, options in (("png", {}), ("gif", {}), ("png", {"transparency": 3})):
+        image.save(tmp_path / f"x.{suffix}", **options)
+        last = 1 if options else 0
+        np.testing.assert_allclose(
+            images.read_gray(tmp_path / f"x.{suffix}")[0], [200 / 255, 10 / 255, 1, last], atol=1 / 255
+        )
+
+
+def test_bilevel_and_cmyk(tmp_path):
+    Image.fromarray(RAMP > 0.5).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(images.read_gray(tmp_path / "x.png"), (RAMP > 0.5).astype(np.float32))
+    gray = Image.fromarray((RAMP * 255).astype(np.uint8))
+    for suffix in ("tiff", "jpg"):
+        gray.convert("RGB").convert("CMYK").save(
+            tmp_path / f"x.{suffix}", **({"quality": 100} if suffix == "jpg" else {})
+        )
+        np.testing.assert_allclose(images.read_gray(tmp_path / f"x.{suffix}"), RAMP, atol=4 / 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_stand_upright(tmp_path, orientation):
+    image = Image.fromarray((RAMP * 255).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    # how the camera held the picture, undone by the reader
+    undo = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}.get(orientation, [])
+    for operation in undo:
+        image = image.transpose(Image.Transpose(operation))
+    image.save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_allclose(images.read_gray(tmp_path / "x.png"), RAMP, atol=1 / 255)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "tiff", "webp"])
+def test_animations_are_refused_by_name(tmp_path, suffix):
+    frames = [Image.fromarray((RAMP * level).astype(np.uint8)) for level in (255, 100, 30)]
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="has 3 frames; save the one that is meant"):
+        images.read_gray(tmp_path / f"x.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "gif", "bmp", "webp"])
+def test_damaged_files_are_refused_by_name(tmp_path, suffix):
+    whole = tmp_path / f"x.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(whole)
+    content = whole.read_bytes()
+    for kept in (0, 1, 20, len(content) // 2, len(content) - 40):
+        whole.write_bytes(content[:kept])
+        with pytest.raises(ValueError, match=r"cannot be read: ."):
+            images.read_gray(whole)
+    with pytest.raises(FileNotFoundError):
+        images.read_gray(tmp_path / "none.png")
+
+
+def test_tiny_and_huge_images(tmp_path, monkeypatch):
+    assert written(tmp_path / "x.png", np.full((1, 1), 51, np.uint8)).tolist() == [[pytest.approx(0.2)]]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert written(tmp_path / "x.png", np.zeros((4, 4), np.uint8)).shape == (4, 4)
+    with pytest.raises(ValueError, match=r"cannot be read: DecompressionBombError: Image size \(64 pixels\) exceeds"):
+        written(tmp_path / "x.png", np.zeros((8, 8), np.uint8))
+
+
+def test_folder_names_what_it_leaves_out(tmp_path):
+    for name in ("a", "b"):
+        written(tmp_path / f"{name}.png", np.zeros((8, 8), np.uint8))
+    written(tmp_path / "small.png", np.zeros((3, 8), np.uint8))
+    (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        clean, skipped = images.load_folder(tmp_path, 8)
+    assert (len(clean), skipped) == (2, 2)
+    assert "small.png: 8×3 pixels" in str(caught[0].message)
+    assert "torn.png: cannot be read" in str(caught[1].message)
 
 
 # -- models
