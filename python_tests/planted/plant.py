@@ -57,28 +57,29 @@ def faults():
 def build(tree):
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     environment = os.environ | {"UNROLLED_KERNELS_NATIVE": "1", "UNROLLED_KERNELS_CUDA": "0", "PYTHONPATH": str(tree)}
-    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    if run.returncode != 0:
-        raise RuntimeError(f"does not build\n{run.stdout[-4000:]}{run.stderr[-4000:]}")
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"does not build\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
 
 
-def first_failure(tree, tests):
-    """The first of ``tests`` that fails in the tree; None where none does."""
+def run(tree, tests):
+    """``(first failure or None, whether any test ran)`` of ``tests`` in the tree."""
     arguments = shlex.split(tests)
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     if "triton" in tests:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
-    run = subprocess.run(command, cwd=tree / "python_tests", env=environment, capture_output=True, text=True)
-    failed = re.search(r"^FAILED (.+?)(?: - |$)", run.stdout, re.MULTILINE)
-    if run.returncode not in (0, 1) or (run.returncode == 1 and not failed) or "native/build.py" in run.stdout:
-        raise RuntimeError(f"pytest {tests}: exit status {run.returncode}\n{run.stdout[-4000:]}{run.stderr[-2000:]}")
-    return failed and failed[1]
+    done = subprocess.run(command, cwd=tree / "python_tests", env=environment, capture_output=True, text=True)
+    failed = re.search(r"^FAILED (.+?)(?: - |$)", done.stdout, re.MULTILINE)
+    # a fault that does not compile is none
+    if done.returncode not in (0, 1) or (done.returncode == 1 and not failed) or "native/build.py" in done.stdout:
+        raise RuntimeError(f"pytest {tests}: exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    return failed and failed[1], bool(failed or re.search(r"\b\d+ passed", done.stdout))
 
 
 def hunt(chosen, control=True):
     """Plant the faults ``chosen`` one at a time; returns the names of those that no test finds."""
-    missed = []
+    missed, skipped = [], []
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         tree, clean = Path(folder) / "tree", Path(folder) / "clean"
         left_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info")
@@ -86,7 +87,7 @@ def hunt(chosen, control=True):
         if any(fault.is_compiled for fault in chosen):
             build(tree)
         for tests in dict.fromkeys(fault.tests for fault in chosen) if control else ():
-            found = first_failure(tree, tests)
+            found, _ = run(tree, tests)
             if found:
                 raise RuntimeError(f"{found} fails where nothing is planted")
         # always at the same path and with the times of its files, for what is built to be found again
@@ -98,10 +99,13 @@ def hunt(chosen, control=True):
             start = time.monotonic()
             if fault.is_compiled:
                 build(tree)
-            found = first_failure(tree, fault.tests)
-            missed += [] if found else [fault.name]
-            print(f"{fault.name}: {found or 'NOT FOUND'} ({time.monotonic() - start:.0f} s)", flush=True)
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} found", flush=True)
+            found, ran = run(tree, fault.tests)
+            if not found:
+                (missed if ran else skipped).append(fault.name)
+            result = found or ("NOT FOUND" if ran else "its tests do not run here")
+            print(f"{fault.name}: {result} ({time.monotonic() - start:.0f} s)", flush=True)
+    looked_for = len(chosen) - len(skipped)
+    print(f"{looked_for - len(missed)} of {looked_for} found", flush=True)
     return missed
 
 
