@@ -39,7 +39,7 @@ def _levels():
 # without the checks of every pointer, which take twice as long to compile and find less than the address sanitizer
 UNDEFINED = "signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow,bounds"
 MODES = {"address": [f"-fsanitize=address,{UNDEFINED}", "-fno-sanitize-recover=all"], "thread": ["-fsanitize=thread"]}
-FAMILIES = {"address": ["momentum", "rnn", "synthetic_training", "large", "huge"], "thread": ["large"]}
+FAMILIES = {"address": ["momentum", "rnn", "synthetic_training", "convolution", "large", "huge"], "thread": ["large"]}
 # compiling is what takes long: the widest instruction set every time, the others in test-slow
 SANITIZED = [
     pytest.param(level, mode, family, marks=[] if level == _levels()[-1] else pytest.mark.slow)

@@ -1,6 +1,6 @@
 // Runs the CPU kernels, forward and backward, on every kind of problem, for the sanitizers to watch over.
 //
-//     driver FAMILY      momentum | rnn | synthetic_training
+//     driver FAMILY      momentum | rnn | synthetic_training | convolution
 //                        large: several chunks, for threads to share
 //                        huge: the last samples of tensors of more than 2^31 elements, in memory that is not there
 //
@@ -22,6 +22,7 @@
 #include "cpu/launch.h"
 #include "cpu/momentum_launch.h"
 #include "cpu/rnn_launch.h"
+#include "experiments/cpu/convolution_kernels.h"
 #include "experiments/cpu/synthetic_training_kernel.h"
 
 // the scratch of for_chunks
@@ -266,6 +267,47 @@ void synthetic_training(int64_t M, int64_t n, int64_t h, int64_t batch_size) {
   });
 }
 
+// A layer of a DnCNN each way: the first, on an image as it is, or one that normalises what it reads.
+template <typename T>
+void convolution(int64_t B, int64_t H, int64_t W, int64_t inputs, int64_t outputs, bool normalised) {
+  const Array<T> x(B * inputs * H * W, -1, 1), scale(inputs, 0.5, 1), shift(inputs, -0.5, 0.5), center(inputs, -1, 1);
+  const Array<T> weight(outputs * inputs * 9, -1, 1), bias(outputs, -1, 1), grad(B * outputs * H * W, -1, 1);
+  const Array<T> y(B * outputs * H * W, -1, 1), grad_factor(outputs, 0.5, 1), y_factor(outputs, -1, 1);
+  const Array<T> constant(outputs, -1, 1);
+  const auto kernels = UNROLLED_KERNELS_AT_ACTIVE_ISA(convolution_kernels<T>());
+  const Convolution<T> layer{B,
+                             H,
+                             W,
+                             inputs,
+                             outputs,
+                             x.data(),
+                             normalised ? scale.data() : nullptr,
+                             normalised ? shift.data() : nullptr,
+                             weight.data()};
+  const ConvolutionPlan plan = kernels.plan(layer);
+  check("convolution", B, W, outputs, [&](Outputs& outputs_) {
+    ConvolutionForward<T> p{layer, normalised ? nullptr : bias.data(), nullptr, nullptr};
+    outputs_.add(p.y, B * outputs * H * W);
+    if (normalised) outputs_.add(p.moments, plan.chunks * outputs * 3);
+    for_chunks(plan.chunks, plan.scratch_bytes,
+               [&](int64_t chunk, void* scratch) { kernels.forward(p, plan, chunk, scratch); });
+  });
+  check("convolution backward", B, W, outputs, [&](Outputs& outputs_) {
+    ConvolutionBackward<T> p{};
+    static_cast<Convolution<T>&>(p) = layer;
+    p.grad = grad.data();
+    if (normalised) {
+      p.y = y.data(), p.grad_factor = grad_factor.data(), p.y_factor = y_factor.data(), p.constant = constant.data();
+      p.center = center.data();
+    }
+    p.bias = !normalised;
+    if (flip()) outputs_.add(p.grad_x, B * inputs * H * W);
+    outputs_.add(p.partial, plan.chunks * convolution_gradients(inputs, outputs));
+    for_chunks(plan.chunks, plan.scratch_bytes,
+               [&](int64_t chunk, void* scratch) { kernels.backward(p, plan, chunk, scratch); });
+  });
+}
+
 // Arrays that take room only where they are written, and are zero elsewhere.
 class Virtual {
  public:
@@ -501,6 +543,19 @@ void every_synthetic_training() {
   }
 }
 
+void every_convolution() {
+  for (const int64_t inputs : {1, 3, 5, 20}) {
+    for (const int64_t outputs : {1, 2, 3, 7}) {
+      for (const int64_t W : {1, 15, 16, 33, 70}) {
+        for (const int64_t H : {1, 3, 50}) {
+          convolution<float>(2, H, W, inputs, outputs, flip());
+          convolution<double>(1, H, W, inputs, outputs, flip());
+        }
+      }
+    }
+  }
+}
+
 void large() {
   for (int repetition = 0; repetition < 4; ++repetition) {
     for (const Kind kind : kinds) {
@@ -513,6 +568,7 @@ void large() {
     for (int kind = 0; kind < 3; ++kind) rnn<float>(kind, 70, 6, 12, {10, 20});
   }
   synthetic_training<float>(8, 30, 16, 10);
+  convolution<float>(2, 100, 40, 3, 3, true);
 }
 
 }  // namespace
@@ -522,6 +578,7 @@ int main(int, char** arguments) {
   if (is("momentum")) every_momentum();
   if (is("rnn")) every_rnn();
   if (is("synthetic_training")) every_synthetic_training();
+  if (is("convolution")) every_convolution();
   if (is("large")) large();
   if (is("huge")) huge();
   printf("%ld\n", static_cast<long>(problems));
