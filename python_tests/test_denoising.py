@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import struct
@@ -457,6 +458,49 @@ def test_report_compares_methods_speed_and_guard(small_run, folder, capsys):
     for phrase in ("non-local means", "plain DnCNN", "NAG, training step", "kept for backward", "(diverged)"):
         assert phrase in text
     assert (small_run / "baselines.json").is_file()
+
+
+def test_apply_restores_an_image_with_trained_weights(small_run, task, tmp_path, capsys):
+    noisy = task.pairs(torch.tensor([0]), 0)[1][0, 0, :21, :30]
+    Image.fromarray((noisy * 255).round().byte().numpy()).save(tmp_path / "noisy.png")
+    (file,) = (small_run / "models").glob("about-right-*")
+    arguments = ["denoising", "apply", "--model", str(file), str(tmp_path / "noisy.png"), str(tmp_path / "out.tiff")]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out.tiff")
+    model = make_model(Trial("about-right", "gd", 2, 0), QUICK)
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in checkpoint.read(file, "about-right-gd-2-0")[0].items()}
+    )
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(images.read_gray(tmp_path / "noisy.png"))[None, None])[0, 0]
+    actual = images.read_gray(tmp_path / "out.tiff")
+    np.testing.assert_allclose(actual, expected.clamp(0, 1), atol=0.51 / 255)
+    assert not np.allclose(actual, noisy, atol=0.05)
+
+
+def test_apply_refuses_by_name(small_run, tmp_path, capsys):
+    (file,) = (small_run / "models").glob("dncnn-*")
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "x.png").read_bytes()[:30])
+    (tmp_path / "torn.safetensors").write_bytes(file.read_bytes()[:100])
+    checkpoint.write(tmp_path / "other.safetensors", "mlp-16-adam-gd-3-100", {"a": torch.ones(1)}, {})
+    for model, source, target, message in (
+        (file, "x.png", "x.doc", "OUT: .*x.doc: expected the suffix of an image"),
+        (file, "torn.png", "y.png", "IN: .*torn.png: cannot be read"),
+        (file, "none.png", "y.png", "none.png"),
+        (tmp_path / "none.safetensors", "x.png", "y.png", "none.safetensors: not a readable model"),
+        (tmp_path / "torn.safetensors", "x.png", "y.png", "torn.safetensors: not a readable model"),
+        (
+            tmp_path / "other.safetensors",
+            "x.png",
+            "y.png",
+            "other.safetensors: holds 'mlp-.*', which is no denoising model",
+        ),
+    ):
+        arguments = ["denoising", "apply", "--model", model, tmp_path / source, tmp_path / target]
+        assert cli.main(list(map(str, arguments))) == 1
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "y.png").exists()
 
 
 @pytest.mark.parametrize("autocast", ["none", "float16"])

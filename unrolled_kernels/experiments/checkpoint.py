@@ -24,6 +24,22 @@ def write(file, model, tensors, progress):
         save_file(tensors, temporary, {"model": model, "progress": json.dumps(progress)})
 
 
+def model_name(file):
+    """The name of the model that ``write`` wrote to ``file``.
+
+    Raises:
+        ValueError: the file is not there, damaged, or of another kind; the message names it.
+    """
+    try:
+        with safe_open(file, "pt") as saved:
+            name = (saved.metadata() or {}).get("model")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a readable model (missing, truncated, or of another kind): {error}") from None
+    if name is None:
+        raise ValueError(f"{file}: holds tensors, but not of a model that a study here has trained")
+    return name
+
+
 def read(file, model, expected=()):
     """Read what ``write`` wrote.
 

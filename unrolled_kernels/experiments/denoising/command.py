@@ -12,6 +12,7 @@ import torch
 from unrolled_kernels import _backend
 from unrolled_kernels.experiments import checkpoint, ranks, study
 from unrolled_kernels.experiments.denoising import (
+    apply,
     evaluation,
     figures,
     images,
@@ -82,6 +83,7 @@ def add_parser(subparsers):
     parser.add_argument("--no-baselines", action="store_true", help="leave out the classical methods")
     parser.add_argument("--no-speed", action="store_true", help="leave out timings and the guard's demonstration")
     parser.set_defaults(run=run)
+    apply.add_parser(parser.add_subparsers(metavar="apply", help="restore an image with a trained model"))
 
 
 def run(arguments):

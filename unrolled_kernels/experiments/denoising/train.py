@@ -171,7 +171,8 @@ def train_one(task, trial, training, *, device="cpu", backend="auto", files=None
         return None
     row = trainer.result()
     if files.model is not None:
-        checkpoint.write(files.model, trial.name, to_tensors(trainer.model), {"epoch": trainer.epoch})
+        notes = {"epoch": trainer.epoch, "step_size": training.step_size}
+        checkpoint.write(files.model, trial.name, to_tensors(trainer.model), notes)
     return row
 
 
