@@ -168,10 +168,10 @@ def parse(module, arguments):
 def literally(command, folder, **environment):
     """Run a command as it stands in the documentation, with this Python's programs first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(
-        command, shell=True, cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | environment,
-    )  # fmt: skip
+    # pytest-benchmark measures nothing in a process that pytest-xdist started
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = inherited | {"PATH": path, "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, env=environment)
 
 
 def test_benchmarks_run_as_the_readme_says(tmp_path):
