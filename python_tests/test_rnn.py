@@ -69,6 +69,8 @@ def test_sizes(backend, structure, dtype, d):
 )
 def test_widths_and_depths(backend, structure, dtype, hidden_dims):
     """Unequal widths, one layer to the most that is fused, and what is beyond."""
+    if interpreted(backend) and dtype == "f64":
+        pytest.skip("interpreted: the arithmetic of float64 is that of float32")
     problem = RnnProblem(structure, (37,), 4, 3, hidden_dims, trajectory=True, device=device_of(backend))
     compare(problem, backend, DTYPES[dtype])
 
