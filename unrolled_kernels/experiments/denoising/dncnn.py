@@ -2,6 +2,7 @@
 
 import torch
 
+from unrolled_kernels._torch_private import transforms_are_active
 from unrolled_kernels.experiments import native
 from unrolled_kernels.experiments.denoising import distributed
 
@@ -24,7 +25,7 @@ def can_run(network, x, backend="auto"):
         and not torch.is_autocast_enabled(x.device.type)
         and not (network.training and distributed.ranks() > 1)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not transforms_are_active()
         and native.runs_on(x.device, backend)
     )
 
