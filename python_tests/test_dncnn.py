@@ -170,7 +170,7 @@ def test_op_refuses_what_it_would_misread():
             op(*arguments)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
+@pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_every_instruction_set(level):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "gradients and C"]
     environment = os.environ | {"UNROLLED_KERNELS_CPU_ISA": level}

@@ -60,7 +60,7 @@ def test_loop_equals_torch_ops(task, hidden, optimizer, dtype):
         assert_as_close_as_eager(*values, what=name)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
+@pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_every_instruction_set(level):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "equals and (h0 or h5)"]
     environment = os.environ | {"UNROLLED_KERNELS_CPU_ISA": level}
