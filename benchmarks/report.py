@@ -27,9 +27,14 @@ _README = [
 ]
 
 
+def measured():
+    """The devices of the results; benchmarks/results/predicted-* are counts of machine code, not measurements."""
+    return [Device(directory) for directory in sorted(RESULTS.glob("*/")) if (directory / "momentum.csv").exists()]
+
+
 def main():
     """Write a page for each directory of results, and the README's parts from the one measured last."""
-    devices = [Device(directory) for directory in sorted(RESULTS.glob("*/")) if (directory / "momentum.csv").exists()]
+    devices = measured()
     if not devices:
         sys.exit(f"{RESULTS}: no results; `make bench` measures this machine")
     PAGES.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,12 @@ const char* launch(void (*kernel)(Parameters...), int64_t grid, int threads, int
   return describe(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
 }
 
+// f(std::bool_constant<whether there is momentum>)
+template <typename Problem, typename F>
+const char* with_momentum(const Problem& p, F f) {
+  return p.beta.data ? f(std::true_type()) : f(std::false_type());
+}
+
 template <typename Storage>
 PartialSums<Storage> partial_sums(const MomentumBackward<Storage>& p) {
   PartialSums<Storage> sums{};
@@ -87,34 +93,49 @@ const char* sum_partials(const PartialSums<Storage>& sums, void* stream) {
                 columns.shared_bytes(), stream, sums, columns);
 }
 
-// A warp or a block at work on one item after another, tile.cuh.
+// Teams at work on one item after another, tile.cuh.
 template <typename C>
 struct TilePlan {
-  int64_t grid = 0, team_bytes = 0;  // of shared memory
-  int64_t trajectory_size = 0;       // elements for a team
+  int64_t grid = 0;
+  int64_t team_bytes = 0, schedule_bytes = 0;  // of shared memory
+  int64_t trajectory_size = 0;                 // elements for a team
+  int teams = 1;                               // of a block
   bool trajectory_on_chip = true;
-  C* trajectories = nullptr;  // [teams, trajectory_size] in the workspace
+  C* trajectories = nullptr;  // [grid * teams, trajectory_size] in the workspace
 
-  int64_t workspace_size(int64_t teams) const { return trajectory_on_chip ? 0 : teams * trajectory_size; }
+  int64_t shared_bytes() const { return schedule_bytes + teams * team_bytes; }
+  int64_t workspace_size() const { return trajectory_on_chip ? 0 : grid * teams * trajectory_size; }
 };
 
 // Memory(arena, d, trajectory_size) takes a team's shared memory.
-template <typename T, typename Memory, typename Problem, typename... Parameters>
+template <typename T, typename Memory, bool momentum, typename Problem, typename... Parameters>
 TilePlan<typename T::C> plan_tiles(const Device& device, void (*kernel)(Parameters...), const Problem& p,
                                    int64_t trajectory_size) {
   TilePlan<typename T::C> plan;
   plan.trajectory_size = trajectory_size;
+  plan.schedule_bytes = BlockSchedule<typename T::C, momentum>::bytes(p);
   const auto bytes = [&](int64_t size) {
     Arena arena(nullptr);
     Memory(arena, p.d, size);
     return arena.used();
   };
-  // small teams: two blocks on a multiprocessor are worth more than trajectories out of L2
-  const int64_t limit = device.shared_memory / (T::D <= 64 ? 2 : 1);
-  plan.trajectory_on_chip = T::teams * bytes(trajectory_size) <= limit;
+  // a warp for each scheduler is worth more than trajectories on chip
+  const int64_t limit = device.shared_memory / (T::warps == 1 ? 4 : 1);
+  plan.trajectory_on_chip = plan.schedule_bytes + bytes(trajectory_size) <= limit;
   plan.team_bytes = bytes(plan.trajectory_on_chip ? trajectory_size : 0);
-  plan.grid = persistent_grid(device, kernel, ceil_div(ceil_div(p.B, T::problems), T::teams), T::block,
-                              T::teams * plan.team_bytes);
+  if (plan.schedule_bytes + plan.team_bytes > device.shared_memory) plan.schedule_bytes = 0;
+  // as many warps on a multiprocessor as fit, in blocks as large as that allows; few items: on all multiprocessors
+  const int64_t items = ceil_div(p.B, T::problems);
+  int64_t most = 0;
+  for (int teams = T::block / T::team; teams >= 1; teams /= 2) {
+    const int64_t shared_bytes = plan.schedule_bytes + teams * plan.team_bytes, blocks = ceil_div(items, teams);
+    if (teams > 1 && (shared_bytes > device.shared_memory || blocks < device.multiprocessors)) continue;
+    const int64_t grid = persistent_grid(device, kernel, blocks, teams * T::team, shared_bytes);
+    if (grid * teams <= most) continue;
+    most = grid * teams;
+    plan.grid = grid;
+    plan.teams = teams;
+  }
   return plan;
 }
 

@@ -5,11 +5,14 @@
 //     forward     (d^2 + 2d) s bytes       2 k d^2 flops       bound by memory up to k = 28
 //     backward    (2d^2 + 3d) s            6 k d^2             bound by memory up to k = 18
 //
-// d <= 128 (float64: 64): Q lies in the registers of a team, tile.cuh, together with dQ; Q of the team's next samples is
-// copied to shared memory meanwhile. 32 elements of Q a thread leave room for 20 warps on a multiprocessor, 8 to 12 in
-// backward, each with 4 KB on the way: more than the 26 KB that 4.3 TB/s at 800 ns need.
+// What bounds the kernels first, though, is the issue of instructions, of which an FMA is one: a step keeps what is not an
+// FMA of its product to a minimum, which benchmarks/machine_code.py counts.
+//
+// d <= 128 (float64: 64): Q lies in the registers of a team, tile.cuh, while that of the team's next problems is copied to
+// shared memory. Backward keeps z_t and a_t of all steps, and makes dQ = -sum over t of phi_t a_t z_t' of them at the
+// end, in the registers that Q leaves.
 // Above: streamed.cuh, a block for each sample; Q in shared memory if it fits (float32: d <= 230 on an H200), else read
-// from L2 for each product. dQ is the sum of k outer products, taken at the end tile by tile, so that it is written once.
+// from L2 for each product; dQ likewise, tile by tile.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
 #include "cuda/streamed.cuh"
@@ -18,187 +21,245 @@
 namespace unrolled_kernels::cuda {
 namespace {
 
-// One step on the rows that a thread owns.
-template <typename T, typename C = typename T::C>
-__device__ __forceinline__ void dense_step(const T& tile, const typename T::Memory& memory, int& turn,
-                                           const C (&q)[T::rows][T::columns], const C (&b)[T::own_rows],
-                                           const StepCoefficients<C>& s, bool momentum, bool y_is_zero,
-                                           C (&y)[T::own_rows], C (&previous)[T::own_rows]) {
-  C z[T::own_rows], qz[T::own_rows] = {};
-#pragma unroll
-  for (int i = 0; i < T::own_rows; ++i) z[i] = momentum ? y[i] + s.gamma * (y[i] - previous[i]) : y[i];
-  if (!y_is_zero) {
-    C x[T::columns];
-    tile.rows_to_columns(z, memory, turn, x);
-    tile.product(q, x, qz);
-  }
-#pragma unroll
-  for (int i = 0; i < T::own_rows; ++i) {
-    const C from = momentum ? y[i] + s.beta * (y[i] - previous[i]) : y[i];
-    previous[i] = y[i];
-    y[i] = from - s.phi * (qz[i] + b[i]);
-  }
-}
-
+// b and y_0 as they come from memory, for the rows that a thread owns.
 template <typename T, typename Storage>
-__device__ __forceinline__ void load_start(const T& tile, const MomentumInputs<Storage>& p, int64_t sample, bool exists,
-                                           typename T::C (&b)[T::own_rows], typename T::C (&y)[T::own_rows],
-                                           typename T::C (&previous)[T::own_rows]) {
-  const int d = static_cast<int>(p.d);
-  load_entries(p.b + sample * p.b_stride, tile.row, d, exists, b);
-  load_entries(p.y0 + (p.y0 ? sample * p.y0_stride : 0), tile.row, d, exists && p.y0, y);
-#pragma unroll
-  for (int i = 0; i < T::own_rows; ++i) previous[i] = y[i];
-}
+struct DenseStart {
+  typename T::C b[T::own_rows], y[T::own_rows];
 
-template <typename Storage, int D>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::blocks(5))
+  __device__ __forceinline__ void load(const T& tile, const MomentumInputs<Storage>& p, int64_t item) {
+    const int64_t sample = item * T::problems + tile.problem;
+    const bool exists = sample < p.B;
+    const int d = static_cast<int>(p.d);
+    load_entries(p.b + sample * p.b_stride, tile.row, d, exists, b);
+    load_entries(p.y0 + sample * p.y0_stride, tile.row, d, exists && p.y0, y);
+  }
+};
+
+// One problem's state on the rows that a thread owns, and its step.
+template <typename T, bool momentum>
+struct DenseState {
+  using C = typename T::C;
+  C b[T::own_rows], y[T::own_rows], previous[T::own_rows];
+
+  template <typename Start>
+  __device__ __forceinline__ explicit DenseState(const Start& start) {
+#pragma unroll
+    for (int i = 0; i < T::own_rows; ++i) {
+      b[i] = start.b[i];
+      y[i] = previous[i] = start.y[i];
+    }
+  }
+  // from y_t = 0, without the product
+  __device__ __forceinline__ void step_from_zero(const StepCoefficients<C>& s) {
+    const C zero[T::own_rows] = {};
+    finish(s, zero);
+  }
+  // buffer: of the exchange, another one than that of the last step
+  __device__ __forceinline__ void step(const T& tile, const C (&q)[T::rows][T::columns], const StepCoefficients<C>& s,
+                                       C* buffer) {
+    C z[T::own_rows], x[T::columns], qz[T::own_rows];
+#pragma unroll
+    for (int i = 0; i < T::own_rows; ++i) z[i] = extrapolate(s, momentum, y[i], previous[i]);
+    tile.rows_to_columns(z, buffer, x);
+    tile.product(q, x, qz);
+    finish(s, qz);
+  }
+
+ private:
+  __device__ __forceinline__ void finish(const StepCoefficients<C>& s, const C (&qz)[T::own_rows]) {
+#pragma unroll
+    for (int i = 0; i < T::own_rows; ++i) {
+      const C next = advance(s, momentum, y[i], previous[i], qz[i] + b[i]);
+      previous[i] = y[i];
+      y[i] = next;
+    }
+  }
+};
+
+template <typename Storage, int D, bool momentum>
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks)
     momentum_dense_kernel(const __grid_constant__ MomentumForward<Storage> p,
                           const __grid_constant__ TilePlan<compute_type<Storage>> plan) {
   using T = Tile<Storage, D>;
   using C = typename T::C;
   const T tile;
   const int d = static_cast<int>(p.d), k = static_cast<int>(p.k), team = threadIdx.x / T::team;
-  Arena arena(dynamic_shared_memory() + team * plan.team_bytes);
-  const TileMemory<T, Storage, false> shared(arena, d, 0);
-  const typename T::Memory& memory = shared.vectors;
-  MatrixStream<T, Storage> matrices(p, shared.matrix);
+  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  Arena arena(dynamic_shared_memory() + plan.schedule_bytes + team * plan.team_bytes);
+  const TileMemory<T, Storage> memory(arena, d, 0);
+  MatrixStream<T, Storage> matrices(p, memory.matrix);
 
-  const int64_t items = ceil_div(p.B, T::problems), teams = static_cast<int64_t>(gridDim.x) * T::teams;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * T::teams + team;
-  int turn = 0;
+  const Items<T> items(plan, p.B, team);
+  const bool plain = schedule.on_chip() && !p.trajectory;  // one test a step of what is rare
   C q[T::rows][T::columns];
-  if (first < items) matrices.fetch(tile, first);
-  for (int64_t item = first; item < items; item += teams) {
-    const bool exists = item * T::problems + tile.problem < p.B;
-    const int64_t sample = exists ? item * T::problems + tile.problem : p.B - 1;
-    if (item == first || p.matrix_stride != 0) {
-      matrices.take(tile, exists, q);
-      if (p.matrix_stride != 0 && item + teams < items) matrices.fetch(tile, item + teams);
+  DenseStart<T, Storage> next;
+  if (items.first < items.count) {
+    matrices.fetch(tile, items.first);
+    next.load(tile, p, items.first);
+  }
+#pragma unroll 1
+  for (int64_t item = items.first; item < items.count; item += items.step) {
+    const int64_t sample = item * T::problems + tile.problem;
+    const bool exists = sample < p.B;
+    if (item == items.first || p.matrix_stride != 0) matrices.take(tile, exists, q);
+    DenseState<T, momentum> state(next);
+    if (item + items.step < items.count) {
+      if (p.matrix_stride != 0) matrices.fetch(tile, item + items.step);
+      next.load(tile, p, item + items.step);
     }
-    const SampleSchedule<C> schedule(p, sample);
-    const bool writes = exists && tile.first_row_copy;
-    C b[T::own_rows], y[T::own_rows], previous[T::own_rows];
-    load_start(tile, p, sample, exists, b, y, previous);
-    Storage* out = p.y + sample * d;
-    for (int t = 0; t < k; ++t) {
-      if (p.trajectory) store_entries(y, tile.row, d, writes, out + t * p.B * d);
-      dense_step(tile, memory, turn, q, b, schedule.at(t), schedule.has_momentum(), t == 0 && !p.y0, y, previous);
+    const int64_t scheduled = exists ? sample : p.B - 1;
+    const auto store = [&](int t) { store_entries(state.y, tile.row, d, exists, p.y + (t * p.B + sample) * d); };
+    int first = 0;
+    if (!p.y0 && k > 0) {
+      if (p.trajectory) store(0);
+      state.step_from_zero(schedule.at(p, scheduled, 0));
+      first = 1;
     }
-    store_entries(y, tile.row, d, writes, p.trajectory ? out + p.k * p.B * d : out);
+    for_steps(first, k, memory.vectors.vectors, T::problems * D, [&](int t, C* buffer) {
+      StepCoefficients<C> s;
+      if (plain) {
+        s = schedule.at(t);
+      } else {
+        if (p.trajectory) store(t);
+        s = schedule.at(p, scheduled, t);
+      }
+      state.step(tile, q, s, buffer);
+    });
+    store(p.trajectory ? k : 0);
+    // the exchange begins with the same buffer again
+    if (p.matrix_stride == 0) T::sync();
   }
 }
 
-template <typename Storage, int D>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::blocks(2))
+template <typename Storage, int D, bool momentum>
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::backward_blocks)
     momentum_dense_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
                                    const __grid_constant__ TilePlan<compute_type<Storage>> plan,
                                    const __grid_constant__ PartialSums<Storage> sums) {
   using T = Tile<Storage, D>;
   using C = typename T::C;
+  constexpr int vector = T::problems * D;
   const T tile;
   const int d = static_cast<int>(p.d), k = static_cast<int>(p.k), team = threadIdx.x / T::team;
-  const int64_t items = ceil_div(p.B, T::problems), teams = static_cast<int64_t>(gridDim.x) * T::teams;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * T::teams + team;
-  Arena arena(dynamic_shared_memory() + team * plan.team_bytes);
-  using Memory = TileMemory<T, Storage, true>;
-  const Memory memory(arena, d, plan.trajectory_on_chip ? plan.trajectory_size : 0);
-  // y_0 ... y_{k-1}, [k, problems, D]
-  C* trajectory = plan.trajectory_on_chip ? memory.trajectory : plan.trajectories + first * plan.trajectory_size;
-  C* mine = trajectory + tile.problem * D;
+  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  Arena arena(dynamic_shared_memory() + plan.schedule_bytes + team * plan.team_bytes);
+  const TileMemory<T, Storage> memory(arena, d, plan.trajectory_on_chip ? plan.trajectory_size : 0);
+  const Items<T> items(plan, p.B, team);
+  const bool plain = schedule.on_chip() && !p.trajectory;
+  // y_{-1} = y_0, y_0 ... y_{k-1}, replaced by z_t on the way back, and a_t, the adjoint of y_{t+1}: [problems, D] each
+  C* ys = plan.trajectory_on_chip ? memory.trajectory : plan.trajectories + items.first * plan.trajectory_size;
+  ys += vector + tile.problem * D;
+  C* as = ys + k * vector;
   MatrixStream<T, Storage> matrices(p, memory.matrix);
-  C* partial = sums.row(first);
+  const auto partial = [&] { return sums.row(items.first); };
   ScheduleGradient<C, (T::threads < 32 ? T::threads : 32), T::warps> gradient(p, coefficients_per_sample(p),
                                                                               memory.vectors.across_warps);
-  gradient.begin_row(partial ? partial + sums.matrix_size : nullptr);
+  gradient.begin_row(partial() ? partial() + sums.matrix_size : nullptr);
+  if (sums.d_matrix && items.first >= items.count) MatrixGradient<T>::clear_partial(tile, d, partial());
 
-  int turn = 0;
-  C q[T::rows][T::columns], dq[T::rows][T::columns] = {};
-  if (first < items) matrices.fetch(tile, first);
-  for (int64_t item = first; item < items; item += teams) {
-    const bool exists = item * T::problems + tile.problem < p.B;
-    const int64_t sample = exists ? item * T::problems + tile.problem : p.B - 1;
-    if (item == first || p.matrix_stride != 0) {
-      matrices.take(tile, exists, q);
-      if (p.matrix_stride != 0 && item + teams < items) matrices.fetch(tile, item + teams);
-    }
-    const SampleSchedule<C> schedule(p, sample);
-    const bool momentum = schedule.has_momentum();
+  if (items.first < items.count) matrices.fetch(tile, items.first);
+#pragma unroll 1
+  for (int64_t item = items.first; item < items.count; item += items.step) {
+    const int64_t sample = item * T::problems + tile.problem;
+    const bool exists = sample < p.B;
+    const int64_t scheduled = exists ? sample : p.B - 1, delivered = exists ? sample : -1;
+    StepAdjoint<C> adjoint[T::own_columns];
     {
-      C b[T::own_rows], y[T::own_rows], previous[T::own_rows];
-      load_start(tile, p, sample, exists, b, y, previous);
-      for (int t = 0; t < k; ++t) {
-        if (tile.first_row_copy) {
-#pragma unroll
-          for (int i = 0; i < T::own_rows; ++i) mine[t * T::problems * D + tile.row + i] = y[i];
-        }
-        if (t + 1 < k) {
-          dense_step(tile, memory.vectors, turn, q, b, schedule.at(t), momentum, t == 0 && !p.y0, y, previous);
-        }
+      C q[T::rows][T::columns];
+      DenseStart<T, Storage> start;
+      start.load(tile, p, item);
+      matrices.take(tile, exists, q);
+      DenseState<T, momentum> state(start);
+      if (p.matrix_stride != 0 && item + items.step < items.count) matrices.fetch(tile, item + items.step);
+      T::write(state.y, ys - vector + tile.row);
+      C* y_at = ys + tile.row;
+      int first = 0;
+      if (!p.y0 && k > 1) {
+        T::write(state.y, y_at);
+        y_at += vector;
+        state.step_from_zero(schedule.at(p, scheduled, 0));
+        first = 1;
       }
-    }
-    T::sync();
+      for_steps(first, k - 1, memory.vectors.vectors, vector, [&](int t, C* buffer) {
+        T::write(state.y, y_at);
+        y_at += vector;
+        state.step(tile, q, plain ? schedule.at(t) : schedule.at(p, scheduled, t), buffer);
+      });
+      if (k > 0) T::write(state.y, y_at);
+      T::sync();
 
-    C a[T::own_columns], carry[T::own_columns] = {}, b[T::own_columns], db[T::own_columns] = {}, y[T::own_columns] = {};
-    const Storage* cotangent = p.grad_y + sample * d;
-    load_entries(cotangent + (p.trajectory ? p.k * p.B * d : 0), tile.column, d, exists, a);
-    load_entries(p.b + sample * p.b_stride, tile.column, d, exists, b);
-    if (k > 0) {
+      C y[T::own_columns] = {}, b[T::own_columns], a[T::own_columns];
+      load_entries(p.b + sample * p.b_stride, tile.column, d, exists, b);
+      load_entries(p.grad_y + ((p.trajectory ? p.k * p.B : 0) + sample) * d, tile.column, d, exists, a);
 #pragma unroll
-      for (int j = 0; j < T::own_columns; ++j) y[j] = mine[(k - 1) * T::problems * D + tile.column + j];
-    }
-    for (int t = k - 1; t >= 0; --t) {
-      const StepCoefficients<C> s = schedule.at(t);
-      C z[T::own_columns], m[T::own_columns], previous[T::own_columns], given[T::own_columns], w[T::own_columns];
-      load_entries(cotangent + t * p.B * d, tile.column, d, exists && p.trajectory, given);
+      for (int j = 0; j < T::own_columns; ++j) adjoint[j].a = a[j];
+      y_at = ys + (k - 1) * vector + tile.column;
+      C* a_at = as + (k - 1) * vector + tile.column;
+      if (k > 0) T::read(y_at, y);
+      // the steps in reverse: the i-th of them is step k - 1 - i
+      for_steps(0, k, memory.vectors.vectors, vector, [&](int i, C* buffer) {
+        const int t = k - 1 - i;
+        const StepCoefficients<C> s = plain ? schedule.at(t) : schedule.at(p, scheduled, t);
+        C previous[T::own_columns], a[T::own_columns], a_rows[T::rows];
 #pragma unroll
-      for (int j = 0; j < T::own_columns; ++j) {
-        previous[j] = t > 0 ? mine[(t - 1) * T::problems * D + tile.column + j] : y[j];
-        m[j] = momentum ? y[j] - previous[j] : C(0);
-        z[j] = momentum ? y[j] + s.gamma * m[j] : y[j];
-        y[j] = previous[j];
-      }
-      C x[T::columns], a_rows[T::rows];
-      tile.columns_to_tile(z, a, memory.vectors, turn, x, a_rows);
-      if (T::warps > 1 && t + 1 < k) gradient.collect(t + 1, sample);
-      tile.transposed_product(q, a_rows, memory.vectors, w);
-      if (p.d_matrix) {
+        for (int j = 0; j < T::own_columns; ++j) a[j] = adjoint[j].a;
+        T::write(a, a_at);
+        T::read(y_at - vector, previous);
+        if (momentum) {
+          C z[T::own_columns];
 #pragma unroll
-        for (int j = 0; j < T::columns; ++j) x[j] *= -s.phi;
-        add_outer_product<T>(a_rows, x, dq);
-      }
-      C d_phi = 0, d_beta = 0, d_gamma = 0;
+          for (int j = 0; j < T::own_columns; ++j) z[j] = extrapolate(s, true, y[j], previous[j]);
+          T::write(z, y_at);
+        }
+        y_at -= vector;
+        a_at -= vector;
+        tile.columns_to_rows(a, buffer, a_rows);
+        if (T::warps > 1 && i > 0) gradient.collect(t + 1, delivered);
+        C w[T::own_columns], terms[3] = {};
+        tile.transposed_product(q, a_rows, memory.vectors, w);
 #pragma unroll
-      for (int j = 0; j < T::own_columns; ++j) {
-        d_phi -= w[j] * z[j] + a[j] * b[j];
-        d_beta += a[j] * m[j];
-        d_gamma -= s.phi * (w[j] * m[j]);
-        db[j] -= s.phi * a[j];
-        const C next = given[j] + carry[j] + (1 + s.beta) * a[j] - s.phi * (1 + s.gamma) * w[j];
-        carry[j] = s.phi * s.gamma * w[j] - s.beta * a[j];
-        a[j] = next;
-      }
-      if (gradient.wanted())
-        gradient.add(t, exists ? sample : -1, exists && tile.first_column_copy, d_phi, d_beta, d_gamma);
+        for (int j = 0; j < T::own_columns; ++j) {
+          adjoint[j].step(s, momentum, w[j], y[j], previous[j], b[j], terms);
+          y[j] = previous[j];
+        }
+        if (!plain && p.trajectory) {
+          C given[T::own_columns];
+          load_entries(p.grad_y + (t * p.B + sample) * d, tile.column, d, exists, given);
+#pragma unroll
+          for (int j = 0; j < T::own_columns; ++j) adjoint[j].a += given[j];
+        }
+        gradient.add(t, delivered, terms);
+      });
     }
     if (T::warps > 1 && k > 0) {
       T::sync();
-      gradient.collect(0, sample);
+      gradient.collect(0, delivered);
     }
-    gradient.end_sample(exists ? sample : -1);
+    gradient.end_sample(delivered);
 
-    const bool writes = exists && tile.first_column_copy;
+    C a[T::own_columns], db[T::own_columns];
 #pragma unroll
-    for (int j = 0; j < T::own_columns; ++j) a[j] += carry[j];
-    if (p.db) store_entries(db, tile.column, d, writes, p.db + sample * d);
-    if (p.dy0) store_entries(a, tile.column, d, writes, p.dy0 + sample * d);
-    if (p.d_matrix && !sums.d_matrix) {
-      Memory::store_gradient(tile, p, item, exists, memory.gradient, dq);
-      clear<T>(dq);
+    for (int j = 0; j < T::own_columns; ++j) {
+      a[j] = adjoint[j].a + adjoint[j].carry;
+      db[j] = adjoint[j].db;
+    }
+    if (p.db) store_entries(db, tile.column, d, exists, p.db + sample * d);
+    if (p.dy0) store_entries(a, tile.column, d, exists, p.dy0 + sample * d);
+    if (!p.d_matrix) continue;
+    T::sync();
+    MatrixGradient<T> d_matrix;
+    const C *as_at = as, *zs_at = ys;
+#pragma unroll 1
+    for (int t = 0; t < k; ++t, as_at += vector, zs_at += vector) {
+      d_matrix.add(tile, -(plain ? schedule.at(t) : schedule.at(p, scheduled, t)).phi, as_at, zs_at);
+    }
+    if (sums.d_matrix) {
+      d_matrix.add_to_partial(tile, d, item == items.first, partial());
+    } else if (exists) {
+      d_matrix.store(tile, d, p.d_matrix + sample * d * d);
     }
   }
   gradient.end_row();
-  if (sums.d_matrix) Memory::store_partial(tile, d, dq, partial);
 }
 
 template <typename Storage>
@@ -214,12 +275,11 @@ struct DenseStreamedMemory {
 template <typename Storage>
 struct DenseStreamedBackwardMemory {
   using C = compute_type<Storage>;
-  C *z, *g, *m, *a, *carry, *db, *partials, *across_warps;
+  C *z, *g, *a, *carry, *db, *partials, *across_warps;
 
   __host__ __device__ DenseStreamedBackwardMemory(Arena& arena, int64_t d) {
     const int64_t n = StreamedMatrix<Storage>::padded(d), warps = StreamedMatrix<Storage>::warps;
     for (C** vector : {&z, &g, &a, &carry, &db}) *vector = arena.take<C>(n);
-    m = g;
     partials = arena.take<C>(warps * n);
     across_warps = arena.take<C>(2 * warps * 4);
   }
@@ -248,7 +308,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     for (int64_t t = 0; t < p.k; ++t) {
       const StepCoefficients<C> s = schedule.at(t);
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        v.z[e] = momentum ? v.y[e] + s.gamma * (v.y[e] - v.previous[e]) : v.y[e];
+        v.z[e] = extrapolate(s, momentum, v.y[e], v.previous[e]);
       }
       if (t > 0 || p.y0) {
         __syncthreads();
@@ -256,9 +316,9 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
         __syncthreads();
       }
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        const C y = v.y[e], from = momentum ? y + s.beta * (y - v.previous[e]) : y;
+        const C y = v.y[e];
+        v.y[e] = advance(s, momentum, y, v.previous[e], v.g[e] + to_compute(b[e]));
         v.previous[e] = y;
-        v.y[e] = from - s.phi * (v.g[e] + to_compute(b[e]));
         if (p.trajectory) out[(t + 1) * p.B * p.d + e] = to_storage<Storage>(v.y[e]);
         if (!p.trajectory && t + 1 == p.k) out[e] = to_storage<Storage>(v.y[e]);
       }
@@ -279,7 +339,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
   C* partial = sums.row(blockIdx.x);
   ScheduleGradient<C, 32, M::warps> gradient(p, coefficients_per_sample(p), v.across_warps);
   gradient.begin_row(partial ? partial + sums.matrix_size : nullptr);
-  C *a = v.a, *carry = v.carry, *m = v.m;
+  C *a = v.a, *carry = v.carry;
   for (int64_t sample = blockIdx.x; sample < p.B; sample += gridDim.x) {
     Arena rest = shared;
     const M matrix(streamed_matrix(p, plan, rest, sample), p.d);
@@ -299,7 +359,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
       const StepCoefficients<C> s = schedule.at(t);
       const C *y = ys + t * n, *previous = t > 0 ? y - n : y;
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        v.z[e] = momentum ? y[e] + s.gamma * (y[e] - previous[e]) : y[e];
+        v.z[e] = extrapolate(s, momentum, y[e], previous[e]);
       }
       if (t > 0 || p.y0) {
         __syncthreads();
@@ -307,8 +367,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
         __syncthreads();
       }
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        const C from = momentum ? y[e] + s.beta * (y[e] - previous[e]) : y[e];
-        ys[(t + 1) * n + e] = from - s.phi * (v.g[e] + to_compute(b[e]));
+        ys[(t + 1) * n + e] = advance(s, momentum, y[e], previous[e], v.g[e] + to_compute(b[e]));
       }
     }
     for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
@@ -318,27 +377,25 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     for (int64_t t = p.k - 1; t >= 0; --t) {
       const StepCoefficients<C> s = schedule.at(t);
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        m[e] = momentum && t > 0 ? ys[t * n + e] - ys[(t - 1) * n + e] : C(0);
-        if (momentum) ys[t * n + e] += s.gamma * m[e];
         as[t * n + e] = -s.phi * a[e];
       }
       __syncthreads();
       if (t + 1 < p.k) gradient.collect(t + 1, sample);
       matrix.transposed_product(a, v.partials);
       __syncthreads();
-      C d_phi = 0, d_beta = 0, d_gamma = 0;
+      C terms[3] = {};
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        const C w = matrix.sum_of_partials(v.partials, e),
-                given = p.trajectory ? to_compute(cotangent[t * p.B * p.d + e]) : C(0);
-        d_phi -= w * ys[t * n + e] + a[e] * to_compute(b[e]);
-        d_beta += a[e] * m[e];
-        d_gamma -= s.phi * (w * m[e]);
-        v.db[e] -= s.phi * a[e];
-        const C next = given + carry[e] + (1 + s.beta) * a[e] - s.phi * (1 + s.gamma) * w;
-        carry[e] = s.phi * s.gamma * w - s.beta * a[e];
-        a[e] = next;
+        const C w = matrix.sum_of_partials(v.partials, e);
+        const C y = ys[t * n + e], previous = ys[(t > 0 ? t - 1 : 0) * n + e];
+        StepAdjoint<C> adjoint{a[e], carry[e], v.db[e]};
+        adjoint.step(s, momentum, w, y, previous, to_compute(b[e]), terms);
+        if (p.trajectory) adjoint.a += to_compute(cotangent[t * p.B * p.d + e]);
+        ys[t * n + e] = extrapolate(s, momentum, y, previous);
+        a[e] = adjoint.a;
+        carry[e] = adjoint.carry;
+        v.db[e] = adjoint.db;
       }
-      if (gradient.wanted()) gradient.add(t, sample, true, d_phi, d_beta, d_gamma);
+      if (gradient.wanted()) gradient.add(t, sample, terms);
     }
     __syncthreads();
     if (p.k > 0) gradient.collect(0, sample);
@@ -369,9 +426,11 @@ const char* momentum_dense(const MomentumForward<Storage>& p, void* workspace, v
     if constexpr (D > 0) {
       if (size) return nullptr;
       using T = Tile<Storage, D>;
-      const auto kernel = momentum_dense_kernel<Storage, D>;
-      const auto plan = plan_tiles<T, TileMemory<T, Storage, false>>(device, kernel, p, 0);
-      return launch(kernel, plan.grid, T::block, T::teams * plan.team_bytes, stream, p, plan);
+      return with_momentum(p, [&](auto momentum) {
+        const auto kernel = momentum_dense_kernel<Storage, D, momentum>;
+        const auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p, 0);
+        return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan);
+      });
     } else {
       const auto kernel = momentum_dense_streamed_kernel<Storage>;
       constexpr int threads = StreamedMatrix<Storage>::block;
@@ -400,12 +459,15 @@ const char* momentum_dense(const MomentumBackward<Storage>& p, void* workspace, 
     const char* error = nullptr;
     if constexpr (D > 0) {
       using T = Tile<Storage, D>;
-      const auto kernel = momentum_dense_backward_kernel<Storage, D>;
-      auto plan = plan_tiles<T, TileMemory<T, Storage, true>>(device, kernel, p, p.k * T::problems * D);
-      sums.rows = sums.any() ? plan.grid * T::teams : 0;
-      sums.partials = arena.take<C>(sums.size());
-      plan.trajectories = arena.take<C>(plan.workspace_size(plan.grid * T::teams));
-      if (!size) error = launch(kernel, plan.grid, T::block, T::teams * plan.team_bytes, stream, p, plan, sums);
+      error = with_momentum(p, [&](auto momentum) -> const char* {
+        const auto kernel = momentum_dense_backward_kernel<Storage, D, momentum>;
+        auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p, (2 * p.k + 1) * T::problems * D);
+        sums.rows = sums.any() ? plan.grid * plan.teams : 0;
+        sums.partials = arena.take<C>(sums.size());
+        plan.trajectories = arena.take<C>(plan.workspace_size());
+        if (size) return nullptr;
+        return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan, sums);
+      });
     } else {
       const auto kernel = momentum_dense_streamed_backward_kernel<Storage>;
       constexpr int threads = StreamedMatrix<Storage>::block;

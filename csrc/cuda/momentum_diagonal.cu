@@ -4,9 +4,9 @@
 // flops, one s more for y_0 and its gradient each; float32 on an H200 is bound by memory up to k = 40 and k = 28, less the
 // share of what backward computes twice.
 //
-// A thread takes 16 bytes (half types: 8) of consecutive elements of one sample, a warp one chunk after another. Backward
-// recomputes the iterates in registers, four at a time, from every fourth pair of them, which is kept in shared memory: 1/2
-// of a value for each element and step, and none up to k = 4.
+// A thread takes 16 bytes (half types: 8) of consecutive elements of one sample, a warp one chunk after another, of which
+// the next is on its way meanwhile. Backward keeps the iterates of `segment` steps in shared memory, a value for each
+// element and step; for more steps, it recomputes them from (y_t, y_{t-1}) at the start of each segment.
 // Where samples have the same schedule and their rows follow one another, the batch is one long sample.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
@@ -14,7 +14,7 @@
 namespace unrolled_kernels::cuda {
 namespace {
 
-constexpr int block = 128, warps_of_block = block / 32, segment = 4;
+constexpr int block = 128, warps_of_block = block / 32, longest_segment = 16;
 
 template <typename Storage>
 constexpr int widest_pack = 16 / sizeof(compute_type<Storage>);
@@ -22,8 +22,9 @@ constexpr int widest_pack = 16 / sizeof(compute_type<Storage>);
 // A warp takes `runs` pieces of each sample in turn, chunk by chunk; where width < 32, of 32 / width samples at once.
 struct DiagonalPlan {
   int64_t runs, chunks, chunks_of_run, grid;
-  int64_t checkpoint_bytes;  // of a block
-  int64_t shared_bytes;
+  int64_t segment;                                           // steps whose iterates backward keeps at once
+  int64_t schedule_bytes, iterates_bytes, checkpoint_bytes;  // of a block
+  int64_t shared_bytes;                                      // all of them, or all but the checkpoints
   unsigned char* checkpoints;  // [grid, checkpoint_bytes] in the workspace, or nullptr: in shared memory
 };
 
@@ -65,7 +66,7 @@ __device__ __forceinline__ void store_elements(const compute_type<Storage> (&x)[
     Pack<Storage, n> pack;
 #pragma unroll
     for (int i = 0; i < n; ++i) pack.at[i] = to_storage<Storage>(x[i]);
-    store_pack<n>(row + e, pack);
+    stream_pack<n>(row + e, pack);
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -74,21 +75,51 @@ __device__ __forceinline__ void store_elements(const compute_type<Storage> (&x)[
   }
 }
 
-// q and b of a chunk; tikhonov makes them from f, g and x
+// What a chunk starts from, as it comes from memory. tikhonov makes q and b from f, g and x.
 template <int n, typename Storage>
-__device__ __forceinline__ void load_energy(const MomentumInputs<Storage>& p, int64_t sample, int64_t e, bool exists,
-                                            compute_type<Storage> (&q)[n], compute_type<Storage> (&b)[n]) {
-  load_elements(p.eigenvalues + sample * p.eigenvalues_stride, e, p.d, exists, q);
-  load_elements(p.b + sample * p.b_stride, e, p.d, exists, b);
-  if (!p.observed) return;
-  compute_type<Storage> x[n];
-  load_elements(p.observed + sample * p.observed_stride, e, p.d, exists, x);
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    q[i] = 1 + q[i] * q[i];
-    b[i] -= x[i];
+struct DiagonalStart {
+  compute_type<Storage> q[n], b[n], x[n], y[n];
+
+  __device__ __forceinline__ void load(const MomentumInputs<Storage>& p, int64_t sample, int64_t e, bool exists) {
+    load_elements(p.eigenvalues + sample * p.eigenvalues_stride, e, p.d, exists, q);
+    load_elements(p.b + sample * p.b_stride, e, p.d, exists, b);
+    load_elements(p.observed + sample * p.observed_stride, e, p.d, exists && p.observed, x);
+    load_elements(p.y0 + sample * p.y0_stride, e, p.d, exists && p.y0, y);
   }
-}
+};
+template <int n, typename Storage>
+struct DiagonalBackwardStart : DiagonalStart<n, Storage> {
+  compute_type<Storage> a[n];
+
+  __device__ __forceinline__ void load(const MomentumBackward<Storage>& p, int64_t sample, int64_t e, bool exists) {
+    DiagonalStart<n, Storage>::load(p, sample, e, exists);
+    load_elements(p.grad_y + ((p.trajectory ? p.k * p.B : 0) + sample) * p.d, e, p.d, exists, a);
+  }
+};
+
+template <int n, typename C, bool momentum>
+struct DiagonalState {
+  C q[n], b[n], y[n], previous[n];
+
+  template <typename Start>
+  __device__ __forceinline__ DiagonalState(const Start& start, bool tikhonov) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      q[i] = tikhonov ? 1 + start.q[i] * start.q[i] : start.q[i];
+      b[i] = start.b[i] - start.x[i];
+      y[i] = previous[i] = start.y[i];
+    }
+  }
+  __device__ __forceinline__ void step(const StepCoefficients<C>& s) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const C z = extrapolate(s, momentum, y[i], previous[i]);
+      const C next = advance(s, momentum, y[i], previous[i], q[i] * z + b[i]);
+      previous[i] = y[i];
+      y[i] = next;
+    }
+  }
+};
 
 // the gradient of q, or of f through q = 1 + f^2: f is read again, which is cheaper than to keep it
 template <int n, typename Storage>
@@ -105,134 +136,147 @@ __device__ __forceinline__ void store_d_eigenvalues(const MomentumBackward<Stora
 }
 
 template <typename C, int n>
-__device__ __forceinline__ void diagonal_step(const C (&q)[n], const C (&b)[n], const StepCoefficients<C>& s,
-                                              bool momentum, const C (&y)[n], const C (&previous)[n], C (&next)[n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const C m = momentum ? y[i] - previous[i] : C(0);
-    const C z = momentum ? y[i] + s.gamma * m : y[i], from = momentum ? y[i] + s.beta * m : y[i];
-    next[i] = from - s.phi * (q[i] * z + b[i]);
-  }
-}
-
-template <typename C, int n>
 __device__ __forceinline__ void assign(C (&to)[n], const C (&from)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) to[i] = from[i];
 }
 
-template <typename Storage, int n, int width>
+template <typename Storage, int n, int width, bool momentum>
 __global__ void __launch_bounds__(block) momentum_diagonal_kernel(const __grid_constant__ MomentumForward<Storage> p,
                                                                   const __grid_constant__ DiagonalPlan plan) {
   using C = compute_type<Storage>;
+  const int k = static_cast<int>(p.k);
+  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  const bool plain = schedule.on_chip() && !p.trajectory;
   const int64_t items = DiagonalItem<width, n>::count(p.B, plan.runs);
   const int64_t warps = static_cast<int64_t>(gridDim.x) * warps_of_block;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * warps_of_block + threadIdx.x / 32; i < items; i += warps) {
     DiagonalItem<width, n> item(plan, p.B, i);
-    const SampleSchedule<C> schedule(p, item.sample);
-    for (; item.chunk < item.end; ++item.chunk) {
+    Storage* out = p.y + item.sample * p.d;
+    DiagonalStart<n, Storage> next;
+    if (item.chunk < item.end) next.load(p, item.sample, item.element(), item.exists);
+#pragma unroll 1
+    while (item.chunk < item.end) {
       const int64_t e = item.element();
-      C q[n], b[n], y[n], previous[n], next[n];
-      load_energy(p, item.sample, e, item.exists, q, b);
-      load_elements(p.y0 + (p.y0 ? item.sample * p.y0_stride : 0), e, p.d, item.exists && p.y0, y);
-      assign(previous, y);
-      Storage* out = p.y + item.sample * p.d;
-      for (int64_t t = 0; t < p.k; ++t) {
-        if (p.trajectory) store_elements(y, e, p.d, item.exists, out + t * p.B * p.d);
-        diagonal_step(q, b, schedule.at(t), schedule.has_momentum(), y, previous, next);
-        assign(previous, y);
-        assign(y, next);
+      DiagonalState<n, C, momentum> state(next, p.observed != nullptr);
+      if (++item.chunk < item.end) next.load(p, item.sample, item.element(), item.exists);
+      if (plain) {
+#pragma unroll 4
+        for (int t = 0; t < k; ++t) state.step(schedule.at(t));
+      } else {
+        for (int t = 0; t < k; ++t) {
+          if (p.trajectory) store_elements(state.y, e, p.d, item.exists, out + t * p.B * p.d);
+          state.step(schedule.at(p, item.sample, t));
+        }
       }
-      store_elements(y, e, p.d, item.exists, p.trajectory ? out + p.k * p.B * p.d : out);
+      store_elements(state.y, e, p.d, item.exists, p.trajectory ? out + p.k * p.B * p.d : out);
     }
   }
 }
 
-template <typename Storage, int n, int width>
-__global__ void __launch_bounds__(block, 2)
+template <typename Storage, int n, int width, bool momentum>
+__global__ void __launch_bounds__(block, 4)
     momentum_diagonal_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
                                       const __grid_constant__ DiagonalPlan plan,
                                       const __grid_constant__ PartialSums<Storage> sums) {
   using C = compute_type<Storage>;
   using State = Pack<C, n>;
+  const int k = static_cast<int>(p.k), segment = static_cast<int>(plan.segment);
+  const int segments = (k + segment - 1) / segment;
+  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  const bool plain = schedule.on_chip() && !p.trajectory;
   const int64_t items = DiagonalItem<width, n>::count(p.B, plan.runs),
                 warps = static_cast<int64_t>(gridDim.x) * warps_of_block;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * warps_of_block + threadIdx.x / 32;
-  // (y_t, y_{t-1}) for t = 0, 4, 8 ..., all but the last: [segments - 1, 2, block]
-  State* checkpoints = reinterpret_cast<State*>(plan.checkpoints ? plan.checkpoints + blockIdx.x * plan.checkpoint_bytes
-                                                                 : dynamic_shared_memory()) +
-                       threadIdx.x;
-  const int64_t segments = ceil_div(p.k, segment);
-  const bool momentum = p.beta.data != nullptr, row_for_item = plan.chunks > 1;
+  // of one segment from step t on: y_{t-1}, y_t ..., [segment + 1, block]
+  unsigned char* iterates_bytes = dynamic_shared_memory() + plan.schedule_bytes;
+  State* const iterates = reinterpret_cast<State*>(iterates_bytes) + threadIdx.x;
+  // (y_t, y_{t-1}) at the start of each segment but the last: [segments - 1, 2, block]
+  State* const checkpoints =
+      reinterpret_cast<State*>(plan.checkpoints ? plan.checkpoints + blockIdx.x * plan.checkpoint_bytes
+                                                : iterates_bytes + plan.iterates_bytes) +
+      threadIdx.x;
+  const bool row_for_item = plan.chunks > 1;
   ScheduleGradient<C, width, 1> gradient(p, row_for_item ? 0 : coefficients_per_sample(p), nullptr);
   if (!row_for_item) gradient.begin_row(sums.row(warp));
   for (int64_t i = warp; i < items; i += warps) {
     DiagonalItem<width, n> item(plan, p.B, i);
-    const SampleSchedule<C> schedule(p, item.sample);
-    const int64_t sample = item.exists ? item.sample : -1;
+    const int64_t delivered = item.exists ? item.sample : -1;
+    const Storage* cotangent = p.grad_y + item.sample * p.d;
     if (row_for_item) gradient.begin_row(sums.row(i));
-    for (; item.chunk < item.end; ++item.chunk) {
+    DiagonalBackwardStart<n, Storage> next;
+    if (item.chunk < item.end) next.load(p, item.sample, item.element(), item.exists);
+#pragma unroll 1
+    while (item.chunk < item.end) {
       const int64_t e = item.element();
-      const Storage* cotangent = p.grad_y + item.sample * p.d;
-      C q[n], b[n], a[n], carry[n] = {}, db[n] = {}, dq[n] = {};
-      C ys[segment + 1][n];  // ys[i + 1] = y_{t+i}, t the first step of the segment
-      load_energy(p, item.sample, e, item.exists, q, b);
-      load_elements(p.y0 + (p.y0 ? item.sample * p.y0_stride : 0), e, p.d, item.exists && p.y0, ys[1]);
-      load_elements(cotangent + (p.trajectory ? p.k * p.B * p.d : 0), e, p.d, item.exists, a);
-      assign(ys[0], ys[1]);
-      for (int64_t c = 0; c + 1 < segments; ++c) {
-        store_pack<n>(&checkpoints[2 * c * block].at[0], *reinterpret_cast<State*>(ys[1]));
-        store_pack<n>(&checkpoints[(2 * c + 1) * block].at[0], *reinterpret_cast<State*>(ys[0]));
+      DiagonalState<n, C, momentum> state(next, p.observed != nullptr);
+      StepAdjoint<C> adjoint[n];
+      C dq[n] = {};
 #pragma unroll
-        for (int s = 0; s < segment; ++s) {
-          C next[n];
-          diagonal_step(q, b, schedule.at(c * segment + s), momentum, ys[1], ys[0], next);
-          assign(ys[0], ys[1]);
-          assign(ys[1], next);
-        }
+      for (int j = 0; j < n; ++j) adjoint[j].a = next.a[j];
+      if (++item.chunk < item.end) next.load(p, item.sample, item.element(), item.exists);
+      const auto coefficients = [&](int t) { return plain ? schedule.at(t) : schedule.at(p, item.sample, t); };
+      const auto keep = [](const C(&v)[n], State* to) {
+        State pack;
+        assign(pack.at, v);
+        store_pack<n>(&to->at[0], pack);
+      };
+#pragma unroll 1
+      for (int c = 0; c + 1 < segments; ++c) {
+        keep(state.y, checkpoints + 2 * c * block);
+        keep(state.previous, checkpoints + (2 * c + 1) * block);
+#pragma unroll 4
+        for (int s = 0; s < segment; ++s) state.step(coefficients(c * segment + s));
       }
-      for (int64_t c = segments - 1; c >= 0; --c) {
+#pragma unroll 1
+      for (int c = segments - 1; c >= 0; --c) {
+        const int first = c * segment, last = k < first + segment ? k : first + segment;
         if (c + 1 < segments) {
-          const State y = checkpoints[2 * c * block], previous = checkpoints[(2 * c + 1) * block];
-          assign(ys[1], y.at);
-          assign(ys[0], previous.at);
+          assign(state.y, load_pack<n>(&checkpoints[2 * c * block].at[0]).at);
+          assign(state.previous, load_pack<n>(&checkpoints[(2 * c + 1) * block].at[0]).at);
         }
-#pragma unroll
-        for (int s = 0; s + 1 < segment; ++s) {
-          if (c * segment + s + 1 < p.k) {
-            diagonal_step(q, b, schedule.at(c * segment + s), momentum, ys[s + 1], ys[s], ys[s + 2]);
-          }
+        State* at = iterates;
+        keep(state.previous, at);
+#pragma unroll 4
+        for (int t = first; t + 1 < last; ++t) {
+          at += block;
+          keep(state.y, at);
+          state.step(coefficients(t));
         }
-#pragma unroll
-        for (int s = segment - 1; s >= 0; --s) {
-          const int64_t t = c * segment + s;
-          if (t >= p.k) continue;
-          const StepCoefficients<C> step = schedule.at(t);
-          C given[n], d_phi = 0, d_beta = 0, d_gamma = 0;
-          load_elements(cotangent + t * p.B * p.d, e, p.d, item.exists && p.trajectory, given);
+        // y_t of the last step is still in registers
+#pragma unroll 2
+        for (int t = last - 1; t >= first; --t) {
+          C previous[n], terms[3] = {};
+          assign(previous, load_pack<n>(&at->at[0]).at);
+          at -= block;
+          const StepCoefficients<C> s = coefficients(t);
 #pragma unroll
           for (int j = 0; j < n; ++j) {
-            const C m = momentum ? ys[s + 1][j] - ys[s][j] : C(0);
-            const C z = momentum ? ys[s + 1][j] + step.gamma * m : ys[s + 1][j], w = q[j] * a[j];
-            d_phi -= w * z + a[j] * b[j];
-            d_beta += a[j] * m;
-            d_gamma -= step.phi * (w * m);
-            db[j] -= step.phi * a[j];
-            dq[j] -= step.phi * (a[j] * z);
-            const C next = given[j] + carry[j] + (1 + step.beta) * a[j] - step.phi * (1 + step.gamma) * w;
-            carry[j] = step.phi * step.gamma * w - step.beta * a[j];
-            a[j] = next;
+            const C y = state.y[j];
+            dq[j] -= s.phi * adjoint[j].a * extrapolate(s, momentum, y, previous[j]);
+            adjoint[j].step(s, momentum, state.q[j] * adjoint[j].a, y, previous[j], state.b[j], terms);
+            state.y[j] = previous[j];
           }
-          if (gradient.wanted()) gradient.add(t, sample, item.exists, d_phi, d_beta, d_gamma);
+          if (!plain && p.trajectory) {
+            C given[n];
+            load_elements(cotangent + t * p.B * p.d, e, p.d, item.exists, given);
+#pragma unroll
+            for (int j = 0; j < n; ++j) adjoint[j].a += given[j];
+          }
+          gradient.add(t, delivered, terms);
         }
       }
+      C a[n], db[n];
 #pragma unroll
-      for (int j = 0; j < n; ++j) a[j] += carry[j];
+      for (int j = 0; j < n; ++j) {
+        a[j] = adjoint[j].a + adjoint[j].carry;
+        db[j] = adjoint[j].db;
+      }
       store_d_eigenvalues(p, item.sample, e, item.exists, dq);
       if (p.db) store_elements(db, e, p.d, item.exists, p.db + item.sample * p.d);
       if (p.dy0) store_elements(a, e, p.d, item.exists, p.dy0 + item.sample * p.d);
     }
-    gradient.end_sample(sample);
+    gradient.end_sample(delivered);
     if (row_for_item) gradient.end_row();
   }
   if (!row_for_item) gradient.end_row();
@@ -268,15 +312,24 @@ bool takes_packs(const MomentumInputs<Storage>& p, std::initializer_list<const S
 
 template <typename... Parameters>
 DiagonalPlan plan_diagonal(const Device& device, void (*kernel)(Parameters...), int64_t B, int64_t d, int n, int width,
-                           int64_t checkpoint_bytes) {
+                           int64_t schedule_bytes, int64_t k, int64_t state_bytes) {
   DiagonalPlan plan{};
   const int64_t groups = ceil_div(B, 32 / width), target = static_cast<int64_t>(device.multiprocessors) * 64;
   plan.chunks = ceil_div(d, width * n);
   plan.runs = ceil_div(target, groups) < plan.chunks ? ceil_div(target, groups) : plan.chunks;
   plan.chunks_of_run = ceil_div(plan.chunks, plan.runs);
   plan.runs = ceil_div(plan.chunks, plan.chunks_of_run);
-  plan.checkpoint_bytes = checkpoint_bytes;
-  plan.shared_bytes = checkpoint_bytes <= device.shared_memory ? checkpoint_bytes : 0;
+  // a multiprocessor is to hold two blocks: where a schedule or checkpoints are in the way of that, they are not on chip
+  const int64_t limit = device.shared_memory / 2;
+  if (state_bytes > 0) {
+    const int64_t fits = limit / state_bytes - 1, most = k < longest_segment ? k : longest_segment;
+    plan.segment = fits < 1 || most < 1 ? 1 : fits < most ? fits : most;
+    plan.iterates_bytes = (plan.segment + 1) * state_bytes;
+    plan.checkpoint_bytes = k > plan.segment ? 2 * (ceil_div(k, plan.segment) - 1) * state_bytes : 0;
+  }
+  plan.schedule_bytes = plan.iterates_bytes + schedule_bytes <= limit ? schedule_bytes : 0;
+  plan.shared_bytes = plan.schedule_bytes + plan.iterates_bytes;
+  if (plan.shared_bytes + plan.checkpoint_bytes <= limit) plan.shared_bytes += plan.checkpoint_bytes;
   plan.grid = persistent_grid(device, kernel, ceil_div(groups * plan.runs, warps_of_block), block, plan.shared_bytes);
   return plan;
 }
@@ -298,11 +351,13 @@ const char* momentum_diagonal(const MomentumForward<Storage>& problem, void*, vo
   const Device device;
   if (device.error != cudaSuccess) return describe(device.error);
   const MomentumForward<Storage> p = flattened(problem);
-  return with_layout<Storage>(p, {p.y}, [&](auto n_tag, auto width_tag) -> const char* {
-    constexpr int n = decltype(n_tag)::value, width = decltype(width_tag)::value;
-    const auto kernel = momentum_diagonal_kernel<Storage, n, width>;
-    const DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width, 0);
-    return launch(kernel, plan.grid, block, 0, stream, p, plan);
+  return with_layout<Storage>(p, {p.y}, [&](auto n, auto width) {
+    return with_momentum(p, [&](auto momentum) {
+      const auto kernel = momentum_diagonal_kernel<Storage, n, width, momentum>;
+      const int64_t schedule_bytes = BlockSchedule<compute_type<Storage>, momentum>::bytes(p);
+      const DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width, schedule_bytes, 0, 0);
+      return launch(kernel, plan.grid, block, plan.shared_bytes, stream, p, plan);
+    });
   });
 }
 
@@ -314,35 +369,36 @@ const char* momentum_diagonal(const MomentumBackward<Storage>& problem, void* wo
   if (device.error != cudaSuccess) return describe(device.error);
   const MomentumBackward<Storage> p = flattened(problem);
   const std::initializer_list<const Storage*> arrays = {p.grad_y, p.d_eigenvalues, p.db, p.dy0};
-  return with_layout<Storage>(p, arrays, [&](auto n_tag, auto width_tag) -> const char* {
-    constexpr int n = decltype(n_tag)::value, width = decltype(width_tag)::value;
-    const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width>;
-    const int64_t checkpoints = p.k > segment ? 2 * (ceil_div(p.k, segment) - 1) : 0;
-    DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width,
-                                      checkpoints * block * static_cast<int64_t>(sizeof(Pack<C, n>)));
-    PartialSums<Storage> over_batch = partial_sums(p), over_runs = over_batch;
-    const int own = coefficients_per_sample(p);
-    if (plan.chunks > 1 && p.dphi) {
-      // a row for each run of each sample: added up by sample, or all of them
-      C* const outputs[3] = {p.dphi, p.dbeta, p.dgamma};
-      for (int i = 0; i < 3; ++i) over_runs.schedule[i] = own >> i & 1 ? outputs[i] : nullptr;
-      over_runs.groups = p.B;
-      over_runs.rows = plan.runs;
-      over_batch.rows = p.B * plan.runs;
-    } else if (over_batch.any()) {
-      over_batch.rows = plan.grid * warps_of_block;
-    }
-    Arena arena(workspace);
-    over_batch.partials = over_runs.partials = arena.take<C>(over_batch.size());
-    unsigned char* slots = arena.take<unsigned char>(plan.shared_bytes ? 0 : plan.grid * plan.checkpoint_bytes);
-    plan.checkpoints = plan.shared_bytes ? nullptr : slots;
-    if (size) {
-      *size = static_cast<size_t>(arena.used());
-      return nullptr;
-    }
-    const char* error = launch(kernel, plan.grid, block, plan.shared_bytes, stream, p, plan, over_batch);
-    if (!error && plan.chunks > 1) error = sum_partials(over_runs, stream);
-    return error ? error : sum_partials(over_batch, stream);
+  return with_layout<Storage>(p, arrays, [&](auto n, auto width) {
+    return with_momentum(p, [&](auto momentum) -> const char* {
+      const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width, momentum>;
+      DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width, BlockSchedule<C, momentum>::bytes(p), p.k,
+                                        block * static_cast<int64_t>(sizeof(Pack<C, n>)));
+      PartialSums<Storage> over_batch = partial_sums(p), over_runs = over_batch;
+      const int own = coefficients_per_sample(p);
+      if (plan.chunks > 1 && p.dphi) {
+        // a row for each run of each sample: added up by sample, or all of them
+        C* const outputs[3] = {p.dphi, p.dbeta, p.dgamma};
+        for (int i = 0; i < 3; ++i) over_runs.schedule[i] = own >> i & 1 ? outputs[i] : nullptr;
+        over_runs.groups = p.B;
+        over_runs.rows = plan.runs;
+        over_batch.rows = p.B * plan.runs;
+      } else if (over_batch.any()) {
+        over_batch.rows = plan.grid * warps_of_block;
+      }
+      Arena arena(workspace);
+      over_batch.partials = over_runs.partials = arena.take<C>(over_batch.size());
+      const bool on_chip = plan.shared_bytes == plan.schedule_bytes + plan.iterates_bytes + plan.checkpoint_bytes;
+      unsigned char* slots = arena.take<unsigned char>(on_chip ? 0 : plan.grid * plan.checkpoint_bytes);
+      plan.checkpoints = on_chip ? nullptr : slots;
+      if (size) {
+        *size = static_cast<size_t>(arena.used());
+        return nullptr;
+      }
+      const char* error = launch(kernel, plan.grid, block, plan.shared_bytes, stream, p, plan, over_batch);
+      if (!error && plan.chunks > 1) error = sum_partials(over_runs, stream);
+      return error ? error : sum_partials(over_batch, stream);
+    });
   });
 }
 

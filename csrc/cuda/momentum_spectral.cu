@@ -5,7 +5,8 @@
 // returned, each of its points is a product more, as in the dense case.
 //
 // R is held as Q is in momentum_dense.cu: d <= 128 (float64: 64) in the registers of a team, read once; above, streamed.
-// The recurrence runs in the column layout that R'b leaves.
+// The recurrence runs in the column layout that R'b leaves. Backward keeps what it makes dR of, the right halves of the
+// outer products, until the end, when R is no longer needed.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
 #include "cuda/streamed.cuh"
@@ -14,209 +15,241 @@
 namespace unrolled_kernels::cuda {
 namespace {
 
-// (b, y_0) in the eigenbasis, for the columns that a thread owns; rows: the tile's
-template <typename T, typename Storage, typename C = typename T::C>
-__device__ __forceinline__ void rotate_inputs(const T& tile, const MomentumInputs<Storage>& p, int64_t sample,
-                                              bool exists, const typename T::Memory& memory,
-                                              const C (&q)[T::rows][T::columns], C (&b_rows)[T::rows],
-                                              C (&y0_rows)[T::rows], C (&b)[T::own_columns], C (&y)[T::own_columns]) {
-  const int d = static_cast<int>(p.d), row0 = tile.r * T::rows;
-  load_entries(p.b + sample * p.b_stride, row0, d, exists, b_rows);
-  load_entries(p.y0 + (p.y0 ? sample * p.y0_stride : 0), row0, d, exists && p.y0, y0_rows);
-  tile.transposed_product(q, b_rows, memory, b);
-#pragma unroll
-  for (int j = 0; j < T::own_columns; ++j) y[j] = 0;
-  if (p.y0) {
-    T::sync();
-    tile.transposed_product(q, y0_rows, memory, y);
-  }
-}
+// What a problem starts from, as it comes from memory: the tile's rows of b and y_0, and lambda in the column layout.
+template <typename T, typename Storage>
+struct SpectralStart {
+  typename T::C b[T::rows], y0[T::rows], eigenvalues[T::own_columns];
 
-template <typename C, int n>
-__device__ __forceinline__ void diagonal_step(const C (&eigenvalues)[n], const C (&b)[n], const StepCoefficients<C>& s,
-                                              bool momentum, C (&y)[n], C (&previous)[n]) {
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-    const C m = momentum ? y[j] - previous[j] : C(0);
-    const C z = momentum ? y[j] + s.gamma * m : y[j], from = momentum ? y[j] + s.beta * m : y[j];
-    previous[j] = y[j];
-    y[j] = from - s.phi * (eigenvalues[j] * z + b[j]);
+  __device__ __forceinline__ void load(const T& tile, const MomentumInputs<Storage>& p, int64_t item) {
+    const int64_t sample = item * T::problems + tile.problem;
+    const bool exists = sample < p.B;
+    const int d = static_cast<int>(p.d);
+    load_rows(tile, p.b + sample * p.b_stride, d, exists, b);
+    load_rows(tile, p.y0 + sample * p.y0_stride, d, exists && p.y0, y0);
+    load_entries(p.eigenvalues + sample * p.eigenvalues_stride, tile.column, d, exists, eigenvalues);
   }
-}
+};
 
-template <typename Storage, int D>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::blocks(4))
+// One problem's state in the eigenbasis, on the columns that a thread owns.
+template <typename T, bool momentum>
+struct SpectralState {
+  using C = typename T::C;
+  C eigenvalues[T::own_columns], b[T::own_columns], y[T::own_columns], previous[T::own_columns];
+
+  template <typename Start>
+  __device__ __forceinline__ SpectralState(const T& tile, const typename T::Memory& memory,
+                                           const C (&q)[T::rows][T::columns], const Start& start, bool warm) {
+    tile.transposed_product(q, start.b, memory, b);
+#pragma unroll
+    for (int j = 0; j < T::own_columns; ++j) y[j] = 0;
+    if (warm) {
+      T::sync();
+      tile.transposed_product(q, start.y0, memory, y);
+    }
+#pragma unroll
+    for (int j = 0; j < T::own_columns; ++j) {
+      eigenvalues[j] = start.eigenvalues[j];
+      previous[j] = y[j];
+    }
+  }
+  __device__ __forceinline__ void step(const StepCoefficients<C>& s) {
+#pragma unroll
+    for (int j = 0; j < T::own_columns; ++j) {
+      const C z = extrapolate(s, momentum, y[j], previous[j]);
+      const C next = advance(s, momentum, y[j], previous[j], eigenvalues[j] * z + b[j]);
+      previous[j] = y[j];
+      y[j] = next;
+    }
+  }
+};
+
+template <typename Storage, int D, bool momentum>
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks)
     momentum_spectral_kernel(const __grid_constant__ MomentumForward<Storage> p,
                              const __grid_constant__ TilePlan<compute_type<Storage>> plan) {
   using T = Tile<Storage, D>;
   using C = typename T::C;
   const T tile;
   const int d = static_cast<int>(p.d), k = static_cast<int>(p.k), team = threadIdx.x / T::team;
-  Arena arena(dynamic_shared_memory() + team * plan.team_bytes);
-  const TileMemory<T, Storage, false> shared(arena, d, 0);
-  const typename T::Memory& memory = shared.vectors;
-  MatrixStream<T, Storage> matrices(p, shared.matrix);
+  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  Arena arena(dynamic_shared_memory() + plan.schedule_bytes + team * plan.team_bytes);
+  const TileMemory<T, Storage> memory(arena, d, 0);
+  MatrixStream<T, Storage> matrices(p, memory.matrix);
 
-  const int64_t items = ceil_div(p.B, T::problems), teams = static_cast<int64_t>(gridDim.x) * T::teams;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * T::teams + team;
-  int turn = 0;
+  const Items<T> items(plan, p.B, team);
+  const bool plain = schedule.on_chip() && !p.trajectory;
   C q[T::rows][T::columns];
-  if (first < items) matrices.fetch(tile, first);
-  for (int64_t item = first; item < items; item += teams) {
-    const bool exists = item * T::problems + tile.problem < p.B;
-    const int64_t sample = exists ? item * T::problems + tile.problem : p.B - 1;
-    if (item == first || p.matrix_stride != 0) {
-      matrices.take(tile, exists, q);
-      if (p.matrix_stride != 0 && item + teams < items) matrices.fetch(tile, item + teams);
-    }
-    const SampleSchedule<C> schedule(p, sample);
-    const bool writes = exists && tile.first_row_copy;
-    Storage* out = p.y + sample * d;
-    if (p.trajectory || k == 0) {
-      // y_0 itself is not rotated
-      C y0[T::own_rows];
-      load_entries(p.y0 + (p.y0 ? sample * p.y0_stride : 0), tile.row, d, exists && p.y0, y0);
-      store_entries(y0, tile.row, d, writes, out);
-    }
-    if (k == 0) continue;
-    C b_rows[T::rows], y0_rows[T::rows];
-    C eigenvalues[T::own_columns], b[T::own_columns], y[T::own_columns], previous[T::own_columns];
-    load_entries(p.eigenvalues + sample * p.eigenvalues_stride, tile.column, d, exists, eigenvalues);
-    rotate_inputs(tile, p, sample, exists, memory, q, b_rows, y0_rows, b, y);
-#pragma unroll
-    for (int j = 0; j < T::own_columns; ++j) previous[j] = y[j];
-    for (int t = 0; t < k; ++t) {
-      diagonal_step(eigenvalues, b, schedule.at(t), schedule.has_momentum(), y, previous);
-      if (!p.trajectory && t + 1 < k) continue;
+  if (items.first < items.count) matrices.fetch(tile, items.first);
+#pragma unroll 1
+  for (int64_t item = items.first; item < items.count; item += items.step) {
+    const int64_t sample = item * T::problems + tile.problem;
+    const bool exists = sample < p.B;
+    const int64_t scheduled = exists ? sample : p.B - 1;
+    SpectralStart<T, Storage> start;
+    start.load(tile, p, item);
+    if (item == items.first || p.matrix_stride != 0) matrices.take(tile, exists, q);
+    SpectralState<T, momentum> state(tile, memory.vectors, q, start, p.y0 != nullptr);
+    if (p.matrix_stride != 0 && item + items.step < items.count) matrices.fetch(tile, item + items.step);
+    // y_t to the output, rotated; y_0 itself is not
+    const auto store = [&](int t, C* buffer) {
       C x[T::columns], rotated[T::own_rows];
-      tile.columns_to_columns(y, memory, turn, x);
+      tile.columns_to_columns(state.y, buffer, x);
       tile.product(q, x, rotated);
-      store_entries(rotated, tile.row, d, writes, p.trajectory ? out + (t + 1) * p.B * d : out);
+      store_entries(rotated, tile.row, d, exists, p.y + (t * p.B + sample) * d);
+    };
+    if (p.trajectory || k == 0) {
+      C y0[T::own_rows];
+      load_entries(p.y0 + sample * p.y0_stride, tile.row, d, exists && p.y0, y0);
+      store_entries(y0, tile.row, d, exists, p.y + sample * d);
     }
+    if (plain) {
+#pragma unroll 4
+      for (int t = 0; t < k; ++t) state.step(schedule.at(t));
+      if (k > 0) store(0, memory.vectors.vectors);
+    } else {
+      for_steps(0, k, memory.vectors.vectors, T::problems * D, [&](int t, C* buffer) {
+        state.step(schedule.at(p, scheduled, t));
+        if (p.trajectory || t + 1 == k) store(p.trajectory ? t + 1 : 0, buffer);
+      });
+    }
+    T::sync();
   }
 }
 
-template <typename Storage, int D>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::blocks(2))
+template <typename Storage, int D, bool momentum>
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::backward_blocks)
     momentum_spectral_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
                                       const __grid_constant__ TilePlan<compute_type<Storage>> plan,
                                       const __grid_constant__ PartialSums<Storage> sums) {
   using T = Tile<Storage, D>;
   using C = typename T::C;
-  using Memory = TileMemory<T, Storage, true>;
+  constexpr int vector = T::problems * D;
   const T tile;
   const int d = static_cast<int>(p.d), k = static_cast<int>(p.k), team = threadIdx.x / T::team;
-  const int64_t items = ceil_div(p.B, T::problems), teams = static_cast<int64_t>(gridDim.x) * T::teams;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * T::teams + team;
-  Arena arena(dynamic_shared_memory() + team * plan.team_bytes);
-  const Memory memory(arena, d, plan.trajectory_on_chip ? plan.trajectory_size : 0);
-  // y_0 ... y_{k-1} in the eigenbasis, [k, problems, D]
-  C* trajectory = plan.trajectory_on_chip ? memory.trajectory : plan.trajectories + first * plan.trajectory_size;
-  C* mine = trajectory + tile.problem * D + tile.column;
+  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  Arena arena(dynamic_shared_memory() + plan.schedule_bytes + team * plan.team_bytes);
+  const TileMemory<T, Storage> memory(arena, d, plan.trajectory_on_chip ? plan.trajectory_size : 0);
+  const Items<T> items(plan, p.B, team);
+  const bool plain = schedule.on_chip() && !p.trajectory;
+  // db^, dy_0^, and the iterates in the eigenbasis, y_{-1}^ = y_0^, y_0^ ... y_k^: [problems, D] each
+  C* db_hat = plan.trajectory_on_chip ? memory.trajectory : plan.trajectories + items.first * plan.trajectory_size;
+  db_hat += tile.problem * D;
+  C *dy0_hat = db_hat + vector, *ys = db_hat + 3 * vector;
   MatrixStream<T, Storage> matrices(p, memory.matrix);
-  C* partial = sums.row(first);
+  const auto partial = [&] { return sums.row(items.first); };
   ScheduleGradient<C, (T::threads < 32 ? T::threads : 32), T::warps> gradient(p, coefficients_per_sample(p),
                                                                               memory.vectors.across_warps);
-  gradient.begin_row(partial ? partial + sums.matrix_size : nullptr);
+  gradient.begin_row(partial() ? partial() + sums.matrix_size : nullptr);
+  if (sums.d_matrix && items.first >= items.count) MatrixGradient<T>::clear_partial(tile, d, partial());
 
-  int turn = 0;
-  C q[T::rows][T::columns], dq[T::rows][T::columns] = {};
-  if (first < items) matrices.fetch(tile, first);
-  for (int64_t item = first; item < items; item += teams) {
-    const bool exists = item * T::problems + tile.problem < p.B;
-    const int64_t sample = exists ? item * T::problems + tile.problem : p.B - 1;
-    if (item == first || p.matrix_stride != 0) {
+  if (items.first < items.count) matrices.fetch(tile, items.first);
+#pragma unroll 1
+  for (int64_t item = items.first; item < items.count; item += items.step) {
+    const int64_t sample = item * T::problems + tile.problem;
+    const bool exists = sample < p.B;
+    const int64_t scheduled = exists ? sample : p.B - 1, delivered = exists ? sample : -1;
+    const auto cotangent = [&](int64_t t) { return p.grad_y + (t * p.B + sample) * d; };
+    C d_eigenvalues[T::own_columns] = {}, db[T::own_rows] = {}, dy0[T::own_rows] = {};
+    {
+      C q[T::rows][T::columns];
+      SpectralStart<T, Storage> start;
+      start.load(tile, p, item);
       matrices.take(tile, exists, q);
-      if (p.matrix_stride != 0 && item + teams < items) matrices.fetch(tile, item + teams);
-    }
-    const SampleSchedule<C> schedule(p, sample);
-    const bool momentum = schedule.has_momentum();
-    const bool writes_columns = exists && tile.first_column_copy, writes_rows = exists && tile.first_row_copy;
-    const Storage* cotangent = p.grad_y + sample * d;
-    const int64_t step = p.B * p.d;
-
-    C d_eigenvalues[T::own_columns] = {}, db_rows[T::own_rows] = {}, dy0_rows[T::own_rows] = {};
-    if (k > 0) {
-      C b_rows[T::rows], y0_rows[T::rows], rows[T::rows], x[T::columns];
-      C eigenvalues[T::own_columns], b[T::own_columns], y[T::own_columns], previous[T::own_columns];
-      C a[T::own_columns], carry[T::own_columns] = {}, db[T::own_columns] = {};
-      load_entries(p.eigenvalues + sample * p.eigenvalues_stride, tile.column, d, exists, eigenvalues);
-      rotate_inputs(tile, p, sample, exists, memory.vectors, q, b_rows, y0_rows, b, y);
-      load_entries(cotangent + (p.trajectory ? p.k * step : 0), tile.r * T::rows, d, exists, rows);
-      T::sync();
-      tile.transposed_product(q, rows, memory.vectors, a);
-#pragma unroll
-      for (int j = 0; j < T::own_columns; ++j) previous[j] = y[j];
-      for (int t = 0; t < k; ++t) {
-        if (tile.first_column_copy) {
-#pragma unroll
-          for (int j = 0; j < T::own_columns; ++j) mine[t * T::problems * D + j] = y[j];
-        }
-        diagonal_step(eigenvalues, b, schedule.at(t), momentum, y, previous);
+      SpectralState<T, momentum> state(tile, memory.vectors, q, start, p.y0 != nullptr);
+      C a[T::own_columns];
+      {
+        C rows[T::rows];
+        load_rows(tile, cotangent(p.trajectory ? k : 0), d, exists, rows);
+        T::sync();
+        tile.transposed_product(q, rows, memory.vectors, a);
       }
-      // the last point's share of dR, with y_k at hand
-      tile.columns_to_columns(y, memory.vectors, turn, x);
-      if (p.d_matrix) add_outer_product<T>(rows, x, dq);
-      T::sync();
-
+      if (p.matrix_stride != 0 && item + items.step < items.count) matrices.fetch(tile, item + items.step);
+      C* y_at = ys + tile.column;
+      T::write(state.y, y_at - vector);
+      T::write(state.y, y_at);
+#pragma unroll(T::registers > 64 ? 1 : 2)
+      for (int t = 0; t < k; ++t) {
+        y_at += vector;
+        state.step(plain ? schedule.at(t) : schedule.at(p, scheduled, t));
+        T::write(state.y, y_at);
+      }
+      StepAdjoint<C> adjoint[T::own_columns];
+      C y[T::own_columns];
 #pragma unroll
-      for (int j = 0; j < T::own_columns; ++j) y[j] = mine[(k - 1) * T::problems * D + j];
+      for (int j = 0; j < T::own_columns; ++j) {
+        adjoint[j].a = a[j];
+        y[j] = state.previous[j];
+      }
+#pragma unroll(T::registers > 64 ? 1 : 2)
       for (int t = k - 1; t >= 0; --t) {
-        const StepCoefficients<C> s = schedule.at(t);
-        C given[T::own_columns] = {};
-        if (p.trajectory && t > 0) {
-          load_entries(cotangent + t * step, tile.r * T::rows, d, exists, rows);
-          tile.columns_to_columns(y, memory.vectors, turn, x);
-          if (p.d_matrix) add_outer_product<T>(rows, x, dq);
-          tile.transposed_product(q, rows, memory.vectors, given);
-        }
-        C d_phi = 0, d_beta = 0, d_gamma = 0;
+        C previous[T::own_columns], terms[3] = {};
+        y_at -= vector;
+        T::read(y_at - vector, previous);
+        const StepCoefficients<C> s = plain ? schedule.at(t) : schedule.at(p, scheduled, t);
 #pragma unroll
         for (int j = 0; j < T::own_columns; ++j) {
-          previous[j] = t > 0 ? mine[(t - 1) * T::problems * D + j] : y[j];
-          const C m = momentum ? y[j] - previous[j] : C(0), z = momentum ? y[j] + s.gamma * m : y[j];
-          const C w = eigenvalues[j] * a[j];
+          d_eigenvalues[j] -= s.phi * adjoint[j].a * extrapolate(s, momentum, y[j], previous[j]);
+          adjoint[j].step(s, momentum, state.eigenvalues[j] * adjoint[j].a, y[j], previous[j], state.b[j], terms);
           y[j] = previous[j];
-          d_phi -= w * z + a[j] * b[j];
-          d_beta += a[j] * m;
-          d_gamma -= s.phi * (w * m);
-          db[j] -= s.phi * a[j];
-          d_eigenvalues[j] -= s.phi * (a[j] * z);
-          const C next = given[j] + carry[j] + (1 + s.beta) * a[j] - s.phi * (1 + s.gamma) * w;
-          carry[j] = s.phi * s.gamma * w - s.beta * a[j];
-          a[j] = next;
         }
-        if (gradient.wanted()) gradient.add(t, exists ? sample : -1, writes_columns, d_phi, d_beta, d_gamma);
+        if (!plain && p.trajectory && t > 0) {
+          C rows[T::rows], given[T::own_columns];
+          load_rows(tile, cotangent(t), d, exists, rows);
+          T::sync();
+          tile.transposed_product(q, rows, memory.vectors, given);
+#pragma unroll
+          for (int j = 0; j < T::own_columns; ++j) adjoint[j].a += given[j];
+        }
+        gradient.add(t, delivered, terms);
         if (T::warps > 1 && gradient.varies_over_steps()) {
           T::sync();
-          gradient.collect(t, sample);
+          gradient.collect(t, delivered);
         }
       }
+      if (k > 0) {
+        C x[T::columns], db_columns[T::own_columns], dy0_columns[T::own_columns];
 #pragma unroll
-      for (int j = 0; j < T::own_columns; ++j) a[j] += carry[j];
-      tile.columns_to_columns(db, memory.vectors, turn, x);
-      if (p.d_matrix) add_outer_product<T>(b_rows, x, dq);
-      tile.product(q, x, db_rows);
-      tile.columns_to_columns(a, memory.vectors, turn, x);
-      if (p.d_matrix) add_outer_product<T>(y0_rows, x, dq);
-      tile.product(q, x, dy0_rows);
+        for (int j = 0; j < T::own_columns; ++j) {
+          db_columns[j] = adjoint[j].db;
+          dy0_columns[j] = adjoint[j].a + adjoint[j].carry;
+        }
+        T::write(db_columns, db_hat + tile.column);
+        T::write(dy0_columns, dy0_hat + tile.column);
+        T::sync();
+        tile.read_columns(db_hat, x);
+        tile.product(q, x, db);
+        tile.read_columns(dy0_hat, x);
+        tile.product(q, x, dy0);
+      }
     }
-    gradient.end_sample(exists ? sample : -1);
+    gradient.end_sample(delivered);
 
     C given[T::own_rows];
-    load_entries(cotangent, tile.row, d, exists && (p.trajectory || k == 0), given);
+    load_entries(cotangent(0), tile.row, d, exists && (p.trajectory || k == 0), given);
 #pragma unroll
-    for (int i = 0; i < T::own_rows; ++i) dy0_rows[i] += given[i];
-    if (p.db) store_entries(db_rows, tile.row, d, writes_rows, p.db + sample * d);
-    if (p.dy0) store_entries(dy0_rows, tile.row, d, writes_rows, p.dy0 + sample * d);
-    if (p.d_eigenvalues) store_entries(d_eigenvalues, tile.column, d, writes_columns, p.d_eigenvalues + sample * d);
-    if (p.d_matrix && !sums.d_matrix) {
-      Memory::store_gradient(tile, p, item, exists, memory.gradient, dq);
-      clear<T>(dq);
+    for (int i = 0; i < T::own_rows; ++i) dy0[i] += given[i];
+    if (p.db) store_entries(db, tile.row, d, exists, p.db + sample * d);
+    if (p.dy0) store_entries(dy0, tile.row, d, exists, p.dy0 + sample * d);
+    if (p.d_eigenvalues) store_entries(d_eigenvalues, tile.column, d, exists, p.d_eigenvalues + sample * d);
+    if (p.d_matrix) {
+      MatrixGradient<T> d_matrix;
+      if (k > 0) {
+        d_matrix.add(tile, p.b + sample * p.b_stride, d, exists, db_hat);
+        if (p.y0) d_matrix.add(tile, p.y0 + sample * p.y0_stride, d, exists, dy0_hat);
+#pragma unroll 1
+        for (int t = p.trajectory ? 1 : k; t <= k; ++t) {
+          d_matrix.add(tile, cotangent(p.trajectory ? t : 0), d, exists, ys + t * vector);
+        }
+      }
+      if (sums.d_matrix) {
+        d_matrix.add_to_partial(tile, d, item == items.first, partial());
+      } else if (exists) {
+        d_matrix.store(tile, d, p.d_matrix + sample * d * d);
+      }
     }
+    T::sync();
   }
   gradient.end_row();
-  if (sums.d_matrix) Memory::store_partial(tile, d, dq, partial);
 }
 
 template <typename Storage>
@@ -286,11 +319,9 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     for (int64_t t = 0; t < p.k; ++t) {
       const StepCoefficients<C> s = schedule.at(t);
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        C eigenvalue[1] = {to_compute(eigenvalues[e])}, b_e[1] = {v.b[e]}, y[1] = {v.y[e]},
-          previous[1] = {v.previous[e]};
-        diagonal_step(eigenvalue, b_e, s, momentum, y, previous);
-        v.y[e] = y[0];
-        v.previous[e] = previous[0];
+        const C y = v.y[e], z = extrapolate(s, momentum, y, v.previous[e]);
+        v.y[e] = advance(s, momentum, y, v.previous[e], to_compute(eigenvalues[e]) * z + v.b[e]);
+        v.previous[e] = y;
       }
       if (!p.trajectory && t + 1 < p.k) continue;
       __syncthreads();
@@ -350,29 +381,27 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
       for (int64_t t = 0; t < p.k; ++t) {
         const StepCoefficients<C> s = schedule.at(t);
         for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-          C eigenvalue[1] = {to_compute(eigenvalues[e])}, b_e[1] = {v.b[e]}, y[1] = {ys[t * n + e]};
-          C previous[1] = {ys[(t > 0 ? t - 1 : 0) * n + e]};
-          diagonal_step(eigenvalue, b_e, s, momentum, y, previous);
-          ys[(t + 1) * n + e] = y[0];
+          const C y = ys[t * n + e], previous = ys[(t > 0 ? t - 1 : 0) * n + e];
+          const C g = to_compute(eigenvalues[e]) * extrapolate(s, momentum, y, previous) + v.b[e];
+          ys[(t + 1) * n + e] = advance(s, momentum, y, previous, g);
         }
       }
       for (int64_t t = p.k - 1; t >= 0; --t) {
         const StepCoefficients<C> s = schedule.at(t);
         const bool given = p.trajectory && t > 0;
         if (given) rotate(matrix, left + (t + 1) * n, v.partials, v.x);
-        C d_phi = 0, d_beta = 0, d_gamma = 0;
+        C terms[3] = {};
         for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-          const C y = ys[t * n + e], m = momentum && t > 0 ? y - ys[(t - 1) * n + e] : C(0);
-          const C z = momentum ? y + s.gamma * m : y, a = v.a[e], w = to_compute(eigenvalues[e]) * a;
-          d_phi -= w * z + a * v.b[e];
-          d_beta += a * m;
-          d_gamma -= s.phi * (w * m);
-          db[e] -= s.phi * a;
-          v.d_eigenvalues[e] -= s.phi * (a * z);
-          v.a[e] = (given ? v.x[e] : C(0)) + v.carry[e] + (1 + s.beta) * a - s.phi * (1 + s.gamma) * w;
-          v.carry[e] = s.phi * s.gamma * w - s.beta * a;
+          const C y = ys[t * n + e], previous = ys[(t > 0 ? t - 1 : 0) * n + e];
+          StepAdjoint<C> adjoint{v.a[e], v.carry[e], db[e]};
+          v.d_eigenvalues[e] -= s.phi * (adjoint.a * extrapolate(s, momentum, y, previous));
+          adjoint.step(s, momentum, to_compute(eigenvalues[e]) * adjoint.a, y, previous, v.b[e], terms);
+          if (given) adjoint.a += v.x[e];
+          v.a[e] = adjoint.a;
+          v.carry[e] = adjoint.carry;
+          db[e] = adjoint.db;
         }
-        if (gradient.wanted()) gradient.add(t, sample, true, d_phi, d_beta, d_gamma);
+        if (gradient.wanted()) gradient.add(t, sample, terms);
         if (gradient.varies_over_steps()) {
           __syncthreads();
           gradient.collect(t, sample);
@@ -416,9 +445,11 @@ const char* momentum_spectral(const MomentumForward<Storage>& p, void* workspace
     if constexpr (D > 0) {
       if (size) return nullptr;
       using T = Tile<Storage, D>;
-      const auto kernel = momentum_spectral_kernel<Storage, D>;
-      const auto plan = plan_tiles<T, TileMemory<T, Storage, false>>(device, kernel, p, 0);
-      return launch(kernel, plan.grid, T::block, T::teams * plan.team_bytes, stream, p, plan);
+      return with_momentum(p, [&](auto momentum) {
+        const auto kernel = momentum_spectral_kernel<Storage, D, momentum>;
+        const auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p, 0);
+        return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan);
+      });
     } else {
       const auto kernel = momentum_spectral_streamed_kernel<Storage>;
       constexpr int threads = StreamedMatrix<Storage>::block;
@@ -447,12 +478,15 @@ const char* momentum_spectral(const MomentumBackward<Storage>& p, void* workspac
     const char* error = nullptr;
     if constexpr (D > 0) {
       using T = Tile<Storage, D>;
-      const auto kernel = momentum_spectral_backward_kernel<Storage, D>;
-      auto plan = plan_tiles<T, TileMemory<T, Storage, true>>(device, kernel, p, p.k * T::problems * D);
-      sums.rows = sums.any() ? plan.grid * T::teams : 0;
-      sums.partials = arena.take<C>(sums.size());
-      plan.trajectories = arena.take<C>(plan.workspace_size(plan.grid * T::teams));
-      if (!size) error = launch(kernel, plan.grid, T::block, T::teams * plan.team_bytes, stream, p, plan, sums);
+      error = with_momentum(p, [&](auto momentum) -> const char* {
+        const auto kernel = momentum_spectral_backward_kernel<Storage, D, momentum>;
+        auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p, (p.k + 4) * T::problems * D);
+        sums.rows = sums.any() ? plan.grid * plan.teams : 0;
+        sums.partials = arena.take<C>(sums.size());
+        plan.trajectories = arena.take<C>(plan.workspace_size());
+        if (size) return nullptr;
+        return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan, sums);
+      });
     } else {
       const auto kernel = momentum_spectral_streamed_backward_kernel<Storage>;
       constexpr int threads = StreamedMatrix<Storage>::block;

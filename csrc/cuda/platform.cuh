@@ -12,12 +12,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "common/types.h"
 
 namespace unrolled_kernels::cuda {
 
 constexpr unsigned all_lanes = 0xffffffffu;
+
+__host__ __device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
+// elements of the widest pack that divides a vector of n
+__host__ __device__ constexpr int pack_of(int n) { return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -48,6 +53,26 @@ __device__ __forceinline__ bfloat16 to_storage<bfloat16>(float x) {
   return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
 }
 
+#ifdef UNROLLED_KERNELS_CUDA_ON_CPU
+__device__ inline unsigned char* dynamic_shared_memory() { return cuda_on_cpu::dynamic_shared_memory(); }
+__device__ inline void copy_async_16(void* shared, const void* global) { cuda_on_cpu::copy_async(shared, global, 16); }
+__device__ inline void wait_for_copies() { cuda_on_cpu::wait_for_copies(); }
+__device__ inline void stream_16(uint4* to, const uint4& bits) { *to = bits; }
+#else
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+  extern __shared__ __align__(16) unsigned char dynamic[];
+  return dynamic;
+}
+// 16 bytes from global to shared memory, both aligned; past L1, since nobody else reads them
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+// waits for the calling thread's copies only: a barrier has to follow
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void stream_16(uint4* to, const uint4& bits) { __stcs(to, bits); }
+#endif
+
 // n consecutive elements, moved in as few accesses as 16-byte ones allow.
 template <typename T, int n>
 struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Pack {
@@ -64,26 +89,33 @@ __device__ __forceinline__ Pack<T, n> load_pack(const T* p) {
 }
 template <int n, typename T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, n>& v) {
-  *reinterpret_cast<Pack<T, n>*>(p) = v;
+  // as one vector: the compiler makes several stores of a struct's elements at times
+  if constexpr (sizeof(Pack<T, n>) == 8) {
+    uint2 bits;
+    memcpy(&bits, &v, 8);
+    *reinterpret_cast<uint2*>(p) = bits;
+  } else if constexpr (sizeof(Pack<T, n>) == 16) {
+    uint4 bits;
+    memcpy(&bits, &v, 16);
+    *reinterpret_cast<uint4*>(p) = bits;
+  } else {
+    *reinterpret_cast<Pack<T, n>*>(p) = v;
+  }
 }
-
-#ifdef UNROLLED_KERNELS_CUDA_ON_CPU
-__device__ inline unsigned char* dynamic_shared_memory() { return cuda_on_cpu::dynamic_shared_memory(); }
-__device__ inline void copy_async_16(void* shared, const void* global) { cuda_on_cpu::copy_async(shared, global, 16); }
-__device__ inline void wait_for_copies() { cuda_on_cpu::wait_for_copies(); }
-#else
-__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
-  extern __shared__ __align__(16) unsigned char dynamic[];
-  return dynamic;
+// To global memory, in 16-byte stores even where the compiler would make four of one; for what is not read again soon.
+template <int n, typename T>
+__device__ __forceinline__ void stream_pack(T* p, const Pack<T, n>& v) {
+  if constexpr (sizeof(Pack<T, n>) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(Pack<T, n>) / 16); ++i) {
+      uint4 bits;
+      memcpy(&bits, reinterpret_cast<const unsigned char*>(&v) + 16 * i, 16);
+      stream_16(reinterpret_cast<uint4*>(p) + i, bits);
+    }
+  } else {
+    store_pack<n>(p, v);
+  }
 }
-// 16 bytes from global to shared memory, both aligned; past L1, since nobody else reads them
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-// waits for the calling thread's copies only: a barrier has to follow
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-#endif
 
 // Bytes between p and the last multiple of 16 before it.
 __device__ __forceinline__ int misalignment(const void* p) {
@@ -136,12 +168,15 @@ __device__ __forceinline__ void copy_from_shared(const T* shared, int n, T* to, 
 // Sum over `width` threads, `stride` lanes apart, of n values each, left scattered: thread `position` of them ends with
 // held = max(1, n / width) sums at v[0] ..., the first of index scattered_index<n, width>(position). n, width: powers of
 // two. Where width > n, neighbours hold copies. Takes n - n/width + max(0, log2(width / n)) shuffles.
-template <int n, int width, int stride, typename C>
+//
+// free: of the first halvings, those for which each thread has what it keeps in the lower half already, so that nothing
+// is selected. Value i is then at v[i ^ (position * n / width)], as far as the bits of these halvings go.
+template <int n, int width, int stride, int free = 0, typename C>
 __device__ __forceinline__ void reduce_scatter(C (&v)[n], int position) {
   if constexpr (width > 1) {
     constexpr int half_width = width / 2;
     if constexpr (n > 1) {
-      const bool upper = position & half_width;
+      const bool upper = free == 0 && (position & half_width);
       C kept[n / 2];
 #pragma unroll
       for (int i = 0; i < n / 2; ++i) {
@@ -149,7 +184,7 @@ __device__ __forceinline__ void reduce_scatter(C (&v)[n], int position) {
         const C mine = upper ? v[i + n / 2] : v[i];
         kept[i] = mine + __shfl_xor_sync(all_lanes, sent, half_width * stride);
       }
-      reduce_scatter<n / 2, half_width, stride>(kept, position);
+      reduce_scatter<n / 2, half_width, stride, (free > 0 ? free - 1 : 0)>(kept, position);
 #pragma unroll
       for (int i = 0; i < (n > width ? n / width : 1); ++i) v[i] = kept[i];
     } else {

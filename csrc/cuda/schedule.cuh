@@ -12,6 +12,41 @@ struct StepCoefficients {
   C phi, beta, gamma;
 };
 
+// The recurrence of momentum.h on one element, for every kernel. `momentum` is a constant where it is to cost nothing.
+template <typename C>
+__device__ __forceinline__ C extrapolate(const StepCoefficients<C>& s, bool momentum, C y, C previous) {
+  return momentum ? y + s.gamma * (y - previous) : y;
+}
+// y_{t+1}; g: that element of Q z_t + b
+template <typename C>
+__device__ __forceinline__ C advance(const StepCoefficients<C>& s, bool momentum, C y, C previous, C g) {
+  return (momentum ? y + s.beta * (y - previous) : y) - s.phi * g;
+}
+
+// Its adjoint on one element: a of y_{t+1}, carry: what of it y_t is owed, db.
+template <typename C>
+struct StepAdjoint {
+  C a, carry = 0, db = 0;
+
+  // back through step t. w: of Q'a; terms: of dphi, dbeta, dgamma, added to
+  __device__ __forceinline__ void step(const StepCoefficients<C>& s, bool momentum, C w, C y, C previous, C b,
+                                       C (&terms)[3]) {
+    const C m = momentum ? y - previous : C(0), z = momentum ? y + s.gamma * m : y;
+    const C phi_w = s.phi * w;
+    terms[0] = terms[0] - w * z - a * b;
+    db -= s.phi * a;
+    if (momentum) {
+      terms[1] += a * m;
+      terms[2] -= phi_w * m;
+      const C next = (1 + s.beta) * a + carry - (1 + s.gamma) * phi_w;
+      carry = s.gamma * phi_w - s.beta * a;
+      a = next;
+    } else {
+      a -= phi_w;
+    }
+  }
+};
+
 template <typename C>
 class SampleSchedule {
  public:
@@ -38,6 +73,51 @@ class SampleSchedule {
  private:
   const C *phi_, *beta_, *gamma_;
   int64_t phi_step_, beta_step_, gamma_step_;
+};
+
+// A schedule that the batch shares, [k, 4] in the shared memory of a block; of one that it does not, or that is too long,
+// a sample's own is read where it is.
+template <typename C, bool momentum>
+class BlockSchedule {
+ public:
+  // bytes that it takes of a block; 0: it is read where it is
+  template <typename Inputs>
+  static int64_t bytes(const Inputs& p) {
+    const bool shared = p.phi.batch_stride == 0 && p.beta.batch_stride == 0 && p.gamma.batch_stride == 0;
+    const int64_t bytes = p.k * 4 * static_cast<int64_t>(sizeof(C));
+    return shared && bytes <= 16 * 1024 ? bytes : 0;
+  }
+
+  // copies it, if bytes says so, and synchronises the block
+  template <typename Inputs>
+  __device__ __forceinline__ BlockSchedule(const Inputs& p, int64_t bytes, unsigned char* shared)
+      : shared_(bytes ? reinterpret_cast<C*>(shared) : nullptr), on_chip_(bytes != 0) {
+    if (!on_chip_) return;
+    const SampleSchedule<C> all(p, 0);
+    for (int t = threadIdx.x; t < p.k; t += blockDim.x) {
+      const StepCoefficients<C> s = all.at(t);
+      store_pack<4>(shared_ + 4 * t, Pack<C, 4>{{s.phi, s.beta, s.gamma, 0}});
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ bool on_chip() const { return on_chip_; }
+  // of any sample, on chip
+  __device__ __forceinline__ StepCoefficients<C> at(int t) const {
+    if constexpr (momentum) {
+      const Pack<C, 4> s = load_pack<4>(shared_ + 4 * t);
+      return {s.at[0], s.at[1], s.at[2]};
+    } else {
+      return {shared_[4 * t], 0, 0};
+    }
+  }
+  template <typename Inputs>
+  __device__ __forceinline__ StepCoefficients<C> at(const Inputs& p, int64_t sample, int t) const {
+    return on_chip_ ? at(t) : SampleSchedule<C>(p, sample).at(t);
+  }
+
+ private:
+  C* shared_;
+  bool on_chip_;
 };
 
 // One coefficient of a step, as three bits: phi, beta, gamma.
@@ -89,9 +169,8 @@ class ScheduleGradient {
   __device__ __forceinline__ bool wanted() const { return wanted_ != 0; }
   __device__ __forceinline__ bool varies_over_steps() const { return per_step_ != 0; }
 
-  // adds a thread's terms of step t. exists: the sample is in the batch, and no other thread has the same terms
-  __device__ __forceinline__ void add(int64_t t, int64_t sample, bool exists, C phi, C beta, C gamma) {
-    const C terms[3] = {exists ? phi : C(0), exists ? beta : C(0), exists ? gamma : C(0)};
+  // adds a thread's terms of step t, which are zero where the sample is not in the batch
+  __device__ __forceinline__ void add(int64_t t, int64_t sample, const C (&terms)[3]) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) sums_[i] += terms[i];
     if (per_step_) settle(per_step_, t, sample, terms, static_cast<int>(t & 1));

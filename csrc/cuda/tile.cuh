@@ -1,15 +1,17 @@
 // A matrix [d, d] with d <= D spread over the registers of a *team* of threads, and the products that need it.
 //
-// A team is a warp, or a block where one problem takes more than a warp. Each thread holds a tile of 8 rows and 4 columns
-// (4 x 4 for D = 4), so that a product reads one 16-byte pack of its argument for 32 FMAs, and the 8 partial sums are
-// added over the threads of a row by reduce_scatter, 7 shuffles for 8 threads:
+// A team is a warp, or a block where one problem takes more than a warp. Each thread holds a tile of rows x columns, so
+// that the 16-byte reads of a product's argument and the sums over the threads of a row are few beside its FMAs:
 //
-//     D                     4    8    16   32   64   128
-//     threads of a row      1    2    4    8    16   32     c = 0 ... column_threads-1
-//     threads of a column   1    1    2    4    8    16     r = 0 ... row_threads-1
-//     problems of a team    32   16   4    1    1    1
-//     warps of a team       1    1    1    1    4    16
+//     D                     1 ... 8    16     32     64     128        (float64: 64 as 8 x 8, without 128)
+//     tile                  d x d      4x16   8x8    8x16   8x16
+//     threads of a row      1          1      4      4      8          c = 0 ... column_threads-1
+//     threads of a column   1          4      4      8      16         r = 0 ... row_threads-1
+//     problems of a team    32         8      2      1      1
+//     warps of a team       1          1      1      1      4
 //
+// A thread keeps its rows in the order i ^ (c own_rows), and its groups of four columns in the order g ^ group_mask: what
+// it is to hold at the end of a sum over threads then lies in the lower half at each halving, and nothing is selected.
 // Vectors are held by their owners, in one of two layouts: `own_rows` entries from `row` on are what M x leaves in a
 // thread, `own_columns` entries from `column` on what M'x does.
 #pragma once
@@ -23,28 +25,43 @@ namespace unrolled_kernels::cuda {
 template <typename Storage, int D_>
 struct Tile {
   using C = compute_type<Storage>;
-  static constexpr int D = D_, rows = D < 8 ? D : 8, columns = 4;
+  static constexpr int D = D_;
+  static constexpr bool wide = sizeof(C) == 8;
+  static constexpr int rows = D <= 8 ? D : D == 16 ? 4 : 8;
+  static constexpr int columns = D <= 8 ? D : D == 16 || (D >= 64 && !wide) ? 16 : 8;
   static constexpr int column_threads = D / columns, row_threads = D / rows;
   static constexpr int threads = column_threads * row_threads;
   static constexpr int team = threads < 32 ? 32 : threads;
   static constexpr int problems = team / threads, warps = team / 32;
-  static constexpr int block = team < 128 ? 128 : team, teams = block / team;
-  // n float32 blocks of 128 threads on a multiprocessor at least: left alone, the compiler saves registers where it need
-  // not, and spills
-  static constexpr int blocks(int n) { return block > 128 ? 1 : sizeof(C) == 4 ? n : 2; }
+  static constexpr int block = team < 64 ? 64 : team;
+  // warps that a multiprocessor is to hold, which bounds the registers of a thread: to 255 for 8 warps, 168 for 12, 128
+  // for 16, 96 for 20
+  static constexpr int registers = rows * columns * static_cast<int>(sizeof(C)) / 4;
+  static constexpr int forward_blocks = (registers > 64 ? 8 : D == 8 ? 12 : registers > 32 ? 16 : 20) * 32 / block;
+  static constexpr int backward_blocks = (D > 8 && registers <= 64 ? 12 : registers <= 32 ? 12 : 8) * 32 / block;
   static constexpr int warp_row_threads = row_threads / warps;
-  static constexpr int own_rows = rows > column_threads ? rows / column_threads : 1;
-  static constexpr int own_columns = warps == 1 ? columns / row_threads : 1;
-  static constexpr int column_copies = warps == 1 ? 1 : team / D;
+  static constexpr int own_rows = rows / column_threads;
+  static constexpr int held_columns = columns / warp_row_threads;
+  static constexpr int own_columns = warps == 1 ? held_columns : D / team;
+  static constexpr int group = columns % 4 == 0 ? 4 : 1, groups = columns / group;  // of columns
+  static constexpr int free_row_stages = log2_of(column_threads);
+  static constexpr int free_column_stages =
+      log2_of(groups) < log2_of(warp_row_threads) ? log2_of(groups) : log2_of(warp_row_threads);
+  // bytes between the matrices of a team in shared memory, so that its threads read different banks
+  static constexpr int skew = D == 16 ? 64 : D % 4 == 0 && D <= 8 ? 16 : 0;
 
   const int rank = threadIdx.x % team;
-  const int lane = threadIdx.x % 32;
   const int problem = rank / threads;
   const int c = rank % threads % column_threads, r = rank % threads / column_threads;
-  const int row = r * rows + scattered_index<rows, column_threads>(c);
-  const int column = warps == 1 ? c * columns + r * own_columns : rank / column_copies;
-  const bool first_row_copy = holds_first_copy<rows, column_threads>(c);
-  const bool first_column_copy = rank % column_copies == 0;
+  const int row_mask = c * own_rows, row = r * rows + row_mask;
+  const int position = r % warp_row_threads;
+  const int group_mask = threads == 1 ? 0 : position * groups / warp_row_threads;
+  const int held =
+      threads == 1 ? 0 : first_column(0) + position % (warp_row_threads / (1 << free_column_stages)) * held_columns;
+  const int column = warps == 1 ? held : rank;
+
+  // the first column of the g-th group of a thread
+  __device__ __forceinline__ int first_column(int g) const { return ((g ^ group_mask) * column_threads + c) * group; }
 
   static __device__ __forceinline__ void sync() {
     if constexpr (warps == 1) {
@@ -56,60 +73,51 @@ struct Tile {
 
   // Shared memory of a team, or its size.
   struct Memory {
-    C* vectors;       // [2, 2, problems, D], see gather
-    C* partials;      // [warps, partial_stride]
+    C* vectors;       // [2, problems, D]: two take turns, so that one barrier for each exchange is enough
+    C* partials;      // [warps, D]
     C* across_warps;  // [2, warps, 4], for ScheduleGradient
     __host__ __device__ explicit Memory(Arena& arena)
-        : vectors(arena.take<C>(4 * problems * D)),
-          partials(warps > 1 ? arena.take<C>(warps * partial_stride) : nullptr),
-          across_warps(warps > 1 ? arena.take<C>(2 * warps * 4) : nullptr) {}
+        : vectors(arena.take<C>(threads == 1 ? 0 : 2 * problems * D)),
+          partials(arena.take<C>(warps > 1 ? warps * D : 0)),
+          across_warps(arena.take<C>(warps > 1 ? 2 * warps * 4 : 0)) {}
   };
-  // between the rows of `partials`, so that the copies of a column are read from different banks
-  static constexpr int partial_stride = D + 32 / column_copies;
 
-  // q = the tile of m [d, d], which is in shared memory, zero where there is none
+  // q = the tile of m [d, d], which is in shared memory; zero where there is none
   template <typename T>
   __device__ __forceinline__ void load(const T* m, int d, bool exists, C (&q)[rows][columns]) const {
-    const int column0 = c * columns;
-    if (d % columns == 0 && is_pack_aligned<columns>(m)) {
+    const bool packs = d % group == 0 && is_pack_aligned<group>(m);
 #pragma unroll
-      for (int i = 0; i < rows; ++i) {
-        Pack<T, columns> pack{};
-        if (exists && r * rows + i < d && column0 < d) pack = load_pack<columns>(m + (r * rows + i) * d + column0);
+    for (int i = 0; i < rows; ++i) {
+      const int e = r * rows + (i ^ row_mask);
 #pragma unroll
-        for (int j = 0; j < columns; ++j) q[i][j] = to_compute(pack.at[j]);
-      }
-    } else {
+      for (int g = 0; g < groups; ++g) {
+        const int f = first_column(g);
+        Pack<T, group> pack{};
+        if (exists && e < d) {
+          if (packs) {
+            if (f < d) pack = load_pack<group>(m + e * d + f);
+          } else {
 #pragma unroll
-      for (int i = 0; i < rows; ++i) {
-#pragma unroll
-        for (int j = 0; j < columns; ++j) {
-          const bool inside = exists && r * rows + i < d && column0 + j < d;
-          q[i][j] = inside ? to_compute(m[(r * rows + i) * d + column0 + j]) : C(0);
+            for (int j = 0; j < group; ++j) {
+              if (f + j < d) pack.at[j] = m[e * d + f + j];
+            }
+          }
         }
+#pragma unroll
+        for (int j = 0; j < group; ++j) q[i][group * g + j] = to_compute(pack.at[j]);
       }
     }
   }
-
-  // The inverse, to shared or global memory.
+  // The same where d = D, the matrix is aligned, and all of the team's problems exist.
   template <typename T>
-  __device__ __forceinline__ void store(const C (&q)[rows][columns], int d, T* m) const {
-    const int column0 = c * columns;
-    if (d % columns == 0 && is_pack_aligned<columns>(m)) {
+  __device__ __forceinline__ void load_whole(const T* m, C (&q)[rows][columns]) const {
 #pragma unroll
-      for (int i = 0; i < rows; ++i) {
-        Pack<T, columns> pack;
+    for (int i = 0; i < rows; ++i) {
 #pragma unroll
-        for (int j = 0; j < columns; ++j) pack.at[j] = to_storage<T>(q[i][j]);
-        if (r * rows + i < d && column0 < d) store_pack<columns>(m + (r * rows + i) * d + column0, pack);
-      }
-    } else {
+      for (int g = 0; g < groups; ++g) {
+        const Pack<T, group> pack = load_pack<group>(m + (r * rows + (i ^ row_mask)) * D + first_column(g));
 #pragma unroll
-      for (int i = 0; i < rows; ++i) {
-#pragma unroll
-        for (int j = 0; j < columns; ++j) {
-          if (r * rows + i < d && column0 + j < d) m[(r * rows + i) * d + column0 + j] = to_storage<T>(q[i][j]);
-        }
+        for (int j = 0; j < group; ++j) q[i][group * g + j] = to_compute(pack.at[j]);
       }
     }
   }
@@ -124,7 +132,7 @@ struct Tile {
 #pragma unroll
       for (int j = 1; j < columns; ++j) sum[i] += m[i][j] * x[j];
     }
-    reduce_scatter<rows, column_threads, 1>(sum, c);
+    reduce_scatter<rows, column_threads, 1, free_row_stages>(sum, c);
 #pragma unroll
     for (int i = 0; i < own_rows; ++i) out[i] = sum[i];
   }
@@ -139,102 +147,105 @@ struct Tile {
 #pragma unroll
       for (int i = 1; i < rows; ++i) sum[j] += m[i][j] * a[i];
     }
-    const int position = r % warp_row_threads;
-    reduce_scatter<columns, warp_row_threads, column_threads>(sum, position);
+    reduce_scatter<columns, warp_row_threads, column_threads, free_column_stages>(sum, position);
     if constexpr (warps == 1) {
 #pragma unroll
       for (int j = 0; j < own_columns; ++j) out[j] = sum[j];
     } else {
-      constexpr int held = columns / warp_row_threads, parts = warps / column_copies;
-      C* mine = memory.partials + rank / 32 * partial_stride + c * columns + position * held;
+      C mine[held_columns];
 #pragma unroll
-      for (int j = 0; j < held; ++j) mine[j] = sum[j];
+      for (int j = 0; j < held_columns; ++j) mine[j] = sum[j];
+      write(mine, memory.partials + rank / 32 * D + held);
       __syncthreads();
-      const C* theirs = memory.partials + rank % column_copies * parts * partial_stride + column;
-      C total = theirs[0];
+      C total = memory.partials[column];
 #pragma unroll
-      for (int n = 1; n < parts; ++n) total += theirs[n * partial_stride];
-#pragma unroll
-      for (int mask = 1; mask < column_copies; mask *= 2) total += __shfl_xor_sync(all_lanes, total, mask);
+      for (int n = 1; n < warps; ++n) total += memory.partials[n * D + column];
       out[0] = total;
     }
   }
 
-  // Two buffers take turns, so that one barrier for each exchange is enough.
-  __device__ __forceinline__ C* next_vectors(const Memory& memory, int& turn) const {
-    turn ^= 1;
-    return memory.vectors + turn * 2 * problems * D;
+  // `vector`: entries of this thread's problem in memory, [D]. x = the tile's columns of it
+  __device__ __forceinline__ void read_columns(const C* vector, C (&x)[columns]) const {
+#pragma unroll
+    for (int g = 0; g < groups; ++g) read_group(vector + first_column(g), x, group * g);
+  }
+  // a = the tile's rows of it, in their order
+  __device__ __forceinline__ void read_rows(const C* vector, C (&a)[rows]) const {
+    constexpr int pack = pack_of(own_rows);
+#pragma unroll
+    for (int i = 0; i < rows; i += pack) {
+      const Pack<C, pack> v = load_pack<pack>(vector + r * rows + (i ^ row_mask));
+#pragma unroll
+      for (int j = 0; j < pack; ++j) a[i + j] = v.at[j];
+    }
   }
 
-  // x = the tile's columns of the vector whose rows y the threads own
-  __device__ __forceinline__ void rows_to_columns(const C (&y)[own_rows], const Memory& memory, int& turn,
-                                                  C (&x)[columns]) const {
-    if constexpr (D <= 8) {
-      // the same thread owns them
+  // x = the tile's columns of the vector whose rows y the threads own; buffer: of memory.vectors
+  __device__ __forceinline__ void rows_to_columns(const C (&y)[own_rows], C* buffer, C (&x)[columns]) const {
+    if constexpr (threads == 1) {
 #pragma unroll
       for (int j = 0; j < columns; ++j) x[j] = y[j];
     } else {
-      C* vector = next_vectors(memory, turn) + problem * D;
-      if (first_row_copy) {
-#pragma unroll
-        for (int i = 0; i < own_rows; ++i) vector[row + i] = y[i];
-      }
+      C* vector = buffer + problem * D;
+      write(y, vector + row);
       sync();
-      read(vector + c * columns, x);
+      read_columns(vector, x);
     }
   }
-
-  // x = the tile's columns of z, which is in the column layout
-  __device__ __forceinline__ void columns_to_columns(const C (&z)[own_columns], const Memory& memory, int& turn,
-                                                     C (&x)[columns]) const {
-    if constexpr (own_columns == columns) {
+  // x = the tile's columns of the vector whose columns z the threads own
+  __device__ __forceinline__ void columns_to_columns(const C (&z)[own_columns], C* buffer, C (&x)[columns]) const {
+    if constexpr (threads == 1) {
 #pragma unroll
       for (int j = 0; j < columns; ++j) x[j] = z[j];
     } else {
-      C* vector = next_vectors(memory, turn) + problem * D;
-      if (first_column_copy) {
-#pragma unroll
-        for (int j = 0; j < own_columns; ++j) vector[column + j] = z[j];
-      }
+      C* vector = buffer + problem * D;
+      write(z, vector + column);
       sync();
-      read(vector + c * columns, x);
+      read_columns(vector, x);
     }
   }
 
-  // x, a = the tile's columns of z and its rows of w; z and w are in the column layout
-  __device__ __forceinline__ void columns_to_tile(const C (&z)[own_columns], const C (&w)[own_columns],
-                                                  const Memory& memory, int& turn, C (&x)[columns],
-                                                  C (&a)[rows]) const {
-    if constexpr (D <= 4) {
+  // a = the tile's rows of the vector whose columns w the threads own
+  __device__ __forceinline__ void columns_to_rows(const C (&w)[own_columns], C* buffer, C (&a)[rows]) const {
+    if constexpr (threads == 1) {
 #pragma unroll
-      for (int j = 0; j < columns; ++j) {
-        x[j] = z[j];
-        a[j] = w[j];
-      }
+      for (int i = 0; i < rows; ++i) a[i] = w[i];
     } else {
-      C* z_vector = next_vectors(memory, turn) + problem * D;
-      C* w_vector = z_vector + problems * D;
-      if (first_column_copy) {
-#pragma unroll
-        for (int j = 0; j < own_columns; ++j) {
-          z_vector[column + j] = z[j];
-          w_vector[column + j] = w[j];
-        }
-      }
+      C* vector = buffer + problem * D;
+      write(w, vector + column);
       sync();
-      read(z_vector + c * columns, x);
-      read(w_vector + r * rows, a);
+      read_rows(vector, a);
     }
   }
 
+  // to [n] = v, in as few accesses as the multiple of n that `to` is allows
   template <int n>
-  static __device__ __forceinline__ void read(const C* from, C (&to)[n]) {
+  static __device__ __forceinline__ void write(const C (&v)[n], C* to) {
+    constexpr int pack = pack_of(n);
 #pragma unroll
-    for (int i = 0; i < n; i += 4) {
-      const Pack<C, 4> pack = load_pack<4>(from + i);
+    for (int i = 0; i < n; i += pack) {
+      Pack<C, pack> out;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) to[i + j] = pack.at[j];
+      for (int j = 0; j < pack; ++j) out.at[j] = v[i + j];
+      store_pack<pack>(to + i, out);
     }
+  }
+  template <int n>
+  static __device__ __forceinline__ void read(const C* from, C (&v)[n]) {
+    constexpr int pack = pack_of(n);
+#pragma unroll
+    for (int i = 0; i < n; i += pack) {
+      const Pack<C, pack> in = load_pack<pack>(from + i);
+#pragma unroll
+      for (int j = 0; j < pack; ++j) v[i + j] = in.at[j];
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void read_group(const C* from, C (&x)[columns], int at) {
+    const Pack<C, group> pack = load_pack<group>(from);
+#pragma unroll
+    for (int j = 0; j < group; ++j) x[at + j] = pack.at[j];
   }
 };
 
@@ -254,18 +265,40 @@ __device__ __forceinline__ void store_entries(const compute_type<Storage> (&x)[n
   }
 }
 
+// The tile's rows of a row [d] in memory, in their order.
+template <typename T, typename Storage>
+__device__ __forceinline__ void load_rows(const T& tile, const Storage* row, int d, bool exists,
+                                          typename T::C (&a)[T::rows]) {
+#pragma unroll
+  for (int i = 0; i < T::rows; ++i) {
+    const int e = tile.r * T::rows + (i ^ tile.row_mask);
+    a[i] = exists && e < d ? to_compute(row[e]) : typename T::C(0);
+  }
+}
+
+// f(t, buffer) for t = first ... last-1, where the buffers of the exchange take turns.
+template <typename C, typename F>
+__device__ __forceinline__ void for_steps(int first, int last, C* buffer, int buffer_size, F f) {
+  int t = first;
+#pragma unroll 1
+  for (; t + 1 < last; t += 2) {
+    f(t, buffer);
+    f(t + 1, buffer + buffer_size);
+  }
+  if (t < last) f(t, buffer);
+}
+
 // f(std::integral_constant<int, D>) for the smallest D that holds d, D = 0 if none does. float32 has every size; for the
-// others some are left out to keep the build short, and for float64 the largest, of which a thread cannot hold two tiles.
+// others some are left out to keep the build short, and for float64 the largest, which does not fit into registers.
 template <typename Storage, typename F>
 const char* with_tile(int64_t d, F f) {
   constexpr bool is_float = std::is_same<Storage, float>::value;
+  if (d <= 4) return f(std::integral_constant<int, 4>());
   if constexpr (is_float) {
-    if (d <= 4) return f(std::integral_constant<int, 4>());
+    if (d == 5) return f(std::integral_constant<int, 5>());
   }
   if (d <= 8) return f(std::integral_constant<int, 8>());
-  if constexpr (is_float) {
-    if (d <= 16) return f(std::integral_constant<int, 16>());
-  }
+  if (d <= 16) return f(std::integral_constant<int, 16>());
   if (d <= 32) return f(std::integral_constant<int, 32>());
   if (d <= 64) return f(std::integral_constant<int, 64>());
   if constexpr (!std::is_same<Storage, double>::value) {
@@ -280,7 +313,7 @@ class MatrixStream {
  public:
   // room for the matrices of one item
   static __host__ __device__ unsigned char* buffer(Arena& arena, int64_t d) {
-    return arena.take<unsigned char>(T::problems * d * d * static_cast<int64_t>(sizeof(Storage)) + 16);
+    return arena.take<unsigned char>(T::problems * (d * d * static_cast<int64_t>(sizeof(Storage)) + T::skew) + 16);
   }
 
   __device__ MatrixStream(const MomentumInputs<Storage>& p, unsigned char* buffer) : p_(p), buffer_(buffer) {}
@@ -290,7 +323,11 @@ class MatrixStream {
     const int64_t first = item * T::problems, left = p_.B - first;
     const int count = p_.matrix_stride == 0 ? 1 : left < T::problems ? static_cast<int>(left) : T::problems;
     const Storage* from = p_.matrix + first * p_.matrix_stride;
-    if (count == 1 || p_.matrix_stride == size) {
+    const bool contiguous = count == 1 || p_.matrix_stride == size;
+    whole_ = packs && p_.d == T::D && count == T::problems && contiguous && misalignment(from) == 0;
+    if (whole_) {
+      fetch_whole(tile, from);
+    } else if (contiguous) {
       staged_ = copy_to_shared<T::team>(from, count * size, buffer_, tile.rank);
     } else {
       staged_ = reinterpret_cast<Storage*>(buffer_);
@@ -303,84 +340,160 @@ class MatrixStream {
   __device__ __forceinline__ void take(const T& tile, bool exists, typename T::C (&q)[T::rows][T::columns]) {
     wait_for_copies();
     T::sync();
-    const int d = static_cast<int>(p_.d);
-    tile.load(staged_ + (p_.matrix_stride == 0 ? 0 : tile.problem * d * d), d, exists, q);
+    if (packs && whole_) {
+      tile.load_whole(reinterpret_cast<const Storage*>(buffer_ + tile.problem * (matrix_bytes + T::skew)), q);
+    } else {
+      const int d = static_cast<int>(p_.d);
+      tile.load(staged_ + (p_.matrix_stride == 0 ? 0 : tile.problem * d * d), d, exists, q);
+    }
     T::sync();
   }
 
  private:
+  static constexpr int matrix_bytes = T::D * T::D * static_cast<int>(sizeof(Storage));
+  static constexpr bool packs = T::group == 4 && matrix_bytes * T::problems % (16 * T::team) == 0;
+
+  __device__ __forceinline__ void fetch_whole(const T& tile, const Storage* from) {
+    constexpr int copies = packs ? matrix_bytes * T::problems / (16 * T::team) : 0;
+    const unsigned char* source = reinterpret_cast<const unsigned char*>(from) + 16 * tile.rank;
+    unsigned char* to = buffer_ + 16 * tile.rank + 16 * tile.rank / matrix_bytes * T::skew;
+#pragma unroll
+    for (int i = 0; i < copies; ++i) {
+      constexpr int step = 16 * T::team;
+      // a warp's copies are of whole matrices, or parts of one
+      copy_async_16(to + i * step + (T::skew ? i * step / matrix_bytes * T::skew : 0), source + i * step);
+    }
+  }
+
   const MomentumInputs<Storage>& p_;
   unsigned char* buffer_;
   Storage* staged_ = nullptr;
+  bool whole_ = false;
 };
 
-// Shared memory of a team. In backward also a place where the gradients of matrices are put together, so that they leave
-// in whole lines for any d, and the iterates, if they are on chip.
-template <typename T, typename Storage, bool backward>
+// Shared memory of a team; the iterates if they are on chip.
+template <typename T, typename Storage>
 struct TileMemory {
-  static constexpr bool stages_gradient = backward && T::D <= 32;
   typename T::Memory vectors;
-  unsigned char *matrix, *gradient;
+  unsigned char* matrix;
   typename T::C* trajectory;
 
   __host__ __device__ TileMemory(Arena& arena, int64_t d, int64_t trajectory_size)
       : vectors(arena),
         matrix(MatrixStream<T, Storage>::buffer(arena, d)),
-        gradient(stages_gradient ? MatrixStream<T, Storage>::buffer(arena, d) : nullptr),
         trajectory(arena.template take<typename T::C>(trajectory_size)) {}
-
-  // the gradients dq of an item's matrices, to their place in d_matrix [B, d, d]
-  static __device__ __forceinline__ void store_gradient(const T& tile, const MomentumBackward<Storage>& p, int64_t item,
-                                                        bool exists, unsigned char* buffer,
-                                                        const typename T::C (&dq)[T::rows][T::columns]) {
-    const int d = static_cast<int>(p.d);
-    Storage* target = p.d_matrix + item * T::problems * d * d;
-    if constexpr (stages_gradient) {
-      const int64_t left = p.B - item * T::problems;
-      Storage* staged = reinterpret_cast<Storage*>(buffer + misalignment(target));
-      if (exists) tile.store(dq, d, staged + tile.problem * d * d);
-      T::sync();
-      copy_from_shared<T::team>(staged, static_cast<int>(left < T::problems ? left : T::problems) * d * d, target,
-                                tile.rank);
-    } else {
-      tile.store(dq, d, target);
-    }
-  }
-
-  // dq summed over the team's problems, to a row of partial sums
-  static __device__ __forceinline__ void store_partial(const T& tile, int d, typename T::C (&dq)[T::rows][T::columns],
-                                                       typename T::C* partial) {
-#pragma unroll
-    for (int i = 0; i < T::rows; ++i) {
-#pragma unroll
-      for (int j = 0; j < T::columns; ++j) {
-#pragma unroll
-        for (int mask = T::threads; mask < T::team; mask *= 2) dq[i][j] += __shfl_xor_sync(all_lanes, dq[i][j], mask);
-      }
-    }
-    if (tile.problem == 0) tile.store(dq, d, partial);
-  }
 };
 
+// What a team works on: problems [first, first + T::problems) of the batch, one item after another.
 template <typename T>
-__device__ __forceinline__ void clear(typename T::C (&q)[T::rows][T::columns]) {
-#pragma unroll
-  for (int i = 0; i < T::rows; ++i) {
-#pragma unroll
-    for (int j = 0; j < T::columns; ++j) q[i][j] = 0;
-  }
-}
+struct Items {
+  int64_t first, count, step;
+  template <typename Plan>
+  __device__ __forceinline__ Items(const Plan& plan, int64_t B, int team)
+      : first(static_cast<int64_t>(blockIdx.x) * plan.teams + team),
+        count(ceil_div(B, T::problems)),
+        step(static_cast<int64_t>(gridDim.x) * plan.teams) {}
+};
 
-// q += a x'
+// The gradient of a team's matrices: dq += a x' for each pair that backward has kept, then to memory, once. A thread has
+// its rows and columns in their natural order here.
 template <typename T>
-__device__ __forceinline__ void add_outer_product(const typename T::C (&a)[T::rows],
-                                                  const typename T::C (&x)[T::columns],
-                                                  typename T::C (&q)[T::rows][T::columns]) {
-#pragma unroll
-  for (int i = 0; i < T::rows; ++i) {
-#pragma unroll
-    for (int j = 0; j < T::columns; ++j) q[i][j] += a[i] * x[j];
+class MatrixGradient {
+ public:
+  using C = typename T::C;
+
+  // left: [d] in global memory, or [D] of this thread's problem, right: [D]
+  template <typename Storage>
+  __device__ __forceinline__ void add(const T& tile, const Storage* left, int d, bool exists, const C* right) {
+    C a[T::rows];
+    load_entries(left, tile.r * T::rows, d, exists, a);
+    outer(tile, a, right);
   }
-}
+  __device__ __forceinline__ void add(const T& tile, C scale, const C* left, const C* right) {
+    C a[T::rows];
+    T::read(left + tile.r * T::rows, a);
+#pragma unroll
+    for (int i = 0; i < T::rows; ++i) a[i] *= scale;
+    outer(tile, a, right);
+  }
+
+  // to m [d, d], in global memory
+  template <typename Storage>
+  __device__ __forceinline__ void store(const T& tile, int d, Storage* m) const {
+    const bool packs = d % T::group == 0 && is_pack_aligned<T::group>(m);
+    if (packs && d == T::D) {
+      m += tile.r * T::rows * T::D + tile.c * T::group;
+#pragma unroll
+      for (int i = 0; i < T::rows; ++i) {
+#pragma unroll
+        for (int g = 0; g < T::groups; ++g) {
+          stream_pack<T::group>(m + i * T::D + g * T::column_threads * T::group, group_of<Storage>(i, g));
+        }
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < T::rows; ++i) {
+      const int e = tile.r * T::rows + i;
+#pragma unroll
+      for (int g = 0; g < T::groups; ++g) {
+        const int f = (g * T::column_threads + tile.c) * T::group;
+        const Pack<Storage, T::group> pack = group_of<Storage>(i, g);
+        if (e >= d) continue;
+        if (packs) {
+          if (f < d) store_pack<T::group>(m + e * d + f, pack);
+        } else {
+#pragma unroll
+          for (int j = 0; j < T::group; ++j) {
+            if (f + j < d) m[e * d + f + j] = pack.at[j];
+          }
+        }
+      }
+    }
+  }
+
+  // the partial [d, d] of a team that has no items
+  static __device__ __forceinline__ void clear_partial(const T& tile, int d, C* partial) {
+#pragma unroll 1
+    for (int i = tile.rank; i < d * d; i += T::team) partial[i] = 0;
+  }
+  // the sum over the team's problems, added to the team's partial [d, d] in memory, or put there first
+  __device__ __forceinline__ void add_to_partial(const T& tile, int d, bool first, C* partial) {
+#pragma unroll
+    for (int i = 0; i < T::rows; ++i) {
+      const int e = tile.r * T::rows + i;
+#pragma unroll
+      for (int j = 0; j < T::columns; ++j) {
+        const int f = (j / T::group * T::column_threads + tile.c) * T::group + j % T::group;
+        C sum = dq_[i][j];
+#pragma unroll
+        for (int mask = T::threads; mask < T::team; mask *= 2) sum += __shfl_xor_sync(all_lanes, sum, mask);
+        if (tile.problem == 0 && e < d && f < d) partial[e * d + f] = first ? sum : partial[e * d + f] + sum;
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void outer(const T& tile, const C (&a)[T::rows], const C* right) {
+#pragma unroll
+    for (int g = 0; g < T::groups; ++g) {
+      const Pack<C, T::group> x = load_pack<T::group>(right + (g * T::column_threads + tile.c) * T::group);
+#pragma unroll
+      for (int i = 0; i < T::rows; ++i) {
+#pragma unroll
+        for (int j = 0; j < T::group; ++j) dq_[i][T::group * g + j] += a[i] * x.at[j];
+      }
+    }
+  }
+  template <typename Storage>
+  __device__ __forceinline__ Pack<Storage, T::group> group_of(int i, int g) const {
+    Pack<Storage, T::group> pack;
+#pragma unroll
+    for (int j = 0; j < T::group; ++j) pack.at[j] = to_storage<Storage>(dq_[i][T::group * g + j]);
+    return pack;
+  }
+
+  C dq_[T::rows][T::columns] = {};
+};
 
 }  // namespace unrolled_kernels::cuda

@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: the compiler's report on them, and what they compute when executed on the CPU."""
+"""The CUDA sources without a GPU: what they compute when executed on the CPU."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from native.build import CSRC, NATIVE, cached, compiled
+from native.build import CSRC, NATIVE, compiled
 from problems import assert_all_close
 
 EMULATION = NATIVE / "cuda_on_cpu"
@@ -45,26 +45,6 @@ def headers(family):
     """What the kernels of an op family may include, and may not: the headers of the other families."""
     found = [p for folder in (CSRC, CSRC / "common", CSRC / "cuda") for p in folder.glob("*.*h")]
     return [p for p in found if p.name.startswith(family) or not p.name.startswith(FAMILIES)]
-
-
-def kernel_resources(stem, architecture):
-    """``{kernel: (registers, stack bytes, spilled bytes)}`` of the float32 kernels, from the report of ptxas."""
-
-    def command(output):
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", FLOAT_ONLY, "-Xptxas=-v", "-Werror=all-warnings"]
-        return [NVCC, "-cubin", f"-arch=sm_{architecture}", *flags, str(source), "-o", str(output)]
-
-    source = CSRC / "cuda" / f"{stem}.cu"
-    _, report = cached(f"{stem}-sm{architecture}", command, [*headers(stem.split("_")[0]), source])
-    kernels = {}
-    for entry in re.split(r"Compiling entry function", report)[1:]:
-        name = re.search(r"'(\S+)'", entry)[1]
-        stack, stores, loads = map(
-            int,
-            re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups(),
-        )
-        kernels[name] = int(re.search(r"Used (\d+) registers", entry)[1]), stack, stores + loads
-    return kernels
 
 
 MODES = {

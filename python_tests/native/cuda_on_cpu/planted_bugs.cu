@@ -15,7 +15,7 @@ constexpr int threads = 64, d = 32;
 
 // out[b] = sum over i, j of Q[b, i, j] y[b, j], a warp for each sample, a block for two; d_total: its sum over the batch
 __global__ void sums_kernel(const float* Q, const float* y, float* out, float* total, int B) {
-  float* shared = reinterpret_cast<float*>(dynamic_shared_memory());  // [2, d] of y, [2, d] of row sums
+  float* shared = reinterpret_cast<float*>(dynamic_shared_memory());  // [2, d] of y, of row sums, then [2, 2, d]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int sample = blockIdx.x * 2 + warp;
   const bool exists = sample < B;
@@ -43,7 +43,7 @@ __global__ void sums_kernel(const float* Q, const float* y, float* out, float* t
   float sum = 0;
   for (int j = 0; j < d; ++j) sum += Q[(source * d + lane) * d + j] * row[j];
 #if BUG == 6  // shared memory beyond what the launch asked for
-  float* sums = shared + 2 * d + warp * d + 1;
+  float* sums = shared + 7 * d + warp * d + 1;
 #else
   float* sums = shared + 2 * d + warp * d;
 #endif
@@ -76,6 +76,27 @@ __global__ void sums_kernel(const float* Q, const float* y, float* out, float* t
 #endif
     other += __shfl_xor_sync(all_lanes, other, mask);
   }
+  float passed = static_cast<float>(lane);
+  for (int turn = 0; turn < 2; ++turn) {
+#if BUG == 13  // an exchange goes through the buffer of the last one, with one barrier for each
+    float* buffer = shared + 4 * d + warp * d;
+#else
+    float* buffer = shared + 4 * d + (turn * 2 + warp) * d;
+#endif
+    buffer[lane] = passed;
+    __syncwarp();
+    passed = buffer[(lane + 1) % 32];
+  }
+  if (passed != static_cast<float>((lane + 2) % 32)) sum = -1;
+  // two sums of 1 + i over two lanes, of which the lane of position p keeps the p-th
+  const int position = lane % 2;
+#if BUG == 14  // values in their natural order where a halving takes them as exchanged
+  float parts[2] = {1, 2};
+#else
+  float parts[2] = {1.0f + position, 2.0f - position};
+#endif
+  reduce_scatter<2, 2, 1, 1>(parts, position);
+  if (parts[0] != 2.0f * (1 + position)) sum = -1;
   if (lane == 0 && exists) out[sample] = sum;
 #if BUG == 12  // both warps add to one place
   if (lane == 0 && exists) total[blockIdx.x] += sum;
@@ -95,7 +116,7 @@ int main() {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = 4 * d * sizeof(float);
+  config.dynamicSmemBytes = 8 * d * sizeof(float);
   const cudaError_t error = cudaLaunchKernelEx(&config, sums_kernel, Q, y, out, total, B);
   if (error != cudaSuccess) {
     printf("%s\n", cudaGetErrorString(error));
