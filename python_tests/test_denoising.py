@@ -22,7 +22,7 @@ from PIL import Image
 
 import unrolled_kernels as uk
 from unrolled_kernels.experiments import checkpoint, cli
-from unrolled_kernels.experiments.denoising import data, evaluation, images, measurements, train
+from unrolled_kernels.experiments.denoising import data, evaluation, images, measurements, report, train
 from unrolled_kernels.experiments.denoising.grid import PRESETS, Grid, Training, Trial
 from unrolled_kernels.experiments.denoising.model import CASES, DnCNN, StepSize, energy_layer, make_model
 from unrolled_kernels.experiments.denoising.weights import to_tensors
@@ -99,6 +99,45 @@ def test_split_noise_and_crops_are_functions_of_the_seed(task):
     assert not torch.equal(noisy, task.pairs(test_index, 4)[1])
     # the noise of an image does not depend on which others are asked for
     assert torch.equal(noisy[5], task.pairs(test_index[5:6], 3)[1][0])
+
+
+def test_folds_share_images_and_noise_and_leave_a_fixed_denoiser_no_gap(task):
+    splits = [task.split(seed) for seed in range(4, 8)]
+    assert torch.equal(torch.cat([train for train, _ in splits]).sort().values, torch.arange(24))
+    gaps = []
+    for seed, (train_index, test_index) in zip(range(4, 8), splits, strict=True):
+        assert torch.equal(torch.cat([train_index, test_index]).sort().values, torch.arange(24))
+        losses = [evaluation.squared_error(*task.pairs(index, seed)) for index in (train_index, test_index)]
+        gaps.append(losses[1] - losses[0])
+    assert max(map(abs, gaps)) > 1e-5
+    assert sum(gaps) == pytest.approx(0, abs=1e-8)
+
+
+def test_gaps_are_compared_fold_by_fold():
+    rows = [
+        {"case": case, "algorithm": algorithm, "num_steps": 3, "seed": seed, "gap": base + shift * (algorithm == "nag")}
+        for case, shift in (("under", 1e-4), ("over", 0.0))
+        for algorithm in ("gd", "nag")
+        for seed, base in enumerate((-5e-3, 4e-3, 2e-3, 1e-3))
+    ]
+    # differences that are all the same tell the algorithms apart whatever the folds do to both
+    rows[-1]["gap"] += 1e-6
+    table_ = report.gaps_table(pd.DataFrame(rows)).splitlines()
+    assert re.fullmatch(r"\| under \| 3 \|.* -1.0e-04 ± .* \| GD smaller \|", table_[2])
+    assert table_[3].endswith("| undecided |")
+    mean, half = report.interval(pd.Series([1.0, 2.0, 3.0, 6.0]))
+    # 3.182 is Student's t at 97.5 % with three degrees of freedom
+    assert (mean, half) == (3.0, pytest.approx(3.1824 * math.sqrt(14 / 3 / 4), rel=1e-4))
+    assert report.interval(pd.Series([1.0])) == (1.0, math.inf)
+    assert report.folds_sentence([0, 1, 2, 3]).startswith("Cross-fitted: 4 folds, 1 times")
+    assert report.folds_sentence([0, 1]).startswith("Not cross-fitted: 2 of 4 folds")
+
+
+def test_report_says_which_layers_are_behind_the_classical_methods():
+    methods = {"noisy": (17, 0), "non-local means": (24, 0), "total variation": (24.7, 0), "plain DnCNN": (24, 0)}
+    assert report.shortfall_sentence(methods | {"over, GD, k = 12": (25, 0)}) == ""
+    text = report.shortfall_sentence(methods | {"over, GD, k = 12": (25, 0), "under, GD, k = 12": (19, 0)})
+    assert text == "Not trained long enough to pass total variation (24.70 dB): under, GD, k = 12. Give more --epochs."
 
 
 @pytest.mark.parametrize("noise", ["fixed", "fresh"])

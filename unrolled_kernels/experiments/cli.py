@@ -51,7 +51,7 @@ def _import_if_there(name):
         # a dependency that is missing inside an experiment is another matter
         if error.name is not None and name.startswith(error.name):
             return None
-        if error.name in ("matplotlib", "pandas", "pyarrow", "safetensors", "skimage", "torchmetrics", "tqdm"):
+        if error.name in ("matplotlib", "pandas", "pyarrow", "safetensors", "scipy", "skimage", "torchmetrics", "tqdm"):
             raise SystemExit(
                 f"unrolled-kernels needs {error.name}; get it with `pip install 'unrolled-kernels[experiments]'`"
             ) from None

@@ -149,7 +149,12 @@ def _finish(arguments, setup, settings, directory, device):
         )
     sections = {}
     if not arguments.no_baselines:
-        sections["Methods on the same images"] = report.methods_table(_methods(finite, directory, task, arguments.seed))
+        methods = _methods(finite, directory, task, arguments.seed)
+        body = [report.methods_table(methods), report.shortfall_sentence(methods)]
+        sections["Methods on the same images"] = "\n\n".join(filter(None, body))
+    seeds = sorted(finite.loc[finite["case"] != PLAIN, "seed"].unique())
+    if seeds:
+        sections["Gaps"] = "\n\n".join([report.folds_sentence(seeds), report.gaps_table(finite)])
     if not arguments.no_speed:
         sections["Speed"] = "\n\n".join(
             [

@@ -1,7 +1,14 @@
 """``report.md`` and the tables on the screen: what was trained and what came out."""
 
+import math
+
+from scipy.stats import t as student
+
 from unrolled_kernels.experiments import report
+from unrolled_kernels.experiments.denoising.data import FOLDS
 from unrolled_kernels.experiments.denoising.model import CASES, PLAIN
+
+CLASSICAL = "non-local means", "total variation"
 
 
 def results_table(results):
@@ -19,6 +26,62 @@ def results_table(results):
         lines.append([case, algorithm.upper(), num_steps or "", rows["parameters"].iloc[0], *cells])
     head = "case", "algorithm", "k", "parameters", "train MSE", "test MSE", "gap", "PSNR, dB", "SSIM", "diverged"
     return report.table(head, lines, left=2)
+
+
+def gaps_table(results):
+    """The gaps of GD and NAG, and their difference on the same fold, with 95 % intervals: a Markdown table.
+
+    Student's t over the seeds; folds of one round share images, which the interval does not know of.
+    """
+    lines = []
+    hybrid = results[results["case"] != PLAIN]
+    for case in (case for case in CASES if case in set(hybrid["case"])):
+        gaps = hybrid[hybrid["case"] == case].pivot(index="seed", columns=["algorithm", "num_steps"], values="gap")
+        for num_steps in sorted({steps for _, steps in gaps}):
+            columns = [gaps.get((algorithm, num_steps)) for algorithm in ("gd", "nag")]
+            if any(column is None for column in columns):
+                continue
+            intervals = [interval(values.dropna()) for values in (*columns, columns[0] - columns[1])]
+            mean, half = intervals[-1]
+            verdict = "undecided" if not abs(mean) > half else f"{'NAG' if mean > 0 else 'GD'} smaller"
+            lines.append([case, num_steps, *(f"{m:.1e} ± {h:.1e}" for m, h in intervals), verdict])
+    return report.table(("case", "k", "gap of GD", "gap of NAG", "GD − NAG, paired", "verdict"), lines, left=1)
+
+
+def interval(values):
+    """Mean of values and half the width of its 95 % interval, infinite for one value."""
+    n = len(values)
+    if n < 2:
+        return values.mean(), math.inf
+    return values.mean(), student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+
+
+def folds_sentence(seeds):
+    """What these seeds are as folds."""
+    rounds = {seed // FOLDS for seed in seeds}
+    if len(seeds) == FOLDS * len(rounds):
+        return f"Cross-fitted: {FOLDS} folds, {len(rounds)} times; a denoiser that is not trained has a gap of zero."
+    return (
+        f"Not cross-fitted: {len(seeds)} of {FOLDS * len(rounds)} folds; the images' own difference is part of gaps. "
+        f"Give --seeds {FOLDS * len(rounds)} and a --seed that is a multiple of {FOLDS}."
+    )
+
+
+def shortfall_sentence(methods):
+    """Which layers did not train long enough to pass every classical method; empty if none.
+
+    Args:
+        methods: as in ``methods_table``.
+    """
+    classical = {name: methods[name][0] for name in CLASSICAL if name in methods}
+    layers = {name: value[0] for name, value in methods.items() if name not in (*CLASSICAL, "noisy", "plain DnCNN")}
+    best = max(classical, key=classical.get, default=None)
+    behind = [name for name, psnr in layers.items() if best is not None and psnr <= classical[best]]
+    if not behind:
+        return ""
+    return (
+        f"Not trained long enough to pass {best} ({classical[best]:.2f} dB): {'; '.join(behind)}. Give more --epochs."
+    )
 
 
 def methods_table(methods):
