@@ -21,58 +21,58 @@ namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
 namespace {
 
-// Q of one tile: apply(x) = Q x and apply_transposed(x) = Q'x, as something whose [n] is vector n.
+// Q of one tile: multiply(Q, x, backwards, end) and multiply_transposed hand every vector of Q x, Q'x to end(n, vector).
 
-template <typename C>
-struct StoredImage {
-  const C* p;
-  UNROLLED_KERNELS_INLINE Vector<C> operator[](int64_t n) const { return load(p + n * lanes<C>); }
-};
-
-template <typename M, typename X, typename C>
-UNROLLED_KERNELS_INLINE StoredImage<C> apply(const BlockedMatrix<M, X, C>& Q, const C* x, bool backwards) {
-  product<M, X>(Q.forward, Q.vectors, x, Q.d, backwards, Q.image);
-  return {Q.image};
+template <int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void multiply(const TileView<E, M, C>& Q, const C* x, bool backwards, const End& end) {
+  row_products(Q, x, backwards, end);
 }
-template <typename M, typename X, typename C>
-UNROLLED_KERNELS_INLINE StoredImage<C> apply_transposed(const BlockedMatrix<M, X, C>& Q, const C* x, bool backwards) {
-  product<M, X>(Q.adjoint, Q.vectors, x, Q.d, backwards, Q.image);
-  return {Q.image};
+template <int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void multiply_transposed(const TileView<E, M, C>& Q, const C* x, bool backwards,
+                                                 const End& end) {
+  column_products(Q, x, backwards, end);
 }
 
-// samples in lanes, d known to the compiler: the image stays in registers
+// samples in lanes, d known to the compiler: the product stays in registers
 template <int d, typename C>
 struct StaticMatrix {
   const C* data;  // [d, d] vectors
 
-  struct Image {
-    Vector<C> v[d];
-    UNROLLED_KERNELS_INLINE Vector<C> operator[](int64_t n) const { return v[n]; }
-  };
   static constexpr int64_t size() { return d; }
-  UNROLLED_KERNELS_INLINE Image multiply(const C* x, int64_t row, int64_t column) const {
-    Image image;
-    Vector<C> xj = load(x);
+  template <typename End>
+  UNROLLED_KERNELS_INLINE void multiply(const C* x, int64_t row, int64_t column, const End& end) const {
+    Vector<C> sum[d], xj = load(x);
 #pragma GCC unroll 8
-    for (int i = 0; i < d; ++i) image.v[i] = load(data + i * row) * xj;
+    for (int i = 0; i < d; ++i) sum[i] = load(data + i * row) * xj;
 #pragma GCC unroll 8
     for (int j = 1; j < d; ++j) {
       xj = load(x + j * lanes<C>);
 #pragma GCC unroll 8
-      for (int i = 0; i < d; ++i) image.v[i] += load(data + i * row + j * column) * xj;
+      for (int i = 0; i < d; ++i) sum[i] += load(data + i * row + j * column) * xj;
     }
-    return image;
+#pragma GCC unroll 8
+    for (int i = 0; i < d; ++i) end(i, sum[i]);
   }
 };
 
-template <int d, typename C>
-UNROLLED_KERNELS_INLINE auto apply(const StaticMatrix<d, C>& Q, const C* x, bool) {
-  return Q.multiply(x, d * lanes<C>, lanes<C>);
+template <int d, typename C, typename End>
+UNROLLED_KERNELS_INLINE void multiply(const StaticMatrix<d, C>& Q, const C* x, bool, const End& end) {
+  Q.multiply(x, d * lanes<C>, lanes<C>, end);
 }
-template <int d, typename C>
-UNROLLED_KERNELS_INLINE auto apply_transposed(const StaticMatrix<d, C>& Q, const C* x, bool) {
-  return Q.multiply(x, lanes<C>, d * lanes<C>);
+template <int d, typename C, typename End>
+UNROLLED_KERNELS_INLINE void multiply_transposed(const StaticMatrix<d, C>& Q, const C* x, bool, const End& end) {
+  Q.multiply(x, lanes<C>, d * lanes<C>, end);
 }
+
+// The states of one step after another: every one kept, two in turns, or one that is overwritten.
+template <typename C>
+struct States {
+  C* data = nullptr;
+  int64_t row = 0, mask = 0;  // elements of a state; state t is row t & mask
+
+  UNROLLED_KERNELS_INLINE C* at(int64_t t) const { return data + (t & mask) * row; }
+};
+constexpr int64_t keep_all = -1, keep_two = 1, keep_one = 0;
 
 // The states of one tile; a row is `size` vectors. m_t = y_t - y_{t-1} is carried along with y_t:
 //
@@ -84,10 +84,9 @@ UNROLLED_KERNELS_INLINE auto apply_transposed(const StaticMatrix<d, C>& Q, const
 template <typename C>
 struct Trace {
   const C* b;
-  C *y, *m, *z;                    // z is y without momentum, m is unused
-  int64_t y_step, m_step, z_step;  // elements from step to step, 0 where only the last state is kept
-  C* s;                            // rows 0 ... k: grad y_t, then s_t; phi_t s_{t+1} once step t is done, if per_step
-  C* ybar;                         // one row
+  States<C> y, m, z;  // z is y without momentum, m is unused
+  C* s;               // rows 0 ... k: grad y_t, then s_t; phi_t s_{t+1} once step t is done, if per_step
+  C* ybar;            // one row
   bool y0_is_zero, trajectory;
   ScheduleView<C> schedule;
   ScheduleSums<C> sums;
@@ -98,33 +97,28 @@ template <bool momentum, typename Matrix, typename C>
 UNROLLED_KERNELS_NOINLINE void replay(const Trace<C>* traces, const Matrix* matrices, int groups, int64_t k,
                                       int64_t products) {
   constexpr int64_t W = lanes<C>;
-  const int64_t n_vectors = matrices[0].size();
   for (int64_t t = 0; t < products; ++t) {
     for (int g = 0; g < groups; ++g) {
       const Trace<C> s = traces[g];
       const auto c = s.schedule.template at<momentum>(t);
       const Vector<C> gamma_next = momentum ? s.schedule.template at<momentum>(min(t + 1, k - 1)).gamma : Vector<C>{};
-      const C *y = s.y + t * s.y_step, *m = s.m + t * s.m_step;
-      C *y_next = s.y + (t + 1) * s.y_step, *m_next = s.m + (t + 1) * s.m_step, *z_next = s.z + (t + 1) * s.z_step;
-      const auto update = [&](const auto& Qz) {
-#pragma GCC unroll 8
-        for (int64_t n = 0; n < n_vectors; ++n) {
-          const Vector<C> step = c.phi * (Qz(n) + load(s.b + n * W));
-          if constexpr (momentum) {
-            const Vector<C> moved = c.beta * load(m + n * W) - step, to = load(y + n * W) + moved;
-            store(m_next + n * W, moved);
-            store(y_next + n * W, to);
-            store(z_next + n * W, to + gamma_next * moved);
-          } else {
-            store(y_next + n * W, load(y + n * W) - step);
-          }
+      const C *b = s.b, *y = s.y.at(t), *m = s.m.at(t), *z = s.z.at(t);
+      C *y_next = s.y.at(t + 1), *m_next = s.m.at(t + 1), *z_next = s.z.at(t + 1);
+      const auto step = [=](int64_t n, Vector<C> Qz) {
+        const Vector<C> step = c.phi * (Qz + load(b + n * W));
+        if constexpr (momentum) {
+          const Vector<C> moved = c.beta * load(m + n * W) - step, to = load(y + n * W) + moved;
+          store(m_next + n * W, moved);
+          store(y_next + n * W, to);
+          store(z_next + n * W, to + gamma_next * moved);
+        } else {
+          store(y_next + n * W, load(y + n * W) - step);
         }
       };
       if (t == 0 && s.y0_is_zero) {
-        update([](int64_t) { return Vector<C>{}; });
+        for (int64_t n = 0; n < matrices[g].size(); ++n) step(n, Vector<C>{});
       } else {
-        const auto image = apply(matrices[g], static_cast<const C*>(s.z + t * s.z_step), t % 2 != 0);
-        update([&](int64_t n) { return image[n]; });
+        multiply(matrices[g], z, t % 2 != 0, step);
       }
     }
   }
@@ -133,21 +127,20 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C>* traces, const Matrix* matr
 template <bool momentum, bool per_step, typename Matrix, typename C>
 UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C>* traces, const Matrix* matrices, int groups, int64_t k) {
   constexpr int64_t W = lanes<C>;
-  const int64_t n_vectors = matrices[0].size(), row = n_vectors * W;
+  const int64_t row = matrices[0].size() * W;
   for (int64_t t = k - 1; t >= 0; --t) {
     for (int g = 0; g < groups; ++g) {
       const Trace<C> trace = traces[g];
       auto c = trace.schedule.template at<momentum>(t);
       if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
-      C *s = trace.s + (t + 1) * row, *s_t = trace.s + t * row, *ybar = trace.ybar;
-      const C *m = trace.m + t * trace.m_step, *z = trace.z + t * trace.z_step;
-      const auto w = apply_transposed(matrices[g], static_cast<const C*>(s), t % 2 != 0);
+      const C *s = trace.s + (t + 1) * row, *b = trace.b, *m = trace.m.at(t), *z = trace.z.at(t);
+      C *s_t = trace.s + t * row, *ybar = trace.ybar;
+      const bool trajectory = trace.trajectory;
       Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
-#pragma GCC unroll 8
-      for (int64_t n = 0; n < n_vectors; ++n) {
-        const Vector<C> sn = load(s + n * W), wn = w[n], v = c.phi * wn;
+      multiply_transposed(matrices[g], s, t % 2 != 0, [&](int64_t n, Vector<C> w) {
+        const Vector<C> sn = load(s + n * W), v = c.phi * w;
         Vector<C> to = (momentum ? load(ybar + n * W) : sn) - v;
-        if (trace.trajectory) to += load(s_t + n * W);
+        if (trajectory) to += load(s_t + n * W);
         if constexpr (momentum) {
           const Vector<C> mn = load(m + n * W);
           beta_sum += sn * mn;
@@ -156,10 +149,10 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C>* traces, const Matrix* mat
           to += c.beta * sn - c.gamma * v;
         }
         store(s_t + n * W, to);
-        if constexpr (per_step) {
-          phi_sum += wn * load(z + n * W) + sn * load(trace.b + n * W);
-          store(s + n * W, c.phi * sn);
-        }
+        if constexpr (per_step) phi_sum += w * load(z + n * W) + sn * load(b + n * W);
+      });
+      if constexpr (per_step) {
+        for (int64_t n = 0; n < row; n += W) store(trace.s + (t + 1) * row + n, c.phi * load(s + n));
       }
       if (trace.sums.phi) {
         if constexpr (per_step) trace.sums.add_phi(t, -phi_sum);
@@ -182,19 +175,18 @@ class DenseTile {
       : p_(p),
         tile_{p.B, p.d, 0, 0},
         row_(tile_.size() * W),
-        y_step_(p.trajectory && !backward ? row_ : 0),
-        z_step_(backward ? row_ : 0),
         schedule_(arena, p.phi, p.beta, p.gamma, steps),
         gradient_(arena, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
-        Q_(arena, p, tile_.size(), true),
+        Q_(arena, p, tile_.size()),
         b_(arena.take<C>(row_)),
-        z_(arena.take<C>((z_step_ ? p.k + 1 : 1) * row_)),
-        y_(p.beta.data || y_step_ ? arena.take<C>((y_step_ ? p.k + 1 : 1) * row_) : z_),
-        m_(p.beta.data ? arena.take<C>((z_step_ ? p.k + 1 : 1) * row_) : nullptr),
+        // a step reads all of z_t before the last of z_{t+1} is there; y_t and m_t are overwritten as they are read
+        z_(states(arena, backward || (p.trajectory && !p.beta.data) ? keep_all : keep_two)),
+        y_(!p.beta.data ? z_ : states(arena, p.trajectory && !backward ? keep_all : keep_one)),
+        m_(!p.beta.data ? States<C>{} : states(arena, backward ? keep_all : keep_one)),
         s_(backward ? arena.take<C>((p.k + 1) * row_) : nullptr),
         ybar_(backward ? arena.take<C>(row_) : nullptr),
         db_(backward ? arena.take<C>(row_) : nullptr),
-        dQ_(backward ? arena.take<C>(p.d * row_) : nullptr) {}
+        dQ_(backward ? arena.take<C>(Q_.image_size()) : nullptr) {}
 
   UNROLLED_KERNELS_NOINLINE void stage(int64_t index, bool first_of_chunk) {
     tile_.first = index * tile_.samples;
@@ -203,46 +195,30 @@ class DenseTile {
     Q_.stage(tile_, first_of_chunk);
     tile_.load_state(p_.b, p_.b_stride, b_);
     if (p_.y0) {
-      tile_.load_state(p_.y0, p_.y0_stride, y_);
+      tile_.load_state(p_.y0, p_.y0_stride, y_.data);
     } else {
-      fill_zero(y_, row_);
+      fill_zero(y_.data, row_);
     }
-    if (z_ != y_) copy_vectors(y_, row_, z_);
-    if (m_) fill_zero(m_, row_);
+    if (!p_.beta.data) return;
+    copy_vectors(y_.data, row_, z_.data);
+    fill_zero(m_.data, row_);
   }
 
   const TileMatrix<Storage, Layout, Operand>& Q() const { return Q_; }
 
   Trace<C> trace() const {
-    const bool y0_is_zero = p_.y0 == nullptr;
-    if (p_.beta.data) {
-      return {b_,
-              y_,
-              m_,
-              z_,
-              y_step_,
-              z_step_,
-              z_step_,
-              s_,
-              ybar_,
-              y0_is_zero,
-              p_.trajectory,
-              schedule_.view(),
-              gradient_.sums()};
-    }
-    const int64_t step = max(y_step_, z_step_);
-    return {
-        b_, y_, nullptr, y_, step, 0, step, s_, ybar_, y0_is_zero, p_.trajectory, schedule_.view(), gradient_.sums()};
+    return {b_, y_, m_, z_, s_, ybar_, p_.y0 == nullptr, p_.trajectory, schedule_.view(), gradient_.sums()};
   }
 
   void store_forward(Storage* y) const {
-    if (!p_.trajectory) return tile_.store_state(y_, y);
-    for (int64_t t = 0; t <= p_.k; ++t) tile_.store_state(y_ + t * row_, y + t * p_.B * p_.d);
+    for (int64_t t = p_.trajectory ? 0 : p_.k; t <= p_.k; ++t) {
+      tile_.store_state(y_.at(t), p_.trajectory ? y + t * p_.B * p_.d : y);
+    }
   }
 
   UNROLLED_KERNELS_NOINLINE void stage_cotangents(const MomentumBackward<Storage>& p, bool first_of_chunk) {
     if (gradient_.wanted()) gradient_.begin_tile(first_of_chunk);
-    if (first_of_chunk && shares_matrix(p) && p.d_matrix) fill_zero(dQ_, p.d * row_);
+    if (first_of_chunk && shares_matrix(p) && p.d_matrix) fill_zero(dQ_, Q_.image_size());
     for (int64_t t = p.trajectory ? 0 : p.k; t <= p.k; ++t) {
       tile_.load_state(p.grad_y + (p.trajectory ? t * p.B * p.d : 0), p.d, s_ + t * row_);
     }
@@ -269,7 +245,7 @@ class DenseTile {
     if (p.db) tile_.store_state(db_, p.db);
     if (p.d_matrix) {
       const int64_t first = p.y0 || p.k == 0 ? 0 : 1;  // z_0 = y_0 may be zero
-      phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_ + first * row_, p.k - first, scale,
+      phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_.at(first), p.k - first, scale,
                           !per_step && gradient_.wanted(), dQ_);
     }
     if (gradient_.wanted()) {
@@ -285,13 +261,20 @@ class DenseTile {
   }
 
  private:
+  States<C> states(Arena& arena, int64_t mask) const {
+    const int64_t rows = mask == keep_all ? p_.k + 1 : mask + 1;
+    return {arena.take<C>(rows * row_), row_, mask};
+  }
+
   const MomentumInputs<Storage>& p_;
   Layout<C> tile_;
-  int64_t row_, y_step_, z_step_;  // elements of a state; from state to state of y, and of z and m
+  int64_t row_;  // elements of a state
   Schedule<C> schedule_;
   ScheduleGradient<C> gradient_;
   TileMatrix<Storage, Layout, Operand> Q_;
-  C *b_, *z_, *y_, *m_, *s_, *ybar_, *db_, *dQ_;
+  C* b_;
+  States<C> z_, y_, m_;
+  C *s_, *ybar_, *db_, *dQ_;
 };
 
 // Tiles that take turns in every step: with few rows one tile alone would wait for its own results.
@@ -319,12 +302,12 @@ void with_matrices(const Tile* const* tiles, int groups, int64_t d, bool static_
   if (static_d && d <= 8) {
     with_static_d<C>(d, [&](auto size) {
       StaticMatrix<decltype(size)::value, C> matrices[max_groups];
-      for (int g = 0; g < groups; ++g) matrices[g] = {tiles[g]->Q().data()};
+      for (int g = 0; g < groups; ++g) matrices[g] = {tiles[g]->Q().view().data};
       f(matrices);
     });
   } else {
-    typename std::remove_reference_t<decltype(tiles[0]->Q())>::Blocked matrices[max_groups];
-    for (int g = 0; g < groups; ++g) matrices[g] = tiles[g]->Q().blocked();
+    typename std::remove_reference_t<decltype(tiles[0]->Q())>::View matrices[max_groups];
+    for (int g = 0; g < groups; ++g) matrices[g] = tiles[g]->Q().view();
     f(matrices);
   }
 }
@@ -336,10 +319,10 @@ class DenseTiles {
   using Storage = Storage_;
   using C = compute_type<Storage>;
   using Tile = DenseTile<Storage, Layout, Operand>;
-  // the matrices of a tile, [d, d] vectors, fit 32 KiB
-  static constexpr int64_t max_d = vector_bytes == 16 ? 45 : vector_bytes == 32 ? 32 : 22;
-  static constexpr bool samples_in_lanes = std::is_same_v<Layout<C>, SampleLanes<C>>;
-  static constexpr bool static_d = samples_in_lanes && std::is_same_v<Operand<C>, VectorOperand<C>>;
+  static constexpr int64_t samples = Layout<C>::samples;
+  // the matrices of a tile, [d, d] vectors of E lanes a sample, fit 16 KiB
+  static constexpr int64_t max_d = samples == 1 ? INT64_MAX : Layout<C>::E == 1 ? 16 : 45;
+  static constexpr bool static_d = Layout<C>::E == 1 && std::is_same_v<Operand<C>, VectorOperand<C>>;
 
   DenseTiles(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward, int64_t steps)
       : groups_(groups_for(p.d)),

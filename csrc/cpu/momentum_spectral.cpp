@@ -29,9 +29,9 @@ class SpectralTiles {
  public:
   using Storage = Storage_;
   using C = compute_type<Storage>;
+  static constexpr int64_t samples = Layout<C>::samples;
   // beyond, transposing R to lanes costs more than the two products with it
-  static constexpr int64_t max_d = 16;
-  static constexpr bool samples_in_lanes = std::is_same_v<Layout<C>, SampleLanes<C>>;
+  static constexpr int64_t max_d = samples == 1 ? INT64_MAX : Layout<C>::E == 1 ? 16 : 45;
 
   SpectralTiles(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward,
                 int64_t steps)
@@ -42,7 +42,7 @@ class SpectralTiles {
         states_(p.trajectory ? p.k + 1 : 1),
         schedule_(arena_, p.phi, p.beta, p.gamma, steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
-        R_(arena_, p, tile_.size(), false) {
+        R_(arena_, p, tile_.size()) {
     for (C** x : {&lambda_, &bh_, &y0h_, &state_}) *x = arena_.template take<C>(row_);
     yh_ = arena_.template take<C>(states_ * row_);
     if (!backward) return;
@@ -52,7 +52,7 @@ class SpectralTiles {
     right_ = arena_.template take<C>((states_ + 2) * row_);
     grad_h_ = arena_.template take<C>(states_ * row_);
     trace_ = arena_.template take<C>(2 * p.k * vectors_at_once * W);
-    d_matrix_ = arena_.template take<C>(p.d * row_);
+    d_matrix_ = arena_.template take<C>(R_.image_size());
   }
 
   size_t scratch_bytes() const { return arena_.used(); }
@@ -79,7 +79,7 @@ class SpectralTiles {
   }
 
   void backward(const MomentumBackward<Storage>& p, const MomentumChunk<C>& chunk) {
-    if (shares_matrix(p) && p.d_matrix) fill_zero(d_matrix_, p.d * row_);
+    if (shares_matrix(p) && p.d_matrix) fill_zero(d_matrix_, R_.image_size());
     C *b = left_, *y0 = left_ + row_, *grad = left_ + 2 * row_, *yh = right_ + 2 * row_;
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
       load_tile(i, i == chunk.begin);

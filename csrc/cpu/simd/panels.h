@@ -27,24 +27,6 @@ struct Panel {
   operator Panel<const T>() const { return {data, plane}; }
 };
 
-// Calls f(begin, size) for blocks of at most `limit` whose sizes differ by one at most, `size` a constant.
-template <int n, typename F>
-UNROLLED_KERNELS_INLINE void with_constant(int64_t size, const F& f) {
-  if constexpr (n > 1) {
-    if (size < n) return with_constant<n - 1>(size, f);
-  }
-  f(std::integral_constant<int, n>());
-}
-template <int limit, typename F>
-UNROLLED_KERNELS_INLINE void for_constant_blocks(int64_t n, const F& f) {
-  const int64_t blocks = ceil_div(n, limit);
-  for (int64_t b = 0, begin = 0; b < blocks; ++b) {
-    const int64_t size = (n - begin) / (blocks - b);
-    with_constant<limit>(size, [&](auto constant) { f(begin, constant); });
-    begin += size;
-  }
-}
-
 // Element (r, j) at data + r + j step: the rows of a block are neighbours.
 template <typename C>
 struct SharedMatrix {
@@ -218,7 +200,7 @@ UNROLLED_KERNELS_NOINLINE void row_outer_sums(const RowOuterOperands<C>& o, int6
   });
 }
 
-// out[i] = the sum of the lanes of vector i, both padded to whole groups of W: transposed, then added as a tree
+// out[i] = the sum of the lanes of vector i, both padded to whole groups of W
 template <typename C>
 UNROLLED_KERNELS_NOINLINE void sum_lanes_of(const C* vectors, int64_t n, C* out) {
   constexpr int W = lanes<C>;
@@ -226,13 +208,7 @@ UNROLLED_KERNELS_NOINLINE void sum_lanes_of(const C* vectors, int64_t n, C* out)
     Vector<C> r[W];
 #pragma GCC unroll 16
     for (int l = 0; l < W; ++l) r[l] = load(vectors + (i + l) * W);
-    transpose<C>(r);
-#pragma GCC unroll 4
-    for (int half_width = W / 2; half_width > 0; half_width /= 2) {
-#pragma GCC unroll 8
-      for (int l = 0; l < half_width; ++l) r[l] += r[l + half_width];
-    }
-    store(out + i, r[0]);
+    store(out + i, sum_groups<W, C>(r));
   }
 }
 

@@ -1,13 +1,12 @@
-// The two products that the matrix structures are made of, blocked so that every accumulator stays in a register:
+// Products of a matrix of each sample with its states, blocked so that every accumulator stays in a register. Lanes
+// come in groups of E (lanes.h): a state is n vectors, vector g its elements gE ... gE+E-1, each lane group one sample;
+// a matrix is n E rows of n vectors. Elements and rows behind d are zero.
 //
-//     product          out[r] = sum_j M[r, j] x[j]              M [rows, count]
-//     outer_products   out[i, j] (+)= scale sum_t A[t, i] Z[t, j],  returns sum_ij M[i, j] sum_t A[t, i] Z[t, j]
+//     row_products      (M x)_g, E dot products a group      one load of M for a multiply-add, and a sum over lanes
+//     column_products   (M'x)_g, rows of M scaled by x_i     one load of M for a multiply-add
+//     outer_products    out[i, j] (+)= scale sum_t a_t[i] z_t[j],  returns sum_ij M[i, j] sum_t a_t[i] z_t[j]
 //
-// An operand is a Vector, loaded as it is, or a Scalar, broadcast to all lanes:
-//
-//     SampleLanes, own matrix     M Vector   x Vector    A Vector   Z Vector
-//     SampleLanes, shared matrix  M Scalar   x Vector    A Vector   Z Vector
-//     RowLanes                    M Vector   x Scalar    A Scalar   Z Vector
+// The first two hand each vector of the result to end(g, vector) as soon as it is there.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -15,6 +14,7 @@
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
 
+// How an entry of the matrix becomes a vector: loaded, or one number for all samples, broadcast.
 template <typename C>
 struct VectorOperand {
   static constexpr int64_t width = lanes<C>;
@@ -26,156 +26,134 @@ struct ScalarOperand {
   static UNROLLED_KERNELS_INLINE Vector<C> at(const C* p) { return broadcast(*p); }
 };
 
-// cuts n into blocks of at most `limit` whose sizes differ by one at most, and calls f(begin, size)
-template <typename F>
-UNROLLED_KERNELS_INLINE void for_balanced_blocks(int64_t n, int64_t limit, F f) {
-  const int64_t blocks = ceil_div(n, limit);
-  for (int64_t b = 0, begin = 0; b < blocks; ++b) {
-    const int64_t size = (n - begin) / (blocks - b);
-    f(begin, size);
-    begin += size;
-  }
+// Element first + e of a state in every lane of its group, e < 4; first is a multiple of E where E < W.
+template <int E, typename C>
+UNROLLED_KERNELS_INLINE Vector<C> element(const C* x, int64_t first, int e) {
+  if constexpr (E == 1) return load(x + (first + e) * lanes<C>);
+  if constexpr (E == lanes<C>) return broadcast(x[first + e]);
+  return broadcast_in_groups<E, C>(load(x + first / E * lanes<C>), e);
 }
+// how many elements are taken at a time
+template <int E>
+constexpr int elements_at_once = E == 1 || E > 4 ? 4 : E;
 
-// R rows, `chains` partial sums each: with few rows several columns have to be in flight to cover the latency of an
-// FMA.
-template <typename M, typename X, int R, int chains, typename C>
-UNROLLED_KERNELS_INLINE void product_block(const C* m, int64_t row, int64_t column, const C* x, int64_t x_step,
-                                           int64_t count, Vector<C> (&sum)[R]) {
-  Vector<C> partial[chains][R] = {};
-  int64_t j = 0;
-  for (; j + chains <= count; j += chains) {
-#pragma GCC unroll 8
-    for (int c = 0; c < chains; ++c) {
-      const Vector<C> xj = X::at(x + (j + c) * x_step);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) partial[c][r] += M::at(m + r * row + (j + c) * column) * xj;
-    }
-  }
-  for (; j < count; ++j) {
-    const Vector<C> xj = X::at(x + j * x_step);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) partial[0][r] += M::at(m + r * row + j * column) * xj;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    sum[r] = partial[0][r];
-#pragma GCC unroll 8
-    for (int c = 1; c < chains; ++c) sum[r] += partial[c][r];
-  }
-}
-
-// A matrix seen from one side: element (r, j) at data + r row + j column.
-template <typename C>
-struct MatrixView {
+// A matrix of a tile: entry (i, j) is the operand at data + i row + j M::width.
+template <int E_, typename M_, typename C>
+struct TileView {
+  static constexpr int E = E_;
+  using M = M_;
   const C* data;
-  int64_t row, column;
+  int64_t row, groups;
+
+  UNROLLED_KERNELS_INLINE int64_t size() const { return groups; }
 };
 
-template <typename M, typename X, int R, typename C>
-inline void product_rows(const MatrixView<C>& m, int64_t begin, const C* x, int64_t x_step, int64_t count, C* out) {
-  constexpr int chains = R >= 5 ? 1 : R >= 3 ? 2 : 4;
-  Vector<C> sum[R];
-  product_block<M, X, R, chains, C>(m.data + begin * m.row, m.row, m.column, x, x_step, count, sum);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) store(out + (begin + r) * lanes<C>, sum[r]);
-}
-
-// `backwards`: from the last column to the first. A matrix larger than the first-level cache that is read in turns
-// finds the half that was read last still there.
-template <typename M, typename X, typename C>
-UNROLLED_KERNELS_NOINLINE void product(MatrixView<C> m, int64_t rows, const C* x, int64_t count, bool backwards,
-                                       C* out) {
-  int64_t x_step = X::width;
-  if (backwards) {
-    m.data += (count - 1) * m.column;
-    m.column = -m.column;
-    x += (count - 1) * x_step;
-    x_step = -x_step;
+template <int G, int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void row_block(const TileView<E, M, C>& m, int64_t group, const C* x, const End& end) {
+  constexpr int R = G * E;
+  Vector<C> sum[R] = {};
+  const C* rows = m.data + group * E * m.row;
+  for (int64_t j = 0; j < m.groups; ++j) {
+    const Vector<C> xj = load(x + j * lanes<C>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[r] += M::at(rows + r * m.row + j * M::width) * xj;
   }
-  for_balanced_blocks(rows, 8, [&](int64_t begin, int64_t size) {
-    switch (size) {
-      case 1: return product_rows<M, X, 1>(m, begin, x, x_step, count, out);
-      case 2: return product_rows<M, X, 2>(m, begin, x, x_step, count, out);
-      case 3: return product_rows<M, X, 3>(m, begin, x, x_step, count, out);
-      case 4: return product_rows<M, X, 4>(m, begin, x, x_step, count, out);
-      case 5: return product_rows<M, X, 5>(m, begin, x, x_step, count, out);
-      case 6: return product_rows<M, X, 6>(m, begin, x, x_step, count, out);
-      case 7: return product_rows<M, X, 7>(m, begin, x, x_step, count, out);
-      default: return product_rows<M, X, 8>(m, begin, x, x_step, count, out);
-    }
-  });
+#pragma GCC unroll 16
+  for (int g = 0; g < G; ++g) end(group + g, sum_groups<E, C>(sum + g * E));
 }
 
-// out = M x for rows in lanes, M [d, d] in rows of `row` elements that are padded with zeros, as is x [row]: dot
-// products, W at a time. Slower than `product` on the transpose, but without one.
-template <typename C>
-UNROLLED_KERNELS_NOINLINE void row_products(const C* m, int64_t row, int64_t d, const C* x, C* out) {
-  constexpr int W = lanes<C>;
-  for (int64_t i = 0; i < d; i += W) {
-    Vector<C> sum[W] = {};
-    if (i + W <= d) {
-      for (int64_t j = 0; j < row; j += W) {
-        const Vector<C> xj = load(x + j);
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) sum[r] += load(m + (i + r) * row + j) * xj;
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) {
-        for (int64_t j = 0; i + r < d && j < row; j += W) sum[r] += load(m + (i + r) * row + j) * load(x + j);
-      }
-    }
-    transpose<C>(sum);
+// `backwards`: from the last row to the first. A matrix larger than the first-level cache that is read in turns finds
+// what was read last still there.
+template <int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void row_products(const TileView<E, M, C>& m, const C* x, bool backwards, const End& end) {
+  constexpr int G = E >= 8 ? 1 : 8 / E;
+  if constexpr (G == 1) {
+    for (int64_t g = 0; g < m.groups; ++g) row_block<1>(m, backwards ? m.groups - 1 - g : g, x, end);
+  } else {
+    for_constant_blocks<G>(m.groups,
+                           [&](int64_t group, auto size) { row_block<decltype(size)::value>(m, group, x, end); });
+  }
+}
+
+// J columns, `chains` partial sums each: with few columns several rows have to be in flight to cover the latency of an
+// FMA.
+template <int J, int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void column_block(const TileView<E, M, C>& m, int64_t group, const C* x, bool backwards,
+                                          const End& end) {
+  constexpr int U = elements_at_once<E>, chains = J >= 5 ? 1 : J >= 3 ? min(U, 2) : U;
+  Vector<C> sum[chains][J] = {};
+  const C* column = m.data + group * M::width;
+  const int64_t count = m.groups * E, whole = count / U * U;
+  for (int64_t n = 0; n < whole; n += U) {
+    const int64_t i = backwards ? whole - U - n : n;
 #pragma GCC unroll 4
-    for (int half_width = W / 2; half_width > 0; half_width /= 2) {
+    for (int u = 0; u < U; ++u) {
+      const Vector<C> xi = element<E>(x, i, u);
 #pragma GCC unroll 8
-      for (int r = 0; r < half_width; ++r) sum[r] += sum[r + half_width];
+      for (int j = 0; j < J; ++j) sum[u % chains][j] += M::at(column + (i + u) * m.row + j * M::width) * xi;
     }
-    store(out + i, sum[0]);
+  }
+  if constexpr (E == 1) {
+    for (int64_t i = whole; i < count; ++i) {
+      const Vector<C> xi = element<E>(x, i, 0);
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) sum[0][j] += M::at(column + i * m.row + j * M::width) * xi;
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 4
+    for (int c = 1; c < chains; ++c) sum[0][j] += sum[c][j];
+    end(group + j, sum[0][j]);
   }
 }
 
-// Operands of outer_products: A[t, i] at a + t step + i A::width, Z[t, j] at z + t step + j W.
-template <typename C>
-struct OuterOperands {
+template <int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void column_products(const TileView<E, M, C>& m, const C* x, bool backwards, const End& end) {
+  for_constant_blocks<8>(
+      m.groups, [&](int64_t group, auto size) { column_block<decltype(size)::value>(m, group, x, backwards, end); });
+}
+
+// Operands of outer_products: a_t and z_t at a + t step and z + t step.
+template <int E, typename M, typename C>
+struct OuterProducts {
   const C *a, *z;
-  int64_t step, steps, columns;
+  int64_t step, steps;
   Vector<C> scale;
   bool accumulate;
-  C* out;      // [rows, columns] vectors
-  const C* m;  // [rows, columns] of the operand M; nullptr: the product with it is not wanted
+  C* out;               // [groups E, groups] vectors
+  TileView<E, M, C> m;  // data is nullptr: the product with it is not wanted
 };
 
-template <typename A, typename M, int I, int J, typename C>
-inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, Vector<C>& inner) {
+template <int I, int J, int E, typename M, typename C>
+UNROLLED_KERNELS_INLINE void outer_block(const OuterProducts<E, M, C>& o, int64_t i0, int64_t j0, Vector<C>& inner) {
   constexpr int W = lanes<C>;
-  const int64_t steps = o.steps, step = o.step, columns = o.columns, first = i0 * columns + j0;
+  const int64_t steps = o.steps, step = o.step, columns = o.m.groups;
   const Vector<C> scale = o.scale;
   Vector<C> sum[I][J] = {};
-  const C *a = o.a + i0 * A::width, *z = o.z + j0 * W;
+  const C *a = o.a, *z = o.z + j0 * W;
   for (int64_t t = 0; t < steps; ++t, a += step, z += step) {
     Vector<C> zj[J];
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) zj[j] = load(z + j * W);
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i) {
-      const Vector<C> ai = A::at(a + i * A::width);
+      const Vector<C> ai = element<E>(a, i0, i);
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) sum[i][j] += ai * zj[j];
     }
   }
-  if (o.m) {
-    const C* m = o.m + first * M::width;
+  if (o.m.data) {
+    const C* m = o.m.data + i0 * o.m.row + j0 * M::width;
     Vector<C> dot{};
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) dot += M::at(m + (i * columns + j) * M::width) * sum[i][j];
+      for (int j = 0; j < J; ++j) dot += M::at(m + i * o.m.row + j * M::width) * sum[i][j];
     }
     inner += dot;
   }
-  C* out = o.out + first * W;
+  C* out = o.out + (i0 * columns + j0) * W;
   const auto store_scaled = [&](auto accumulate) {
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i) {
@@ -189,41 +167,18 @@ inline void outer_block(const OuterOperands<C>& o, int64_t i0, int64_t j0, Vecto
   o.accumulate ? store_scaled(std::true_type()) : store_scaled(std::false_type());
 }
 
-template <typename A, typename M, int J, typename C>
-inline void outer_columns(const OuterOperands<C>& o, int64_t rows, int64_t j0, Vector<C>& inner) {
-  for_balanced_blocks(rows,
-                      J == 1   ? 8
-                      : J == 2 ? 6
-                               : 4,
-                      [&](int64_t i0, int64_t size) {
-                        switch (size) {
-                          case 1: return outer_block<A, M, 1, J>(o, i0, j0, inner);
-                          case 2: return outer_block<A, M, 2, J>(o, i0, j0, inner);
-                          case 3: return outer_block<A, M, 3, J>(o, i0, j0, inner);
-                          case 4: return outer_block<A, M, 4, J>(o, i0, j0, inner);
-                          case 5:
-                            if constexpr (J <= 2) return outer_block<A, M, 5, J>(o, i0, j0, inner);
-                            break;
-                          case 6:
-                            if constexpr (J <= 2) return outer_block<A, M, 6, J>(o, i0, j0, inner);
-                            break;
-                          case 7:
-                            if constexpr (J == 1) return outer_block<A, M, 7, J>(o, i0, j0, inner);
-                            break;
-                          default:
-                            if constexpr (J == 1) return outer_block<A, M, 8, J>(o, i0, j0, inner);
-                        }
-                      });
-}
-
-template <typename A, typename M, typename C>
-UNROLLED_KERNELS_NOINLINE Vector<C> outer_products(const OuterOperands<C>& o, int64_t rows) {
+template <int E, typename M, typename C>
+UNROLLED_KERNELS_NOINLINE Vector<C> outer_products(const OuterProducts<E, M, C>& o) {
+  // as many accumulators as the registers hold beside the operands: 32 registers, or 16
+  constexpr int rows = E == 1 && vector_bytes == 64 ? 5 : elements_at_once<E>, columns = vector_bytes == 64 ? 5 : 3;
   Vector<C> inner{};
-  for_balanced_blocks(o.columns, 3, [&](int64_t j0, int64_t size) {
-    switch (size) {
-      case 1: return outer_columns<A, M, 1>(o, rows, j0, inner);
-      case 2: return outer_columns<A, M, 2>(o, rows, j0, inner);
-      default: return outer_columns<A, M, 3>(o, rows, j0, inner);
+  for_constant_blocks<columns>(o.m.groups, [&](int64_t j0, auto J) {
+    if constexpr (E == 1) {
+      for_constant_blocks<rows>(o.m.groups, [&](int64_t i0, auto I) {
+        outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, inner);
+      });
+    } else {
+      for (int64_t i0 = 0; i0 < o.m.groups * E; i0 += rows) outer_block<rows, decltype(J)::value>(o, i0, j0, inner);
     }
   });
   return inner;

@@ -172,29 +172,124 @@ UNROLLED_KERNELS_NOINLINE C sum_lanes(Vector<C> v) {
   return x[0];
 }
 
-// Transpose of W vectors of W lanes: swap the off-diagonal blocks of size Step = 1, 2, 4 ... W/2.
-
-template <int Step, typename C, size_t... I>
-UNROLLED_KERNELS_INLINE void swap_blocks(Vector<C>& a, Vector<C>& b, std::index_sequence<I...>) {
-  constexpr size_t W = lanes<C>, S = Step;
+// Lane i of the result is lane Map::at(i) of a, or lane Map::at(i) - W of b.
+template <typename Map, typename C, size_t... I>
+UNROLLED_KERNELS_INLINE Vector<C> shuffle(Vector<C> a, Vector<C> b, std::index_sequence<I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  const Vector<C> upper = __builtin_shufflevector(a, b, static_cast<int>(I & S ? W + I - S : I)...);
-  b = __builtin_shufflevector(a, b, static_cast<int>(I & S ? W + I : I + S)...);
+  return __builtin_shufflevector(a, b, Map::at(static_cast<int>(I))...);
 #else
   using Index = typename VectorOf<std::conditional_t<sizeof(C) == 4, int32_t, int64_t>, lanes<C>>::type;
-  const Vector<C> upper = __builtin_shuffle(a, b, Index{(I & S ? W + I - S : I)...});
-  b = __builtin_shuffle(a, b, Index{(I & S ? W + I : I + S)...});
+  return __builtin_shuffle(a, b, Index{Map::at(static_cast<int>(I))...});
 #endif
-  a = upper;
+}
+template <typename Map, typename C>
+UNROLLED_KERNELS_INLINE Vector<C> shuffle(Vector<C> a, Vector<C> b) {
+  return shuffle<Map, C>(a, b, std::make_index_sequence<lanes<C>>());
 }
 
-template <typename C, int Step = 1>
+// Halves to a whole of n lanes, and n / 2 lanes of it from `first` on.
+template <typename C, typename Half, size_t... I>
+UNROLLED_KERNELS_INLINE auto concatenate(Half a, Half b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, static_cast<int>(I)...);
+#else
+  const Half halves[2] = {a, b};
+  return bits_at<typename VectorOf<C, sizeof...(I)>::type>(halves);
+#endif
+}
+template <typename C, int n, int first, size_t... I>
+UNROLLED_KERNELS_INLINE auto part(typename VectorOf<C, n>::type v, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(v, v, static_cast<int>(first + I)...);
+#else
+  return bits_at<typename VectorOf<C, n / 2>::type>(reinterpret_cast<const C*>(&v) + first);
+#endif
+}
+
+// Transpose of W vectors of W lanes: swap the off-diagonal blocks of size step = 1, 2, 4 ... W/2.
+
+template <int W, int step>
+struct UpperBlocks {
+  static constexpr int at(int i) { return i & step ? W + i - step : i; }
+};
+template <int W, int step>
+struct LowerBlocks {
+  static constexpr int at(int i) { return i & step ? W + i : i + step; }
+};
+
+template <typename C, int step = 1>
 UNROLLED_KERNELS_INLINE void transpose(Vector<C> (&rows)[lanes<C>]) {
 #pragma GCC unroll 16
   for (int i = 0; i < lanes<C>; ++i) {
-    if (!(i & Step)) swap_blocks<Step, C>(rows[i], rows[i + Step], std::make_index_sequence<lanes<C>>());
+    if (i & step) continue;
+    const Vector<C> upper = shuffle<UpperBlocks<lanes<C>, step>, C>(rows[i], rows[i + step]);
+    rows[i + step] = shuffle<LowerBlocks<lanes<C>, step>, C>(rows[i], rows[i + step]);
+    rows[i] = upper;
   }
-  if constexpr (2 * Step < lanes<C>) transpose<C, 2 * Step>(rows);
+  if constexpr (2 * step < lanes<C>) transpose<C, 2 * step>(rows);
+}
+
+// Groups of E consecutive lanes.
+
+template <int E, int e>
+struct SameInGroup {
+  static constexpr int at(int i) { return i / E * E + e; }
+};
+// lane e < 4 of each group in all lanes of the group
+template <int E, typename C>
+UNROLLED_KERNELS_INLINE Vector<C> broadcast_in_groups(Vector<C> v, int e) {
+  constexpr int last = E - 1;
+  switch (e) {
+    case 0: return shuffle<SameInGroup<E, 0>, C>(v, v);
+    case 1: return shuffle<SameInGroup<E, min(1, last)>, C>(v, v);
+    case 2: return shuffle<SameInGroup<E, min(2, last)>, C>(v, v);
+    default: return shuffle<SameInGroup<E, min(3, last)>, C>(v, v);
+  }
+}
+
+// of every `span` lanes the even (or odd) blocks of a, then those of b
+template <int W, int span, int block, int odd>
+struct EverySecondBlock {
+  static constexpr int at(int i) {
+    const int lane = i % span, half = span / 2;
+    return i / span * span + (lane % half / block * 2 + odd) * block + lane % block + (lane < half ? 0 : W);
+  }
+};
+template <int span, int block, int n, typename C>
+UNROLLED_KERNELS_INLINE void add_blocks(Vector<C>* v) {
+#pragma GCC unroll 8
+  for (int i = 0; i < n / 2; ++i) {
+    v[i] = shuffle<EverySecondBlock<lanes<C>, span, block, 0>, C>(v[2 * i], v[2 * i + 1]) +
+           shuffle<EverySecondBlock<lanes<C>, span, block, 1>, C>(v[2 * i], v[2 * i + 1]);
+  }
+}
+// Lane e of a group becomes the sum of the group of v[e], e < E; within 128 bits first, where shuffles are cheap.
+template <int E, typename C>
+UNROLLED_KERNELS_INLINE Vector<C> sum_groups(Vector<C>* v) {
+  constexpr int L = min(E, 16 / static_cast<int>(sizeof(C)));
+  if constexpr (L >= 2) add_blocks<L, 1, E, C>(v);
+  if constexpr (L >= 4) add_blocks<L, 1, E / 2, C>(v);
+  if constexpr (E / L >= 2) add_blocks<E, L, E / L, C>(v);
+  if constexpr (E / L >= 4) add_blocks<E, L, E / L / 2, C>(v);
+  return v[0];
+}
+
+// Calls f(begin, size) for blocks of at most `limit` whose sizes differ by one at most, `size` a constant.
+template <int n, typename F>
+UNROLLED_KERNELS_INLINE void with_constant(int64_t size, const F& f) {
+  if constexpr (n > 1) {
+    if (size < n) return with_constant<n - 1>(size, f);
+  }
+  f(std::integral_constant<int, n>());
+}
+template <int limit, typename F>
+UNROLLED_KERNELS_INLINE void for_constant_blocks(int64_t n, const F& f) {
+  const int64_t blocks = ceil_div(n, limit);
+  for (int64_t b = 0, begin = 0; b < blocks; ++b) {
+    const int64_t size = (n - begin) / (blocks - b);
+    with_constant<limit>(size, [&](auto constant) { f(begin, constant); });
+    begin += size;
+  }
 }
 
 }  // namespace UNROLLED_KERNELS_NAMESPACE
