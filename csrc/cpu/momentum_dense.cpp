@@ -15,6 +15,7 @@
 // the headers above are compiled for the baseline, those below for the level of this file
 #include "cpu/simd/simd.h"
 
+#include "cpu/momentum_step.h"
 #include "cpu/simd/tile_matrix.h"
 
 namespace unrolled_kernels {
@@ -74,13 +75,7 @@ struct States {
 };
 constexpr int64_t keep_all = -1, keep_two = 1, keep_one = 0;
 
-// The states of one tile; a row is `size` vectors. m_t = y_t - y_{t-1} is carried along with y_t:
-//
-//     m_{t+1} = beta_t m_t - phi_t (Q z_t + b)     y_{t+1} = y_t + m_{t+1}     z_{t+1} = y_{t+1} + gamma_{t+1} m_{t+1}
-//
-// and backward, with s_t the adjoint of m_t by every way through it (a_t of the contract) and ybar_t that of y_t alone:
-//
-//     w = Q's_{t+1}     ybar_t = ybar_{t+1} - phi_t w (+ grad y_t)     s_t = ybar_t + beta_t s_{t+1} - phi_t gamma_t w
+// The states of one tile, momentum_step.h; a row is `size` vectors.
 template <typename C>
 struct Trace {
   const C* b;
@@ -102,23 +97,12 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C>* traces, const Matrix* matr
       const Trace<C> s = traces[g];
       const auto c = s.schedule.template at<momentum>(t);
       const Vector<C> gamma_next = momentum ? s.schedule.template at<momentum>(min(t + 1, k - 1)).gamma : Vector<C>{};
-      const C *b = s.b, *y = s.y.at(t), *m = s.m.at(t), *z = s.z.at(t);
-      C *y_next = s.y.at(t + 1), *m_next = s.m.at(t + 1), *z_next = s.z.at(t + 1);
-      const auto step = [=](int64_t n, Vector<C> Qz) {
-        const Vector<C> step = c.phi * (Qz + load(b + n * W));
-        if constexpr (momentum) {
-          const Vector<C> moved = c.beta * load(m + n * W) - step, to = load(y + n * W) + moved;
-          store(m_next + n * W, moved);
-          store(y_next + n * W, to);
-          store(z_next + n * W, to + gamma_next * moved);
-        } else {
-          store(y_next + n * W, load(y + n * W) - step);
-        }
-      };
+      const ForwardRows<C> rows{s.b, s.y.at(t), s.m.at(t), s.y.at(t + 1), s.m.at(t + 1), s.z.at(t + 1)};
+      const auto step = [=](int64_t n, Vector<C> Qz) { forward_step<momentum>(rows, c, gamma_next, n * W, Qz); };
       if (t == 0 && s.y0_is_zero) {
         for (int64_t n = 0; n < matrices[g].size(); ++n) step(n, Vector<C>{});
       } else {
-        multiply(matrices[g], z, t % 2 != 0, step);
+        multiply(matrices[g], static_cast<const C*>(s.z.at(t)), t % 2 != 0, step);
       }
     }
   }
@@ -133,30 +117,19 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C>* traces, const Matrix* mat
       const Trace<C> trace = traces[g];
       auto c = trace.schedule.template at<momentum>(t);
       if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
-      const C *s = trace.s + (t + 1) * row, *b = trace.b, *m = trace.m.at(t), *z = trace.z.at(t);
-      C *s_t = trace.s + t * row, *ybar = trace.ybar;
+      C* const s = trace.s + (t + 1) * row;
+      const AdjointRows<C> rows{trace.b, trace.m.at(t), trace.z.at(t), s, trace.s + t * row, trace.ybar};
       const bool trajectory = trace.trajectory;
-      Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
-      multiply_transposed(matrices[g], s, t % 2 != 0, [&](int64_t n, Vector<C> w) {
-        const Vector<C> sn = load(s + n * W), v = c.phi * w;
-        Vector<C> to = (momentum ? load(ybar + n * W) : sn) - v;
-        if (trajectory) to += load(s_t + n * W);
-        if constexpr (momentum) {
-          const Vector<C> mn = load(m + n * W);
-          beta_sum += sn * mn;
-          gamma_sum += v * mn;
-          store(ybar + n * W, to);
-          to += c.beta * sn - c.gamma * v;
-        }
-        store(s_t + n * W, to);
-        if constexpr (per_step) phi_sum += w * load(z + n * W) + sn * load(b + n * W);
+      StepSums<C> sums;
+      multiply_transposed(matrices[g], static_cast<const C*>(s), t % 2 != 0, [&](int64_t n, Vector<C> w) {
+        adjoint_step<momentum, per_step>(rows, c, trajectory, n * W, w, sums);
       });
       if constexpr (per_step) {
-        for (int64_t n = 0; n < row; n += W) store(trace.s + (t + 1) * row + n, c.phi * load(s + n));
+        for (int64_t n = 0; n < row; n += W) store(s + n, c.phi * load(s + n));
       }
       if (trace.sums.phi) {
-        if constexpr (per_step) trace.sums.add_phi(t, -phi_sum);
-        trace.sums.template add_momentum<momentum>(t, beta_sum, -gamma_sum);
+        if constexpr (per_step) trace.sums.add_phi(t, -sums.phi);
+        trace.sums.template add_momentum<momentum>(t, sums.beta, -sums.gamma);
       }
     }
   }
