@@ -78,7 +78,7 @@ py::dict plan_of(Structure structure, int64_t B, int64_t d, int64_t k, bool back
   p.d_matrix = structure == Structure::dense ? &storage : nullptr;
   p.d_eigenvalues = p.db = p.dy0 = &storage;
   p.dphi = &compute;
-  const MomentumPlan plan = momentum_kernels<Storage>(structure).plan(p, backward ? &p : nullptr);
+  const MomentumPlan plan = momentum_plan<Storage>(structure, p, backward ? &p : nullptr);
   const Floors f = floors(structure, static_cast<double>(B), static_cast<double>(d), static_cast<double>(k),
                           sizeof(Storage), backward, shared);
   return py::dict("variant"_a = plan.variant, "isa"_a = isa_name(active_isa()), "lanes"_a = plan.lanes,

@@ -25,6 +25,85 @@ void sum_schedule(const MomentumPlan& plan, const Coefficient<C>& coefficient, i
   }
 }
 
+// Cache lines of a type, not initialized.
+template <typename C>
+std::unique_ptr<C, FreeAligned> allocate_aligned(int64_t elements) {
+  void* p = ::operator new(elements * sizeof(C), std::align_val_t(64));
+  return std::unique_ptr<C, FreeAligned>(static_cast<C*>(p));
+}
+
+template <typename Storage>
+class SharedMomentum {
+  using C = compute_type<Storage>;
+
+ public:
+  SharedMomentum(Structure structure, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward)
+      : kernels_(UNROLLED_KERNELS_AT_ACTIVE_ISA(momentum_shared<Storage>(structure))),
+        plan_(kernels_.plan(p, backward)),
+        packed_size_(plan_.panels * p.d * plan_.lanes),
+        packed_(allocate_aligned<C>(plan_.packs * packed_size_)) {
+    const int64_t panel_size = p.d * plan_.lanes;
+    for_chunks(plan_.packs * plan_.panels, 0, [&](int64_t i, void*) {
+      kernels_.pack(p, i < plan_.panels, i % plan_.panels, packed_.get() + i * panel_size);
+    });
+  }
+
+  void run(const MomentumForward<Storage>& p) const {
+    for_chunks(plan_.tiles, plan_.scratch_bytes, [&](int64_t i, void* scratch) {
+      SharedMomentumTile<C> tile = this->tile(p, i);
+      tile.scratch = scratch;
+      kernels_.forward(p, plan_, tile);
+    });
+  }
+
+  // `schedule`: as in MomentumChunk, `size` numbers for each tile
+  void run(const MomentumBackward<Storage>& p, double* schedule, int64_t size) const {
+    // without steps there are no terms, but still a row of z
+    const int64_t sample_size = std::max<int64_t>(plan_.terms, 1) * plan_.row;
+    const int64_t slab = std::min(plan_.slab_tiles * plan_.tile_rows, p.B) * sample_size;
+    const auto a = allocate_aligned<C>(slab), z = allocate_aligned<C>(slab);
+    const auto sum = allocate_aligned<C>(p.d_matrix ? p.d * plan_.row : 0);
+    for (int64_t first = 0; first < plan_.tiles; first += plan_.slab_tiles) {
+      std::vector<SharedMomentumTile<C>> tiles(std::min(plan_.slab_tiles, plan_.tiles - first));
+      for (size_t i = 0; i < tiles.size(); ++i) {
+        auto& tile = tiles[i] = this->tile(p, first + i);
+        const int64_t offset = (tile.begin - tiles[0].begin) * sample_size;
+        tile.a = a.get() + offset, tile.z = z.get() + offset;
+        if (size) tile.schedule = schedule + (first + i) * size;
+      }
+      for_chunks(tiles.size(), plan_.scratch_bytes, [&](int64_t i, void* scratch) {
+        SharedMomentumTile<C> tile = tiles[i];
+        tile.scratch = scratch;
+        kernels_.backward(p, plan_, tile);
+      });
+      if (!p.d_matrix) continue;
+      // rows of dQ: many where its factors come from far away
+      const int64_t panels = std::max<int64_t>(1, (p.d < 512 ? 32 : 128) / plan_.lanes);
+      const bool last = first + plan_.slab_tiles >= plan_.tiles;
+      for_chunks((plan_.panels + panels - 1) / panels, 0, [&](int64_t i, void*) {
+        kernels_.outer(p, plan_, tiles.data(), tiles.size(), i * panels, std::min((i + 1) * panels, plan_.panels),
+                       first > 0, last, sum.get());
+      });
+    }
+  }
+
+  const SharedMomentumPlan& plan() const { return plan_; }
+
+ private:
+  SharedMomentumTile<C> tile(const MomentumInputs<Storage>& p, int64_t i) const {
+    SharedMomentumTile<C> tile{};
+    tile.begin = i * p.B / plan_.tiles, tile.end = (i + 1) * p.B / plan_.tiles;
+    tile.packed = packed_.get();
+    if (plan_.packs == 2) tile.packed_transposed = packed_.get() + packed_size_;
+    return tile;
+  }
+
+  SharedMomentumKernels<Storage> kernels_;
+  SharedMomentumPlan plan_;
+  int64_t packed_size_;  // elements
+  std::unique_ptr<C, FreeAligned> packed_;
+};
+
 }  // namespace
 
 template <typename Storage>
@@ -38,6 +117,7 @@ MomentumKernels<Storage> momentum_kernels(Structure structure) {
 
 template <typename Storage>
 void momentum_cpu(Structure structure, const MomentumForward<Storage>& p) {
+  if (is_shared(structure, p)) return SharedMomentum<Storage>(structure, p, nullptr).run(p);
   const auto kernels = momentum_kernels<Storage>(structure);
   const MomentumPlan plan = kernels.plan(p, nullptr);
   for_chunks(plan, [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
@@ -45,30 +125,52 @@ void momentum_cpu(Structure structure, const MomentumForward<Storage>& p) {
   });
 }
 
-template <typename Storage>
-void momentum_cpu(Structure structure, const MomentumBackward<Storage>& p) {
-  using C = compute_type<Storage>;
-  const auto kernels = momentum_kernels<Storage>(structure);
-  const MomentumPlan plan = kernels.plan(p, &p);
-  const int64_t schedule_size = p.dphi ? 3 * plan.schedule_steps : 0;
-  const int64_t matrix_size = p.d_matrix && shares_matrix(p) ? p.d * p.d : 0;
-  std::vector<double> schedule(plan.chunks * schedule_size, 0.0);
-  std::vector<C> matrix(plan.chunks * matrix_size, C(0));
-  for_chunks(plan, [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
-    kernels.backward(p, plan,
-                     {begin, end, scratch, schedule_size ? schedule.data() + chunk * schedule_size : nullptr,
-                      matrix_size ? matrix.data() + chunk * matrix_size : nullptr});
-  });
+// Runs `run(schedule, size)`, which leaves the sums of the schedule's gradients, `size` for each chunk, and adds them up.
+template <typename Storage, typename F>
+void with_schedule_sums(const MomentumBackward<Storage>& p, const MomentumPlan& plan, const F& run) {
+  const int64_t size = p.dphi ? 3 * plan.schedule_steps : 0;
+  std::vector<double> schedule(plan.chunks * size, 0.0);
+  run(schedule.data(), size);
   const double* partial = schedule.data();
   sum_schedule(plan, p.phi, p.B, p.k, partial, p.dphi);
   sum_schedule(plan, p.beta, p.B, p.k, partial + plan.schedule_steps, p.dbeta);
   sum_schedule(plan, p.gamma, p.B, p.k, partial + 2 * plan.schedule_steps, p.dgamma);
+}
+
+template <typename Storage>
+void momentum_cpu(Structure structure, const MomentumBackward<Storage>& p) {
+  using C = compute_type<Storage>;
+  if (is_shared(structure, p)) {
+    const SharedMomentum<Storage> shared(structure, p, &p);
+    return with_schedule_sums(p, shared.plan(), [&](double* schedule, int64_t size) { shared.run(p, schedule, size); });
+  }
+  const auto kernels = momentum_kernels<Storage>(structure);
+  const MomentumPlan plan = kernels.plan(p, &p);
+  const int64_t matrix_size = p.d_matrix && shares_matrix(p) ? p.d * p.d : 0;
+  std::vector<C> matrix(plan.chunks * matrix_size, C(0));
+  with_schedule_sums(p, plan, [&](double* schedule, int64_t size) {
+    for_chunks(plan, [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
+      kernels.backward(p, plan,
+                       {begin, end, scratch, size ? schedule + chunk * size : nullptr,
+                        matrix_size ? matrix.data() + chunk * matrix_size : nullptr});
+    });
+  });
   sum_chunks(matrix.data(), plan.chunks, matrix_size, p.d_matrix);
 }
 
-#define UNROLLED_KERNELS_INSTANTIATE(Storage)                             \
-  template MomentumKernels<Storage> momentum_kernels(Structure);          \
-  template void momentum_cpu(Structure, const MomentumForward<Storage>&); \
+template <typename Storage>
+MomentumPlan momentum_plan(Structure structure, const MomentumInputs<Storage>& p,
+                           const MomentumBackward<Storage>* backward) {
+  if (is_shared(structure, p)) {
+    return UNROLLED_KERNELS_AT_ACTIVE_ISA(momentum_shared<Storage>(structure)).plan(p, backward);
+  }
+  return momentum_kernels<Storage>(structure).plan(p, backward);
+}
+
+#define UNROLLED_KERNELS_INSTANTIATE(Storage)                                                                       \
+  template MomentumKernels<Storage> momentum_kernels(Structure);                                                    \
+  template MomentumPlan momentum_plan(Structure, const MomentumInputs<Storage>&, const MomentumBackward<Storage>*); \
+  template void momentum_cpu(Structure, const MomentumForward<Storage>&);                                           \
   template void momentum_cpu(Structure, const MomentumBackward<Storage>&);
 UNROLLED_KERNELS_INSTANTIATE(float)
 UNROLLED_KERNELS_INSTANTIATE(double)

@@ -92,6 +92,30 @@ def test_schedule_forms_and_shared_Q(backend, structure, method, form, shared):
 
 
 @backends
+@pytest.mark.parametrize("structure", ["dense", "spectral"])
+@methods
+@trajectories
+def test_one_large_matrix_for_the_batch(backend, structure, method, trajectory):
+    """Rows of several tiles against a matrix of several panels, whole ones and not, each form of schedule once."""
+    cases = [(2, 33, 0, "step"), (2, 33, 1, "scalar"), (3, 48, 4, "sample"), (27, 64, 3, "both"), (100, 40, 3, "step")]
+    for B, d, k, form in cases[2:3] if interpreted(backend) else cases:
+        for dtype in (torch.float32,) if interpreted(backend) else (torch.float64, torch.float32, torch.bfloat16):
+            problem = MomentumProblem(
+                structure,
+                (B,),
+                d,
+                k,
+                method=method,
+                form=form,
+                warm=B % 2 == 1,
+                shared=True,
+                trajectory=trajectory,
+                device=device_of(backend),
+            )
+            compare(problem, backend, dtype)
+
+
+@backends
 @structures
 def test_broadcast_batches(backend, structure):
     device = device_of(backend)
@@ -324,6 +348,9 @@ def test_reruns_are_bit_equal(backend, structure, shared):
     batch = (100 if interpreted(backend) else 333,)
     problem = MomentumProblem(structure, batch, 7, 6, form="step", shared=shared, device=device_of(backend))
     problems.assert_reruns_are_bit_equal(problem, backend)
+    if shared and not interpreted(backend):
+        problem = MomentumProblem(structure, (50,), 70, 4, form="step", shared=True, device=device_of(backend))
+        problems.assert_reruns_are_bit_equal(problem, backend)
 
 
 @backends

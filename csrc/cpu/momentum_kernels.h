@@ -44,14 +44,57 @@ struct MomentumKernels {
   void (*backward)(const MomentumBackward<Storage>&, const MomentumPlan&, const MomentumChunk<compute_type<Storage>>&);
 };
 
-#define UNROLLED_KERNELS_DECLARE(isa)           \
-  namespace isa {                               \
-  template <typename Storage>                   \
-  MomentumKernels<Storage> momentum_dense();    \
-  template <typename Storage>                   \
-  MomentumKernels<Storage> momentum_diagonal(); \
-  template <typename Storage>                   \
-  MomentumKernels<Storage> momentum_spectral(); \
+// One matrix for the batch, so large that its products with samples are products of matrices (momentum_shared.cpp). Tile i takes
+// samples [i B / tiles, (i + 1) B / tiles) and is a chunk.
+struct SharedMomentumPlan : MomentumPlan {
+  int64_t packs;        // 1: the matrix is packed for products with itself alone; 2: and with its transpose
+  int64_t panels, row;  // it is packed as [panels, d, lanes], a state takes `row` elements
+  int64_t terms;        // of a sample in the sum that is the matrix' gradient
+  int64_t tile_rows;    // samples of the largest tile
+  int64_t slab_tiles;   // tiles whose terms are in memory at once
+};
+
+template <typename Compute>
+struct SharedMomentumTile {
+  int64_t begin, end;                         // samples
+  void* scratch;                              // 64-byte aligned
+  const Compute *packed, *packed_transposed;  // for products Q z and Q's
+  // backward
+  Compute *a, *z;    // [panels, (end - begin) terms, lanes]: the factors of the terms
+  double* schedule;  // as in MomentumChunk
+};
+
+template <typename Storage>
+struct SharedMomentumKernels {
+  using Compute = compute_type<Storage>;
+  SharedMomentumPlan (*plan)(const MomentumInputs<Storage>&, const MomentumBackward<Storage>* backward);
+  // panel `panel` of Q for products Q z, or Q's if not `transposed`
+  void (*pack)(const MomentumInputs<Storage>&, bool transposed, int64_t panel, Compute* out);
+  void (*forward)(const MomentumForward<Storage>&, const SharedMomentumPlan&, const SharedMomentumTile<Compute>&);
+  void (*backward)(const MomentumBackward<Storage>&, const SharedMomentumPlan&, const SharedMomentumTile<Compute>&);
+  // rows [begin lanes, end lanes) of the matrix' gradient (+)= the terms of `count` tiles; `last`: no more come.
+  // `sum` [d, row] is kept from call to call.
+  void (*outer)(const MomentumBackward<Storage>&, const SharedMomentumPlan&, const SharedMomentumTile<Compute>* tiles,
+                int64_t count, int64_t begin, int64_t end, bool accumulate, bool last, Compute* sum);
+};
+
+// Whether these kernels take the problem: with smaller matrices, samples in lanes need no packing. An empty batch has no
+// rows.
+template <typename Storage>
+bool is_shared(Structure structure, const MomentumInputs<Storage>& p) {
+  return structure != Structure::diagonal && shares_matrix(p) && p.B > 0 && p.d > 32;
+}
+
+#define UNROLLED_KERNELS_DECLARE(isa)                        \
+  namespace isa {                                            \
+  template <typename Storage>                                \
+  MomentumKernels<Storage> momentum_dense();                 \
+  template <typename Storage>                                \
+  SharedMomentumKernels<Storage> momentum_shared(Structure); \
+  template <typename Storage>                                \
+  MomentumKernels<Storage> momentum_diagonal();              \
+  template <typename Storage>                                \
+  MomentumKernels<Storage> momentum_spectral();              \
   }
 UNROLLED_KERNELS_DECLARE(isa_baseline)
 UNROLLED_KERNELS_DECLARE(isa_avx2)

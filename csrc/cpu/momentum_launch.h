@@ -7,6 +7,10 @@ namespace unrolled_kernels {
 
 template <typename Storage>
 MomentumKernels<Storage> momentum_kernels(Structure structure);
+// the plan of a call; `backward` as in MomentumKernels
+template <typename Storage>
+MomentumPlan momentum_plan(Structure structure, const MomentumInputs<Storage>& p,
+                           const MomentumBackward<Storage>* backward);
 
 template <typename Storage>
 void momentum_cpu(Structure structure, const MomentumForward<Storage>& p);

@@ -1,0 +1,451 @@
+// One matrix for the batch: a tile of samples is rows, and their products with the matrix, which is packed once for all
+// of them, are products of matrices (packed.h). The matrix' gradient is one product too: backward leaves the rows of
+// both factors, of a slab of tiles at a time, and the sum over all rows is cut into rows of the gradient.
+//
+//     dense      a row for each step: a_t = -phi_t s_{t+1} and z_t           dQ = sum a_t z_t'
+//     spectral   [b; y_0; ybar_t] and [dbh; dyh_0; yh_t] (momentum_spectral.cpp)
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/momentum_kernels.h"
+// the headers above are compiled for the baseline, those below for the level of this file
+#include "cpu/simd/simd.h"
+
+#include "cpu/momentum_elementwise.h"
+#include "cpu/momentum_step.h"
+#include "cpu/simd/packed.h"
+
+namespace unrolled_kernels {
+namespace UNROLLED_KERNELS_NAMESPACE {
+namespace {
+
+template <typename Storage>
+class DenseRows {
+  using C = compute_type<Storage>;
+  static constexpr int64_t W = lanes<C>;
+
+ public:
+  DenseRows(void* scratch, const MomentumInputs<Storage>& p, const SharedMomentumPlan& plan,
+            const MomentumBackward<Storage>* backward)
+      : p_(p), arena_(scratch), panels_(plan.panels), steps_(plan.schedule_steps), size_(plan.tile_rows * plan.row) {
+    const bool momentum = p.beta.data;
+    b_ = arena_.take<C>(size_);
+    z_ = backward ? nullptr : arena_.take<C>(2 * size_);
+    y_ = momentum ? arena_.take<C>(size_) : nullptr;
+    m_ = momentum ? arena_.take<C>(size_ * (backward ? max(p.k, 1) : 1)) : nullptr;
+    s_ = backward ? arena_.take<C>(2 * size_) : nullptr;
+    ybar_ = backward ? arena_.take<C>(size_) : nullptr;
+    db_ = backward ? arena_.take<C>(size_) : nullptr;
+    sums_ = backward ? arena_.take<C>(3 * plan.tile_rows * W) : nullptr;
+  }
+
+  size_t scratch_bytes() const { return arena_.used(); }
+
+  void forward(const MomentumForward<Storage>& p, const SharedMomentumTile<C>& tile) {
+    begin(tile);
+    start(rows(z_));
+    for (int64_t t = 0;; ++t) {
+      const Panels<C> z = rows(z_ + t % 2 * size_);
+      if (p.trajectory || t == p.k) store_rows(p.beta.data ? rows(y_) : z, p.y + (p.trajectory ? t * p.B * p.d : 0));
+      if (t == p.k) return;
+      step(t, tile.packed, z, rows(z_ + (t + 1) % 2 * size_), rows(m_), rows(m_));
+    }
+  }
+
+  void backward(const MomentumBackward<Storage>& p, const SharedMomentumTile<C>& tile) {
+    begin(tile);
+    const int64_t k = p.k;
+    // of step t: rows t count ... (t + 1) count - 1 of both factors of dQ
+    const Panels<C> a{tile.a, max(k, 1) * count_ * W}, z{tile.z, a.plane};
+    start(z);
+    for (int64_t t = 0; t + 1 < k; ++t) {
+      step(t, tile.packed, z.from(t * count_), z.from((t + 1) * count_), m(t), m(t + 1));
+    }
+    load_rows(p.grad_y + (p.trajectory ? k * p.B * p.d : 0), p.d, s(k));
+    copy_vectors(s(k).data, count_ * panels_ * W, ybar_);
+    fill_zero(db_, count_ * panels_ * W);
+    for (int64_t t = k - 1; t >= 0; --t) {
+      // Q's_1 is in dy_0 alone if z_0 = 0
+      const C* packed = t == 0 && !p.y0 && !p.dy0 ? nullptr : tile.packed_transposed;
+      if (p.trajectory) load_rows(p.grad_y + t * p.B * p.d, p.d, s(t));
+      if (p.beta.data) {
+        p.dphi ? adjoint<true, true>(t, packed, z) : adjoint<true, false>(t, packed, z);
+      } else {
+        p.dphi ? adjoint<false, true>(t, packed, z) : adjoint<false, false>(t, packed, z);
+      }
+      if (p.dphi) add_sums(p, t, tile.schedule);
+      for (int64_t r = 0; r < count_; ++r) {
+        const Vector<C> phi = coefficients<false>(r, t).phi;
+        for (int64_t i = 0; i < panels_; ++i) {
+          const Vector<C> weighted = -(phi * load(s(t + 1).at(r, i)));
+          C* db = rows(db_).at(r, i);
+          store(db, load(db) + weighted);
+          if (p.d_matrix) store(a.at(t * count_ + r, i), weighted);
+        }
+      }
+    }
+    if (p.db) store_rows(rows(db_), p.db);
+    if (p.dy0) store_rows(s(0), p.dy0);
+  }
+
+ private:
+  // rows of the tile
+  Panels<C> rows(C* data) const { return {data, count_ * W}; }
+  Panels<C> s(int64_t t) const { return rows(s_ + t % 2 * size_); }
+  Panels<C> m(int64_t t) const { return rows(m_ ? m_ + t * size_ : nullptr); }
+
+  void begin(const SharedMomentumTile<C>& tile) {
+    first_ = tile.begin, count_ = tile.end - tile.begin;
+    load_rows(p_.b, p_.b_stride, rows(b_));
+  }
+
+  template <bool momentum>
+  UNROLLED_KERNELS_INLINE StepCoefficients<C> coefficients(int64_t r, int64_t t) const {
+    const auto at = [&](const Coefficient<C>& c) {
+      return broadcast(c.data[(first_ + r) * c.batch_stride + t * c.step_stride]);
+    };
+    if constexpr (!momentum) return {at(p_.phi), Vector<C>{}, Vector<C>{}};
+    return {at(p_.phi), at(p_.beta), at(p_.gamma)};
+  }
+
+  void load_rows(const Storage* x, int64_t stride, Panels<C> out) const {
+    const Storage* end = x + (p_.B - 1) * stride + p_.d;
+    for (int64_t r = 0; r < count_; ++r) load_panels(x + (first_ + r) * stride, p_.d, end, out, r);
+  }
+  void store_rows(Panels<C> in, Storage* x) const {
+    for (int64_t r = 0; r < count_; ++r) store_panels(in, r, p_.d, x + (first_ + r) * p_.d);
+  }
+
+  // y_0, z_0 and m_0
+  void start(Panels<C> z) const {
+    if (p_.y0) {
+      load_rows(p_.y0, p_.y0_stride, z);
+    } else {
+      for (int64_t i = 0; i < panels_; ++i) fill_zero(z.at(0, i), count_ * W);
+    }
+    if (!p_.beta.data) return;
+    for (int64_t i = 0; i < panels_; ++i) copy_vectors(z.at(0, i), count_ * W, rows(y_).at(0, i));
+    fill_zero(m_, count_ * panels_ * W);
+  }
+
+  void step(int64_t t, const C* packed, Panels<C> z, Panels<C> z_next, Panels<C> m, Panels<C> m_next) const {
+    p_.beta.data ? step<true>(t, packed, z, z_next, m, m_next) : step<false>(t, packed, z, z_next, m, m_next);
+  }
+
+  // end(row, panel, vector) of the product of x with what is packed, or of zeros
+  template <typename End>
+  UNROLLED_KERNELS_INLINE void for_products(const C* packed, Panels<C> x, const End& end) const {
+    if (packed) return multiply_rows<C>(x, count_, packed, p_.d, end);
+    for (int64_t r = 0; r < count_; ++r) {
+      for (int64_t i = 0; i < panels_; ++i) end(r, i, Vector<C>{});
+    }
+  }
+
+  template <bool momentum>
+  UNROLLED_KERNELS_NOINLINE void step(int64_t t, const C* packed, Panels<C> z, Panels<C> z_next, Panels<C> m,
+                                      Panels<C> m_next) const {
+    const Panels<C> b = rows(b_), y = momentum ? rows(y_) : z, y_next = momentum ? y : z_next;
+    const auto end = [&](int64_t r, int64_t i, Vector<C> Qz) {
+      const auto c = coefficients<momentum>(r, t);
+      const Vector<C> gamma_next = coefficients<momentum>(r, min(t + 1, p_.k - 1)).gamma;
+      const ForwardRows<C> at{b.at(r, i), y.at(r, i), m.at(r, i), y_next.at(r, i), m_next.at(r, i), z_next.at(r, i)};
+      forward_step<momentum>(at, c, gamma_next, 0, Qz);
+    };
+    for_products(t > 0 || p_.y0 ? packed : nullptr, z, end);
+  }
+
+  // s_t from s_{t+1}, and the sums of step t: [3, count] vectors. `packed` is nullptr where nobody asks for Q's_{t+1}.
+  template <bool momentum, bool sums_phi>
+  UNROLLED_KERNELS_NOINLINE void adjoint(int64_t t, const C* packed, Panels<C> z_all) const {
+    const Panels<C> b = rows(b_), ybar = rows(ybar_), m_t = m(t), z = z_all.from(t * count_), from = s(t + 1),
+                    to = s(t);
+    fill_zero(sums_, 3 * count_ * W);
+    for_products(packed, from, [&](int64_t r, int64_t i, Vector<C> w) {
+      auto c = coefficients<momentum>(r, t);
+      if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
+      const AdjointRows<C> at{b.at(r, i), m_t.at(r, i), z.at(r, i), from.at(r, i), to.at(r, i), ybar.at(r, i)};
+      StepSums<C> sums;
+      adjoint_step<momentum, sums_phi>(at, c, p_.trajectory, 0, w, sums);
+      const auto add = [&](int64_t n, Vector<C> v) {
+        C* sum = sums_ + (n * count_ + r) * W;
+        store(sum, load(sum) + v);
+      };
+      if constexpr (sums_phi) add(0, -sums.phi);
+      if constexpr (momentum && sums_phi) add(1, sums.beta), add(2, -sums.gamma);
+    });
+  }
+
+  // What belongs to samples is added to the outputs, what they share to `schedule`.
+  UNROLLED_KERNELS_NOINLINE void add_sums(const MomentumBackward<Storage>& p, int64_t t, double* schedule) const {
+    C* const outputs[3] = {p.dphi, p.dbeta, p.dgamma};
+    const Coefficient<C>* const of[3] = {&p.phi, &p.beta, &p.gamma};
+    for (int n = 0; n < 3; ++n) {
+      if (!outputs[n]) continue;
+      const bool per_step = of[n]->step_stride != 0;
+      for (int64_t r = 0; r < count_; ++r) {
+        const C sum = sum_lanes<C>(load(sums_ + (n * count_ + r) * W));
+        if (of[n]->batch_stride == 0) {
+          schedule[n * steps_ + (steps_ == 1 ? 0 : t)] += sum;
+          continue;
+        }
+        C* out = outputs[n] + (first_ + r) * (per_step ? p.k : 1) + (per_step ? t : 0);
+        *out = per_step || t == p.k - 1 ? sum : *out + sum;
+      }
+    }
+  }
+
+  const MomentumInputs<Storage>& p_;
+  Arena arena_;
+  int64_t panels_, steps_, size_, first_ = 0, count_ = 0;
+  C *b_, *z_, *y_, *m_, *s_, *ybar_, *db_, *sums_;
+};
+
+template <typename Storage>
+class SpectralRows {
+  using C = compute_type<Storage>;
+  static constexpr int64_t W = lanes<C>;
+
+ public:
+  SpectralRows(void* scratch, const MomentumInputs<Storage>& p, const SharedMomentumPlan& plan,
+               const MomentumBackward<Storage>* backward)
+      : p_(p),
+        arena_(scratch),
+        panels_(plan.panels),
+        states_(plan.terms - 2),
+        schedule_(arena_, p.phi, p.beta, p.gamma, plan.schedule_steps),
+        gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? plan.schedule_steps : 0,
+                  false) {
+    // of each sample: b, y_0 and the outputs or their cotangents, and the same rotated
+    const int64_t size = plan.tile_rows * plan.terms * plan.row;
+    rows_ = arena_.take<C>(size);
+    rotated_ = arena_.take<C>(size);
+    // of one sample, as rows [row]
+    lambda_ = arena_.take<C>(plan.row);
+    hat_ = arena_.take<C>(plan.terms * plan.row);
+    out_ = arena_.take<C>(plan.terms * plan.row);
+    dlambda_ = backward ? arena_.take<C>(plan.row) : nullptr;
+    trace_ = backward ? arena_.take<C>(2 * p.k * vectors_at_once * W) : nullptr;
+  }
+
+  size_t scratch_bytes() const { return arena_.used(); }
+
+  void forward(const MomentumForward<Storage>& p, const SharedMomentumTile<C>& tile) {
+    const int64_t count = tile.end - tile.begin;
+    const Panels<C> inputs{rows_, 2 * count * W}, rotated{rotated_, inputs.plane};
+    const Panels<C> outputs{rows_, states_ * count * W}, y{rotated_, outputs.plane};
+    for (int64_t r = 0; r < count; ++r) load_inputs(tile.begin + r, inputs, 2 * r);
+    multiply(inputs, 2 * count, tile.packed_transposed, rotated);
+    for (int64_t r = 0; r < count; ++r) {
+      stage(tile.begin + r, r == 0);
+      for (int64_t i = 0; i < 2; ++i) to_row(rotated, 2 * r + i, hat_ + i * row());
+      forward_eigenbasis(out_);
+      for (int64_t t = 0; t < states_; ++t) from_row(out_ + t * row(), outputs, r * states_ + t);
+    }
+    multiply(outputs, count * states_, tile.packed, y);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t sample = tile.begin + r;
+      if (returns_start()) load_start(sample, y, r * states_);
+      for (int64_t t = 0; t < states_; ++t) {
+        store_panels(y, r * states_ + t, p.d, p.y + t * p.B * p.d + sample * p.d);
+      }
+    }
+  }
+
+  void backward(const MomentumBackward<Storage>& p, const SharedMomentumTile<C>& tile) {
+    const int64_t count = tile.end - tile.begin, terms = states_ + 2;
+    const Panels<C> left{tile.a, count * terms * W}, right{tile.z, left.plane}, rotated{rotated_, left.plane};
+    const Panels<C> hat_gradients{rows_, 2 * count * W}, gradients{rotated_, 2 * count * W};
+    for (int64_t r = 0; r < count; ++r) {
+      load_inputs(tile.begin + r, left, r * terms);
+      for (int64_t t = 0; t < states_; ++t) {
+        const Storage* grad = p.grad_y + t * p.B * p.d;
+        load_panels(grad + (tile.begin + r) * p.d, p.d, grad + p.B * p.d, left, r * terms + 2 + t);
+      }
+    }
+    multiply(left, count * terms, tile.packed_transposed, rotated);
+    for (int64_t r = 0; r < count; ++r) {
+      stage(tile.begin + r, r == 0);
+      if (gradient_.wanted()) gradient_.begin_tile(r == 0);
+      for (int64_t i = 0; i < terms; ++i) to_row(rotated, r * terms + i, hat_ + i * row());
+      C *const grad = hat_ + 2 * row(), *const yh = out_ + 2 * row();
+      if (returns_start()) fill_zero(grad, row());
+      forward_eigenbasis(yh);
+      if (returns_start()) fill_zero(yh, row());
+      ElementwiseBackward<C> e(p, schedule_.view());
+      e.lambda = lambda_;
+      e.b = hat_;
+      e.y0 = p.y0 ? hat_ + row() : nullptr;
+      e.grad_y = grad;
+      e.row = p.trajectory ? row() : 0;
+      e.dlambda = dlambda_;
+      e.db = out_;
+      e.dy0 = out_ + row();
+      e.sums = gradient_.sums();
+      e.trace = trace_;
+      run_elementwise(e, panels_);
+      if (p.d_eigenvalues) layout(tile.begin + r).store_state(dlambda_, p.d_eigenvalues);
+      if (gradient_.wanted()) gradient_.end_tile(layout(tile.begin + r));
+      for (int64_t i = 0; i < terms; ++i) from_row(out_ + i * row(), right, r * terms + i);
+      for (int64_t i = 0; i < 2; ++i) from_row(out_ + i * row(), hat_gradients, 2 * r + i);
+    }
+    if (gradient_.wanted()) gradient_.end_chunk(tile.schedule);
+    if (p.db || p.dy0) multiply(hat_gradients, 2 * count, tile.packed, gradients);
+    for (int64_t r = 0; r < count; ++r) {
+      if (p.db) store_panels(gradients, 2 * r, p.d, p.db + (tile.begin + r) * p.d);
+      if (!p.dy0) continue;
+      for (int64_t i = 0; returns_start() && i < panels_; ++i) {
+        C* dy0 = gradients.at(2 * r + 1, i);
+        store(dy0, load(dy0) + load(left.at(r * terms + 2, i)));
+      }
+      store_panels(gradients, 2 * r + 1, p.d, p.dy0 + (tile.begin + r) * p.d);
+    }
+  }
+
+ private:
+  int64_t row() const { return panels_ * W; }
+  // y_0 itself is among the outputs, and never rotated
+  bool returns_start() const { return p_.trajectory || p_.k == 0; }
+  RowLanes<C> layout(int64_t sample) const { return {p_.B, p_.d, sample, 1}; }
+
+  void to_row(Panels<C> from, int64_t r, C* out) const {
+    for (int64_t i = 0; i < panels_; ++i) store(out + i * W, load(from.at(r, i)));
+  }
+  void from_row(const C* in, Panels<C> to, int64_t r) const {
+    for (int64_t i = 0; i < panels_; ++i) store(to.at(r, i), load(in + i * W));
+  }
+
+  void load_start(int64_t sample, Panels<C> out, int64_t r) const {
+    if (p_.y0) {
+      load_panels(p_.y0 + sample * p_.y0_stride, p_.d, p_.y0 + (p_.B - 1) * p_.y0_stride + p_.d, out, r);
+    } else {
+      for (int64_t i = 0; i < panels_; ++i) store(out.at(r, i), Vector<C>{});
+    }
+  }
+  void load_inputs(int64_t sample, Panels<C> out, int64_t r) const {
+    load_panels(p_.b + sample * p_.b_stride, p_.d, p_.b + (p_.B - 1) * p_.b_stride + p_.d, out, r);
+    load_start(sample, out, r + 1);
+  }
+  void stage(int64_t sample, bool first_of_tile) {
+    schedule_.stage(layout(sample), first_of_tile);
+    layout(sample).load_state(p_.eigenvalues, p_.eigenvalues_stride, lambda_);
+  }
+
+  void multiply(Panels<C> x, int64_t rows, const C* packed, Panels<C> out) const {
+    multiply_rows<C>(x, rows, packed, p_.d, [&](int64_t r, int64_t i, Vector<C> v) { store(out.at(r, i), v); });
+  }
+
+  // yh_k, or yh_0 ... yh_k
+  void forward_eigenbasis(C* y) const {
+    ElementwiseForward<C> e(p_, schedule_.view());
+    e.lambda = lambda_;
+    e.b = hat_;
+    e.y0 = p_.y0 ? hat_ + row() : nullptr;
+    e.y = y;
+    e.row = p_.trajectory ? row() : 0;
+    run_elementwise(e, panels_);
+  }
+
+  const MomentumInputs<Storage>& p_;
+  Arena arena_;
+  int64_t panels_, states_;  // states that are outputs
+  Schedule<C> schedule_;
+  ScheduleGradient<C> gradient_;
+  C *rows_, *rotated_, *lambda_, *hat_, *out_, *dlambda_, *trace_;
+};
+
+template <typename Storage>
+SharedMomentumPlan shared_plan(const MomentumInputs<Storage>& p, int64_t terms) {
+  using C = compute_type<Storage>;
+  SharedMomentumPlan plan{};
+  plan.variant = "rows of a shared matrix";
+  plan.lanes = lanes<C>;
+  plan.tiles_per_sample = 1;
+  plan.schedule_steps = constant_schedule(p) ? min(p.k, 1) : p.k;
+  plan.panels = ceil_div(p.d, lanes<C>);
+  plan.row = plan.panels * plan.lanes;
+  plan.terms = terms;
+  // larger tiles where the matrix comes from far away; few samples are worth two tiles
+  const int64_t rows = p.d >= 512 && p.B >= 32 * block_of_rows ? 4 * block_of_rows
+                       : p.B >= 2 * block_of_rows              ? block_of_rows
+                                                               : max(ceil_div(p.B, 2), 4);
+  plan.tiles = plan.chunks = ceil_div(p.B, rows);
+  plan.tile_rows = ceil_div(p.B, max(plan.tiles, 1));
+  const int64_t tile_bytes = 2 * plan.tile_rows * terms * plan.row * static_cast<int64_t>(sizeof(C));
+  plan.slab_tiles = max(8, (int64_t(16) << 20) / max(tile_bytes, 1));
+  return plan;
+}
+
+template <typename Storage>
+SharedMomentumPlan dense_plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
+  SharedMomentumPlan plan = shared_plan(p, p.k);
+  plan.packs = backward ? 2 : 1;
+  plan.scratch_bytes = DenseRows<Storage>(nullptr, p, plan, backward).scratch_bytes();
+  return plan;
+}
+
+template <typename Storage>
+SharedMomentumPlan spectral_plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
+  SharedMomentumPlan plan = shared_plan(p, (p.trajectory ? p.k + 1 : 1) + 2);
+  plan.packs = 2;
+  plan.scratch_bytes = SpectralRows<Storage>(nullptr, p, plan, backward).scratch_bytes();
+  return plan;
+}
+
+template <typename Storage>
+void pack(const MomentumInputs<Storage>& p, bool transposed, int64_t panel, compute_type<Storage>* out) {
+  pack_panel(p.matrix, p.d, transposed, panel, out);
+}
+
+template <template <typename> class Rows, typename Storage>
+void forward(const MomentumForward<Storage>& p, const SharedMomentumPlan& plan,
+             const SharedMomentumTile<compute_type<Storage>>& tile) {
+  Rows<Storage>(tile.scratch, p, plan, nullptr).forward(p, tile);
+}
+
+template <template <typename> class Rows, typename Storage>
+void backward(const MomentumBackward<Storage>& p, const SharedMomentumPlan& plan,
+              const SharedMomentumTile<compute_type<Storage>>& tile) {
+  Rows<Storage>(tile.scratch, p, plan, &p).backward(p, tile);
+}
+
+// The gradient is written where it belongs if its rows are whole vectors, else to `sum` first.
+template <typename Storage>
+void outer(const MomentumBackward<Storage>& p, const SharedMomentumPlan& plan,
+           const SharedMomentumTile<compute_type<Storage>>* tiles, int64_t count, int64_t begin, int64_t end,
+           bool accumulate, bool last, compute_type<Storage>* sum) {
+  using C = compute_type<Storage>;
+  constexpr int64_t W = lanes<C>;
+  const bool in_place = std::is_same_v<Storage, C> && p.d == plan.row;
+  C* out = in_place ? reinterpret_cast<C*>(p.d_matrix) : sum;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t terms = (tiles[i].end - tiles[i].begin) * plan.terms;
+    const Panels<const C> a{tiles[i].a, terms * W}, z{tiles[i].z, terms * W};
+    outer_sums(a, z, terms, p.d, begin, end, accumulate || i > 0, out, plan.row);
+  }
+  if (in_place || !last) return;
+  for (int64_t i = begin * W; i < min(end * W, p.d); ++i) {
+    Storage* row = p.d_matrix + i * p.d;
+    store_row(out + i * plan.row, p.d, row, row + p.d);
+  }
+}
+
+}  // namespace
+
+template <typename Storage>
+SharedMomentumKernels<Storage> momentum_shared(Structure structure) {
+  if (structure == Structure::dense) {
+    return {dense_plan<Storage>, pack<Storage>, forward<DenseRows, Storage>, backward<DenseRows, Storage>,
+            outer<Storage>};
+  }
+  return {spectral_plan<Storage>, pack<Storage>, forward<SpectralRows, Storage>, backward<SpectralRows, Storage>,
+          outer<Storage>};
+}
+template SharedMomentumKernels<float> momentum_shared(Structure);
+template SharedMomentumKernels<double> momentum_shared(Structure);
+template SharedMomentumKernels<half> momentum_shared(Structure);
+template SharedMomentumKernels<bfloat16> momentum_shared(Structure);
+
+}  // namespace UNROLLED_KERNELS_NAMESPACE
+}  // namespace unrolled_kernels
