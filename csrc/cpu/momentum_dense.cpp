@@ -87,14 +87,21 @@ struct Trace {
   ScheduleSums<C> sums;
 };
 
+// How many tiles take turns is known to the compiler, and their traces are copied to where nothing else can write: what
+// they point to is worked out once and not in every step.
+
 // From y_0 on, `products` of the k steps. k - 1 give every z_t.
-template <bool momentum, typename Matrix, typename C>
-UNROLLED_KERNELS_NOINLINE void replay(const Trace<C>* traces, const Matrix* matrices, int groups, int64_t k,
+template <bool momentum, int groups, typename Matrix, typename C>
+UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k,
                                       int64_t products) {
   constexpr int64_t W = lanes<C>;
+  Trace<C> traces[groups];
+#pragma GCC unroll 2
+  for (int g = 0; g < groups; ++g) traces[g] = all[g];
   for (int64_t t = 0; t < products; ++t) {
+#pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) {
-      const Trace<C> s = traces[g];
+      const Trace<C>& s = traces[g];
       const auto c = s.schedule.template at<momentum>(t);
       const Vector<C> gamma_next = momentum ? s.schedule.template at<momentum>(min(t + 1, k - 1)).gamma : Vector<C>{};
       const ForwardRows<C> rows{s.b, s.y.at(t), s.m.at(t), s.y.at(t + 1), s.m.at(t + 1), s.z.at(t + 1)};
@@ -108,13 +115,17 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C>* traces, const Matrix* matr
   }
 }
 
-template <bool momentum, bool per_step, typename Matrix, typename C>
-UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C>* traces, const Matrix* matrices, int groups, int64_t k) {
+template <bool momentum, bool per_step, int groups, typename Matrix, typename C>
+UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k) {
   constexpr int64_t W = lanes<C>;
+  Trace<C> traces[groups];
+#pragma GCC unroll 2
+  for (int g = 0; g < groups; ++g) traces[g] = all[g];
   const int64_t row = matrices[0].size() * W;
   for (int64_t t = k - 1; t >= 0; --t) {
+#pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) {
-      const Trace<C> trace = traces[g];
+      const Trace<C>& trace = traces[g];
       auto c = trace.schedule.template at<momentum>(t);
       if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
       C* const s = trace.s + (t + 1) * row;
@@ -142,6 +153,9 @@ class DenseTile {
   static constexpr int64_t W = lanes<C>;
 
  public:
+  static constexpr bool may_take_turns = Layout<C>::E == 1;
+  static constexpr bool static_d = may_take_turns && std::is_same_v<Operand<C>, VectorOperand<C>>;
+
   // `backward` may be nullptr; of what it points to, the constructor reads which outputs are wanted
   UNROLLED_KERNELS_NOINLINE DenseTile(Arena& arena, const MomentumInputs<Storage>& p,
                                       const MomentumBackward<Storage>* backward, int64_t steps)
@@ -269,20 +283,30 @@ void with_static_d(int64_t d, F f) {
   }
 }
 
-// Calls f(matrices) with the matrix type that suits the tiles.
+// Calls f(traces, matrices) of the tiles in turn, `second` only if there are two, with the type of matrix that suits.
 template <typename C, typename Tile, typename F>
-void with_matrices(const Tile* const* tiles, int groups, int64_t d, bool static_d, F f) {
-  if (static_d && d <= 8) {
-    with_static_d<C>(d, [&](auto size) {
-      StaticMatrix<decltype(size)::value, C> matrices[max_groups];
-      for (int g = 0; g < groups; ++g) matrices[g] = {tiles[g]->Q().view().data};
-      f(matrices);
-    });
-  } else {
-    typename std::remove_reference_t<decltype(tiles[0]->Q())>::View matrices[max_groups];
-    for (int g = 0; g < groups; ++g) matrices[g] = tiles[g]->Q().view();
-    f(matrices);
+void with_matrices(const Tile& first, const Tile& second, int active, int64_t d, F f) {
+  const auto call = [&](auto matrix) {
+    using Matrix = decltype(matrix(first));
+    if constexpr (Tile::may_take_turns) {
+      if (active == 2) {
+        const Trace<C> traces[2] = {first.trace(), second.trace()};
+        const Matrix matrices[2] = {matrix(first), matrix(second)};
+        return f(traces, matrices);
+      }
+    }
+    const Trace<C> traces[1] = {first.trace()};
+    const Matrix matrices[1] = {matrix(first)};
+    f(traces, matrices);
+  };
+  if constexpr (Tile::static_d) {
+    if (d <= 8) {
+      return with_static_d<C>(d, [&](auto size) {
+        call([](const Tile& tile) { return StaticMatrix<decltype(size)::value, C>{tile.Q().view().data}; });
+      });
+    }
   }
+  call([](const Tile& tile) { return tile.Q().view(); });
 }
 
 // The tiles that take turns, their scratch, and the walk over a chunk.
@@ -295,10 +319,9 @@ class DenseTiles {
   static constexpr int64_t samples = Layout<C>::samples;
   // the matrices of a tile, [d, d] vectors of E lanes a sample, fit 16 KiB
   static constexpr int64_t max_d = samples == 1 ? INT64_MAX : Layout<C>::E == 1 ? 16 : 45;
-  static constexpr bool static_d = Layout<C>::E == 1 && std::is_same_v<Operand<C>, VectorOperand<C>>;
 
   DenseTiles(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward, int64_t steps)
-      : groups_(groups_for(p.d)),
+      : groups_(Tile::may_take_turns ? groups_for(p.d) : 1),
         arena_(scratch),
         none_(nullptr),
         first_(arena_, p, backward, steps),
@@ -310,12 +333,11 @@ class DenseTiles {
     for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
       const int active = static_cast<int>(min(groups_, chunk.end - i));
       for (int g = 0; g < active; ++g) tiles_[g]->stage(i + g, i == chunk.begin);
-      with_matrices<C>(tiles_, active, p.d, static_d, [&](const auto* matrices) {
-        const Trace<C> traces[max_groups] = {first_.trace(), second_.trace()};
+      with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
         if (p.beta.data) {
-          replay<true>(traces, matrices, active, p.k, p.k);
+          replay<true>(traces, matrices, p.k, p.k);
         } else {
-          replay<false>(traces, matrices, active, p.k, p.k);
+          replay<false>(traces, matrices, p.k, p.k);
         }
       });
       for (int g = 0; g < active; ++g) tiles_[g]->store_forward(p.y);
@@ -329,16 +351,13 @@ class DenseTiles {
         tiles_[g]->stage(i + g, i == chunk.begin);
         tiles_[g]->stage_cotangents(p, i == chunk.begin);
       }
-      with_matrices<C>(tiles_, active, p.d, static_d, [&](const auto* matrices) {
-        const Trace<C> traces[max_groups] = {first_.trace(), second_.trace()};
+      with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
         if (p.beta.data) {
-          replay<true>(traces, matrices, active, p.k, p.k - 1);
-          per_step ? adjoint<true, true>(traces, matrices, active, p.k)
-                   : adjoint<true, false>(traces, matrices, active, p.k);
+          replay<true>(traces, matrices, p.k, p.k - 1);
+          per_step ? adjoint<true, true>(traces, matrices, p.k) : adjoint<true, false>(traces, matrices, p.k);
         } else {
-          replay<false>(traces, matrices, active, p.k, p.k - 1);
-          per_step ? adjoint<false, true>(traces, matrices, active, p.k)
-                   : adjoint<false, false>(traces, matrices, active, p.k);
+          replay<false>(traces, matrices, p.k, p.k - 1);
+          per_step ? adjoint<false, true>(traces, matrices, p.k) : adjoint<false, false>(traces, matrices, p.k);
         }
       });
       for (int g = 0; g < active; ++g) tiles_[g]->store_backward(p, per_step);
