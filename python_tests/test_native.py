@@ -38,7 +38,12 @@ def _levels():
 
 # without the checks of every pointer, which take twice as long to compile and find less than the address sanitizer
 UNDEFINED = "signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow,bounds"
-MODES = {"address": [f"-fsanitize=address,{UNDEFINED}", "-fno-sanitize-recover=all"], "thread": ["-fsanitize=thread"]}
+MODES = {
+    "address": [f"-fsanitize=address,{UNDEFINED}", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+    # vectors of the size that AVX-512 has, whatever the level
+    "wide": ["-DUNROLLED_KERNELS_VECTOR_BYTES=64"],
+}
 FAMILIES = {"address": ["momentum", "rnn", "synthetic_training", "convolution", "large", "huge"], "thread": ["large"]}
 # compiling is what takes long: the widest instruction set every time, the others in test-slow
 SANITIZED = [
@@ -84,6 +89,25 @@ def test_sanitizers(level, mode, family):
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
+@pytest.mark.skipif("avx2" not in _levels(), reason="this processor has no AVX2")
+@pytest.mark.parametrize("family", ["momentum", "rnn", "large"])
+def test_vectors_of_64_bytes(family):
+    """What is compiled for AVX-512 but its instructions runs on any machine with AVX2, and computes what AVX2 does."""
+
+    def sums(mode):
+        run = subprocess.run(
+            [_driver("avx2", mode), family, "sums"], capture_output=True, text=True, timeout=600, check=True
+        )
+        return torch.tensor([[float(x) for x in line.split()] for line in run.stdout.splitlines()], dtype=torch.float64)
+
+    wide, narrow = sums("wide"), sums("address")
+    assert wide.shape == narrow.shape
+    assert len(wide) > 100
+    assert ((wide - narrow)[:, 0].abs() <= 1e-5 * narrow[:, 1]).all()
 
 
 # the extension, in processes of their own: a fault or a hang ends them and not the tests

@@ -43,7 +43,11 @@ UNROLLED_KERNELS_TARGET("avx2,fma")
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
 
-constexpr int vector_bytes = 16 << UNROLLED_KERNELS_ISA;
+// of the level; a test compiles those of AVX-512 for AVX2, which many more machines can run
+#ifndef UNROLLED_KERNELS_VECTOR_BYTES
+#define UNROLLED_KERNELS_VECTOR_BYTES (16 << UNROLLED_KERNELS_ISA)
+#endif
+constexpr int vector_bytes = UNROLLED_KERNELS_VECTOR_BYTES;
 
 template <typename T, int lanes>
 struct VectorOf {

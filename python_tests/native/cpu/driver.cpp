@@ -4,6 +4,8 @@
 //                        large: several chunks, for threads to share
 //                        huge: the last samples of tensors of more than 2^31 elements, in memory that is not there
 //
+//     driver FAMILY sums   prints what the outputs add up to too, to compare one build with another
+//
 // Every array has a heap allocation of its exact size, every other one off any alignment but its own. Outputs and the
 // kernels' scratch come full of NaN: an output that is not finite was not written, or made of what was not. Two threads
 // must give the bits that one gives.
@@ -38,6 +40,7 @@ using namespace unrolled_kernels;
 namespace {
 
 int64_t problems = 0;
+bool print_sums = false;
 uint64_t state = 1;
 
 uint64_t draw(uint64_t limit) {
@@ -68,6 +71,11 @@ class Array {
   int64_t size_, shift_;
 };
 
+// of outputs in float or double; what is rounded to half the bits depends on the order of sums
+double value(double x) { return x; }
+double value(half) { return 0; }
+double value(bfloat16) { return 0; }
+
 bool finite(double x) { return std::isfinite(x); }
 bool finite(half x) { return (x.bits & 0x7c00) != 0x7c00; }
 bool finite(bfloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
@@ -86,6 +94,14 @@ class Outputs {
       }
       return true;
     });
+    sums_.push_back([array] {
+      double sum = 0, magnitude = 0;
+      for (int64_t i = 0; i < array->size(); ++i) {
+        const double x = value(array->data()[i]);
+        sum += static_cast<double>(1 + i % 7) * x, magnitude += 7 * std::abs(x);
+      }
+      printf("%.9e %.9e\n", sum, magnitude);
+    });
     bytes_.push_back({bytes, size * static_cast<int64_t>(sizeof(T))});
     free_.push_back([array] { delete array; });
   }
@@ -98,6 +114,10 @@ class Outputs {
       if (!f()) return false;
     }
     return true;
+  }
+  // a line for each output: a sum of its elements with weights up to 7, and 7 times that of their magnitudes
+  void print_sums() const {
+    for (const auto& f : sums_) f();
   }
   bool operator==(const Outputs& other) const {
     for (size_t i = 0; i < bytes_.size(); ++i) {
@@ -113,6 +133,7 @@ class Outputs {
   };
   std::vector<Bytes> bytes_;
   std::vector<std::function<bool()>> check_;
+  std::vector<std::function<void()>> sums_;
   std::vector<std::function<void()>> free_;
 };
 
@@ -130,6 +151,7 @@ void check(const char* what, int64_t B, int64_t d, int64_t k, const F& run) {
   const char* error = !one.written()  ? "an output is not finite"
                       : !(one == two) ? "threads change the result"
                                       : nullptr;
+  if (print_sums) one.print_sums();
   if (!error) return;
   fprintf(stderr, "%s, B = %ld, d = %ld, k = %ld: %s\n", what, static_cast<long>(B), static_cast<long>(d),
           static_cast<long>(k), error);
@@ -573,7 +595,8 @@ void large() {
 
 }  // namespace
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
+  print_sums = count > 2 && strcmp(arguments[2], "sums") == 0;
   const auto is = [&](const char* name) { return strcmp(arguments[1], name) == 0; };
   if (is("momentum")) every_momentum();
   if (is("rnn")) every_rnn();
@@ -581,5 +604,5 @@ int main(int, char** arguments) {
   if (is("convolution")) every_convolution();
   if (is("large")) large();
   if (is("huge")) huge();
-  printf("%ld\n", static_cast<long>(problems));
+  if (!print_sums) printf("%ld\n", static_cast<long>(problems));
 }
