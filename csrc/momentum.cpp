@@ -5,7 +5,8 @@
 //     observed           tikhonov: x. [B, d]
 //     b, y0              [B, d]; no y0: zero
 //     step_sizes, momentum, extrapolation
-//                        [B or 1, k or 1] in the compute dtype; the last two both or neither, which is gradient descent
+//                        [B or 1, k or 1], or [] for one number, in the compute dtype; the last two both or neither,
+//                        which is gradient descent
 //     y, grad_y          [B, d], or [k+1, B, d] with trajectory
 //
 // Strides are free, and rows may be expanded. `needs`: bit i for the gradient of forward's argument i; what is not needed
@@ -109,9 +110,10 @@ struct Arguments {
     make_rows_contiguous(x);
   }
   void check_coefficient(const char* name, Tensor& x) const {
-    STD_TORCH_CHECK(x.dim() == 2 && (x.size(0) == B || x.size(0) == 1) && (x.size(1) == k || x.size(1) == 1), name,
-                    ": expected [B or 1, num_steps or 1]");
     check_type(name, x, compute);
+    if (x.dim() == 0) return;
+    STD_TORCH_CHECK(x.dim() == 2 && (x.size(0) == B || x.size(0) == 1) && (x.size(1) == k || x.size(1) == 1), name,
+                    ": expected [B or 1, num_steps or 1] or one number");
     // an expanded dimension has a gradient for each entry, so it must not pass for a shared one
     const bool expanded = (x.size(0) > 1 && x.stride(0) == 0) || (x.size(1) > 1 && x.stride(1) == 0);
     if (expanded) x = torch::stable::contiguous(x);
@@ -119,6 +121,7 @@ struct Arguments {
   template <typename Storage>
   static Coefficient<compute_type<Storage>> coefficient(const Tensor* x) {
     if (!x) return {nullptr, 0, 0};
+    if (x->dim() == 0) return {data<compute_type<Storage>>(*x), 0, 0};
     return {data<compute_type<Storage>>(*x), batch_stride(*x), x->size(1) == 1 ? 0 : x->stride(1)};
   }
 };
@@ -173,7 +176,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   const bool schedule = needs & (need_step_sizes | need_momentum | need_extrapolation);
   const auto columns = [&](const Tensor* x) {
     if (!schedule || !x) return nothing(args.compute);
-    Tensor grad = allocate(b, args.compute, {x->size(0), x->size(1)});
+    Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {}) : allocate(b, args.compute, {x->size(0), x->size(1)});
     // without steps there is nothing to sum, and a coefficient without columns must not look unwanted to the kernels
     if (args.k == 0) torch::stable::zero_(grad);
     return grad;

@@ -215,6 +215,48 @@ def test_gradients_that_are_not_needed(backend, structure, method):
                 assert g.dtype == whole.dtype
 
 
+@backends
+@structures
+@pytest.mark.parametrize("forms", [((), ()), ((), (4,)), ((3, 1), (4,)), ((3, 4), (3, 1))], ids=str)
+def test_nesterov_in_one_node(backend, structure, forms):
+    """β and its derivatives are inside the op's node, whatever dimensions φ and μ vary in."""
+    device = device_of(backend)
+    leaves, make_Q, b = random_quadratic(structure, (3,), 5, dtype=torch.float64, device=device)
+    phi, mu = (0.2 + 0.3 * torch.rand(form, dtype=torch.float64, device=device) for form in forms)
+    inputs = [x.requires_grad_() for x in (*leaves, b, phi, mu)]
+
+    def run(*inputs, backend=backend):
+        *leaves, b, phi, mu = inputs
+        return F.nesterov(make_Q(*leaves), b, phi, mu, 4, backend=backend)
+
+    y = run(*inputs)
+    if forms == ((), ()):
+        node = y.grad_fn if "Momentum" in y.grad_fn.name() else y.grad_fn.next_functions[0][0]
+        reached = {function for function, _ in node.next_functions}
+        assert reached.issuperset(torch.autograd.graph.get_gradient_edge(x).node for x in (phi, mu))
+    grads = torch.autograd.grad(y.pow(3).sum(), inputs)
+    expected = torch.autograd.grad(run(*inputs, backend="eager").pow(3).sum(), inputs)
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, other)
+    if not interpreted(backend):
+        assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@backends
+def test_one_number_under_vmap(backend):
+    """A coefficient of one number, the same for all or one for each vmapped call."""
+    device = device_of(backend)
+    q, b = (0.1 + torch.rand(6, 3, 5, dtype=torch.float64, device=device) for _ in range(2))
+    phi = 0.2 + 0.1 * torch.rand(6, dtype=torch.float64, device=device)
+    run = lambda q, b, phi: F.nesterov(uk.Diagonal(q), b, phi, 0.3, 4, backend=backend).square().sum()
+    gradients = torch.func.grad(run, argnums=(0, 1, 2))
+    for own in (True, False):
+        vmapped = torch.func.vmap(gradients, in_dims=(0, 0, 0 if own else None))(q, b, phi if own else phi[0])
+        single = [gradients(q[i], b[i], phi[i if own else 0]) for i in range(6)]
+        for actual, expected in zip(vmapped, zip(*single, strict=True), strict=True):
+            torch.testing.assert_close(actual, torch.stack(expected))
+
+
 @native_backends
 def test_raw_ops_refuse_autograd(backend):
     _, (Q, *rest) = _canonical("dense", "gd", 4, 3, device_of(backend))

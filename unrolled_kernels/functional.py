@@ -58,7 +58,7 @@ def gradient_descent(
             or unavailable backend; the message names the argument, what was got and what was expected.
     """
     num_steps = _check.check_num_steps(num_steps)
-    return _run(Q, b, ("step_size", step_size), None, None, num_steps, y0, return_trajectory, backend)
+    return _run(Q, b, (("step_size", step_size), None, None, None), num_steps, y0, return_trajectory, backend)
 
 
 def nesterov(
@@ -94,9 +94,12 @@ def nesterov(
         mu = smallest_eigenvalue(Q).unsqueeze(-1)
     _check.check_number("mu", mu)
     _check.check_positive("mu", mu)
-    beta = nesterov_momentum(step_size, mu)
-    names = ("step_size", step_size), ("mu", beta), ("mu", beta)
-    return _run(Q, b, *names, num_steps, y0, return_trajectory, backend)
+    if isinstance(step_size, torch.Tensor) or isinstance(mu, torch.Tensor):
+        schedule = (("step_size", step_size), None, None, ("mu", mu))
+    else:
+        beta = ("mu", nesterov_momentum(step_size, mu))
+        schedule = (("step_size", step_size), beta, beta, None)
+    return _run(Q, b, schedule, num_steps, y0, return_trajectory, backend)
 
 
 def momentum(
@@ -127,8 +130,8 @@ def momentum(
         TypeError, ValueError: as ``gradient_descent``.
     """
     num_steps = _check.check_num_steps(num_steps)
-    names = ("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation)
-    return _run(Q, b, *names, num_steps, y0, return_trajectory, backend)
+    schedule = (("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation), None)
+    return _run(Q, b, schedule, num_steps, y0, return_trajectory, backend)
 
 
 def rnn(
@@ -207,30 +210,32 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
     return -Q.to(work).solve(b.to(work)).to(b.dtype)
 
 
-def _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend):
-    """Validate, bring the arguments to canonical form, run, and give the result its shape back."""
+def _run(Q, b, schedule, num_steps, y0, return_trajectory, backend):
+    """Validate, bring the arguments to canonical form, run, and give the result its shape back.
+
+    Args:
+        schedule: φ, β, γ and μ, each None or a pair of its name in messages and its value.
+    """
     _check.check_flag("return_trajectory", return_trajectory)
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
         # iterating is a reduction over steps: under autocast it runs in float32, as sums do
         with torch.autocast(b.device.type, enabled=False):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
-            return _run(Q, b, phi, beta, gamma, num_steps, y0, return_trajectory, backend)
+            return _run(Q, b, schedule, num_steps, y0, return_trajectory, backend)
     if y0 is None and _is_plain(Q, b):
         # where there is nothing to check or to reshape, checks cost more than the kernel: 52 µs a call instead of 70,
         # measured on an EPYC core, float32, (B, d, k) = (50, 5, 30)
-        schedule = [_plain_coefficient(c, b.device, b.dtype) for c in (phi, beta, gamma)]
-        if not any(c is NotImplemented for c in schedule):
+        plain = [c if c is None else _plain_coefficient(c[1], b) for c in schedule]
+        if all(c is not NotImplemented for c in plain):
             chosen = _backend.resolve(backend, b.device)
-            return _momentum_op(chosen, Q, None, None, b, None, *schedule, num_steps, return_trajectory)
+            return _momentum_op(chosen, Q, None, None, b, None, *plain, num_steps, return_trajectory)
     shape = _full_shape(Q, b, y0)
     # one Q for many samples, beyond what the GPU kernels hold in registers
     products = isinstance(Q, torch.Tensor) and Q.dim() == 2 and shape[-1] > 128 and math.prod(shape[:-1]) > 128
     chosen = _backend.resolve(backend, b.device, products)
-    schedule = tuple(
-        None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in (phi, beta, gamma)
-    )
+    schedule = [None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in schedule]
     *tensors, batch = _canonical(Q, b, y0, shape, schedule)
-    schedule = tuple(None if c is None else _rows(c, batch) for c in schedule)
+    schedule = [None if c is None else _rows(c, batch) for c in schedule]
     y = _momentum_op(chosen, *tensors, *schedule, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if y.shape == final_shape else y.reshape(final_shape)
@@ -247,13 +252,12 @@ def _is_plain(Q, b):
     return len(q_shape) == 3 and q_shape[:2] == b_shape and q_shape[1] == q_shape[2]
 
 
-def _plain_coefficient(named, device, dtype):
-    """A 0-dim coefficient of the right dtype and device as ``[1, 1]``; NotImplemented where there is more to do."""
-    if named is None:
-        return None
-    value = named[1]
-    if isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype == dtype and value.device == device:
-        return value.reshape(1, 1)
+def _plain_coefficient(value, b):
+    """A float or 0-dim coefficient in the dtype and on the device of b; NotImplemented where there is more to do."""
+    if type(value) is float:
+        return b.new_full((), value)
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype == b.dtype and value.device == b.device:
+        return value
     return NotImplemented
 
 
@@ -290,11 +294,11 @@ def _shape_of(Q):
 
 
 def _check_coefficient(name, value, batch, num_steps, b):
-    """One of φ, β, γ as a tensor in the compute dtype that broadcasts to ``(*batch, num_steps)``, at least 1-dim."""
+    """One of φ, β, γ, μ as a tensor in the compute dtype that broadcasts to ``(*batch, num_steps)``."""
     _check.check_number(name, value)
     compute = torch.promote_types(b.dtype, torch.float32)
     if not isinstance(value, torch.Tensor):
-        return b.new_full((1, 1), value, dtype=compute)
+        return b.new_full((), value, dtype=compute)
     if value.device != b.device:
         if value.dim() > 0:
             raise ValueError(f"device: b is on {b.device} but {name} is on {value.device}; move one of them")
@@ -302,7 +306,7 @@ def _check_coefficient(name, value, batch, num_steps, b):
     if value.dtype != compute:
         value = value.to(compute)
     if value.dim() == 0:
-        return value.reshape(1, 1)
+        return value
     _check.check_broadcast(name, value.shape, (*batch, num_steps), "(*batch, num_steps)")
     return value
 
@@ -352,7 +356,9 @@ def _varying_dims(coefficient, leading):
 
 
 def _rows(coefficient, batch):
-    """A checked coefficient as ``[B or 1, num_steps or 1]``."""
+    """A checked coefficient as ``[B or 1, num_steps or 1]``, or ``[]`` as it is."""
+    if coefficient.dim() == 0:
+        return coefficient
     steps = coefficient.shape[-1]
     if coefficient.shape[:-1] == (1,):
         return coefficient

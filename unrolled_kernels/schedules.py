@@ -9,6 +9,7 @@ import math
 import torch
 
 from unrolled_kernels.annotations import Number, Schedule
+from unrolled_kernels.ops.momentum import reference
 
 
 def gd(num_steps: int, step_size: float) -> Schedule:
@@ -66,8 +67,7 @@ def nesterov_momentum(step_size: Number, mu: Number) -> Number:
     """β = (1-√(μφ))/(1+√(μφ)) for floats or tensors φ, μ (paper, Eq. 9)."""
     product = step_size * mu
     if isinstance(product, torch.Tensor):
-        # (1-r)/(1+r) = -tanh(log(r)/2): fewer operations to differentiate, which is what a small call waits for
-        return (-0.25 * product.log()).tanh()
+        return reference.nesterov_momentum(step_size, mu)
     root = math.sqrt(product) if product >= 0 else math.nan
     return (1 - root) / (1 + root)
 

@@ -70,6 +70,7 @@ def vmap_forward(run, vmap_size, dims, tensors, trajectory, b):
     Returns:
         y and its vmapped dimension.
     """
+    tensors = [_as_row(x, dim) for x, dim in zip(tensors, dims, strict=True)]
     sizes = [_batch_size(x, dim) for x, dim in zip(tensors, dims, strict=True)]
     batch = sizes[b]
     folded = (
@@ -82,7 +83,8 @@ def vmap_forward(run, vmap_size, dims, tensors, trajectory, b):
 
 def vmap_backward(run, vmap_size, dims, tensors, trajectory, b):
     """vmap of a backward ``run(grad_y, *tensors)``: it returns a gradient, or an empty one, for each of the tensors."""
-    (grad_y, *tensors), (grad_dim, *dims) = tensors, dims
+    (grad_y, *given), (grad_dim, *dims) = tensors, dims
+    tensors = [_as_row(x, dim) for x, dim in zip(given, dims, strict=True)]
     sizes = [_batch_size(x, dim) for x, dim in zip(tensors, dims, strict=True)]
     batch = sizes[b]
     # what is shared is repeated: each vmapped row needs a gradient of its own
@@ -92,7 +94,16 @@ def vmap_backward(run, vmap_size, dims, tensors, trajectory, b):
         g.expand(vmap_size, 0) if g.dim() == 1 else _unfold(g, vmap_size, batch, size)
         for g, size in zip(grads, sizes, strict=False)
     ]
+    unfolded = [
+        g if x is row or g.numel() == 0 else g.reshape(vmap_size)
+        for g, x, row in zip(unfolded, given, tensors, strict=False)
+    ]
     return tuple(unfolded), (0,) * len(unfolded)
+
+
+def _as_row(x, vmap_dim):
+    """A tensor of one number as ``[1, 1]``, whether vmapped or not; others, and None, as they are."""
+    return x if x is None or x.dim() > (vmap_dim is not None) else x.reshape(*x.shape, 1, 1)
 
 
 def _batch_size(x, vmap_dim):

@@ -7,8 +7,9 @@ Every module here takes the *canonical* arguments that ``functional`` prepares:
     observed       None, or x ``[B, d]``: then Q = diag(1 + eigenvalues²), and b - x takes the place of b (tikhonov)
     b, y0          ``[B, d]``; ``y0=None`` means zero
     step_sizes, momentum, extrapolation
-                   φ, β, γ, ``[B or 1, num_steps or 1]`` in the compute dtype (float32 for float16, bfloat16 and
-                   float32; float64 for float64); ``momentum=extrapolation=None`` means gradient descent
+                   φ, β, γ, ``[B or 1, num_steps or 1]``, or ``[]`` for one number, in the compute dtype (float32 for
+                   float16, bfloat16 and float32; float64 for float64);
+                   ``momentum=extrapolation=None`` means gradient descent
 
 and returns y_k, ``[B, d]``, or with ``trajectory`` all of y_0 … y_k, ``[num_steps + 1, B, d]``, in the dtype of b.
 """

@@ -120,7 +120,7 @@ def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents):
         z_stack.append(z)
         d_phi.append(-(w * z + a * b).sum(-1))
         d_beta.append((a * m).sum(-1))
-        d_gamma.append(-phi[t].squeeze(-1) * (w * m).sum(-1))
+        d_gamma.append(-phi[t].reshape(-1) * (w * m).sum(-1))
         y_bar = cotangents[t] + carry + (1 + beta[t]) * a - phi[t] * (1 + gamma[t]) * w
         carry = -beta[t] * a + phi[t] * gamma[t] * w
         a = y_bar

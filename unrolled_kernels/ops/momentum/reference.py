@@ -48,10 +48,16 @@ def iterates(apply_Q, b, y0, step_sizes, momentum, extrapolation, num_steps):
     return ys
 
 
+def nesterov_momentum(step_size, mu):
+    """β = (1-√(μφ))/(1+√(μφ)) for tensors φ, μ (paper, Eq. 9)."""
+    # (1-r)/(1+r) = -tanh(log(r)/2): fewer operations, which is what a small call waits for
+    return (-0.25 * (step_size * mu).log()).tanh()
+
+
 def columns(coefficient, num_steps):
-    """Split a ``[B or 1, num_steps or 1]`` schedule coefficient into one ``[B or 1, 1]`` column a step."""
+    """Split a schedule coefficient into one column ``[B or 1, 1]`` a step, or one number."""
     if coefficient is None:
         return None
-    if coefficient.shape[1] == 1:
+    if coefficient.dim() == 0 or coefficient.shape[1] == 1:
         return [coefficient] * num_steps
     return coefficient.split(1, dim=1)

@@ -27,7 +27,14 @@ def _kernels(structure):
     return importlib.import_module(f"unrolled_kernels.ops.momentum.triton_{structure}")
 
 
+def _with_columns(y0, *rest):
+    """φ, β, γ of the rest of the arguments as ``[B or 1, num_steps or 1]``, one number too."""
+    schedule = (c if c is None or c.dim() == 2 else c.reshape(1, 1) for c in rest[:3])
+    return (y0, *schedule, *rest[3:])
+
+
 def _forward(matrix, eigenvalues, observed, b, *rest):
+    rest = _with_columns(*rest)
     if eigenvalues is None:
         return _kernels("dense").forward(matrix, b, *rest)
     if matrix is None:
@@ -37,6 +44,7 @@ def _forward(matrix, eigenvalues, observed, b, *rest):
 
 def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
     *rest, needs = rest
+    coefficients, rest = rest[1:4], _with_columns(*rest)
     needs_matrix, needs_eigenvalues, needs_observed, needs_b, needs_y0, *needs_schedule = (
         bool(needs >> i & 1) for i in range(8)
     )
@@ -58,7 +66,10 @@ def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
         -db if needs_observed and observed is not None else nothing.clone(),
         db if needs_b else nothing.clone(),
         dy0 if needs_y0 else nothing.clone(),
-        *(g if needed else g.new_empty(0) for g, needed in zip(d_schedule, needs_schedule, strict=True)),
+        *(
+            g.reshape(c.shape) if needed and c is not None else g.new_empty(0)
+            for g, c, needed in zip(d_schedule, coefficients, needs_schedule, strict=True)
+        ),
     )
 
 

@@ -45,7 +45,8 @@ class RnnFunction(Function):
     @staticmethod
     def backward(ctx, grad_y):
         needs = ctx.needs_input_grad[3:]
-        arguments = (ctx.num_steps, ctx.trajectory, common.mask((*needs[:4], any(needs[4:]))))
+        bits = needs[0] | needs[1] << 1 | needs[2] << 2 | needs[3] << 3 | any(needs[4:]) << 4
+        arguments = (ctx.num_steps, ctx.trajectory, bits)
         matrix, eigenvalues, b, y0, *weights = ctx.saved_tensors
         if common.is_differentiated():
             tensors = (grad_y, matrix, eigenvalues, b, y0, *weights)
