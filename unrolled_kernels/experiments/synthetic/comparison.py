@@ -1,8 +1,8 @@
 """The theory beside the results of trained models: the lemmas' two sides, and who generalizes better at which depth.
 
 Results come in as a DataFrame with one row for each trained model: ``algorithm``, ``num_steps``, ``hidden``, ``seed``,
-``train``, ``test`` (mean losses), ``gap``, ``qfro2_test`` (P‖Q_θ - Q*‖²_F), ``step_size``, and where it was kept
-``test_squared`` (P ℓ²).
+``train``, ``test`` (mean losses), ``gap``, ``true_train``, ``true_test`` (the layer's on Q*), ``qfro2_test``
+(P‖Q_θ - Q*‖²_F), ``step_size``, and where it was kept ``test_squared`` (P ℓ²).
 """
 
 import pandas as pd
@@ -13,7 +13,8 @@ from unrolled_kernels.theory.properties import convergence_rate
 
 # the paper's reading of its hidden sizes (Sec. 7.1)
 REGIME_OF_HIDDEN = {0: "under", 16: "about_right", 32: "over"}
-_COLUMNS = ("algorithm", "num_steps", "hidden", "seed", "train", "test", "gap", "qfro2_test", "step_size")
+_COLUMNS = ("algorithm", "num_steps", "hidden", "seed", "train", "test", "gap", "true_train", "true_test", "qfro2_test",
+            "step_size")  # fmt: skip
 
 
 def check_columns(results, source="results"):
