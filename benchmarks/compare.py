@@ -6,6 +6,7 @@ turns; the spread says how far the turns disagree, and a ratio within it means n
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def _prepare(commit, tree, tests):
     """Check out and build ``commit`` in ``tree``, and run its tests."""
     subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", tree, commit], check=True, capture_output=True)
     _run(tree, "setup.py", "--quiet", "build_ext", "--inplace")
-    if tests and not _run(tree, "-m", "pytest", "-q", "-x", *tests.split(" ", 2), check=False):
+    if tests and not _run(tree, "-m", "pytest", "-q", "-x", *shlex.split(tests), check=False):
         subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=False)
         sys.exit(f"{commit}: its tests fail (above), so its speed says nothing")
     return tree
