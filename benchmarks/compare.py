@@ -21,7 +21,8 @@ _KEY = ["structure", "method", "B", "d", "k", "mode", "backend"]
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("commits", nargs=2, metavar=("A", "B"))
+    parser.add_argument("A")
+    parser.add_argument("B")
     parser.add_argument("--suite", default="momentum", help="file of cases: benchmarks/<suite>.py")
     parser.add_argument("--only", default="", help="the cases whose id contains this text")
     parser.add_argument("--turns", type=int, default=5)
@@ -32,7 +33,7 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory(prefix="compare-") as directory:
         trees = []
         try:
-            for name, commit in zip("AB", options.commits, strict=True):
+            for name, commit in zip("AB", (options.A, options.B), strict=True):
                 trees.append(_prepare(commit, Path(directory) / name, options.tests))
             turns = []
             for turn in range(options.turns):

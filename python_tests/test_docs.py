@@ -192,6 +192,7 @@ def test_benchmarks_run_as_the_readme_says(tmp_path):
 
 
 SHORT = ["python -m unrolled_kernels.info", "python -m benchmarks.momentum --help", "python -m benchmarks.freshness"]
+MODULES = ["compare", "momentum", "rnn", "roofs", "scaling", "training"]
 
 
 @pytest.mark.parametrize("command", SHORT)
@@ -201,6 +202,15 @@ def test_short_commands_of_the_readme_run(command):
     result = literally(command, ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout or "freshness" in command
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_benchmark_helps(module, capsys):
+    pytest.importorskip("pandas")
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(f"benchmarks.{module}").main(["--help"])
+    assert left.value.code == 0
+    assert "usage" in capsys.readouterr().out
 
 
 @pytest.mark.slow
