@@ -305,7 +305,7 @@ def _pack(weights):
 
 
 def forward(matrix, b, y0, weights, num_steps, trajectory):
-    """Contract of the ops ``rnn_dense`` and, with q ``[B, d]`` for Q, ``rnn_diagonal``."""
+    """y of ``rnn_kernel``, with q ``[B, d]`` for ``matrix`` where Q is diagonal."""
     B, d = b.shape
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
@@ -322,7 +322,7 @@ def forward(matrix, b, y0, weights, num_steps, trajectory):
 
 
 def backward(grad_y, matrix, b, y0, weights, num_steps, trajectory, needs_matrix, needs_weights):
-    """Contract of the ops ``rnn_dense_backward`` and ``rnn_diagonal_backward``."""
+    """The gradients of ``rnn_backward_kernel``, likewise."""
     B, d = b.shape
     db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
     if b.numel() == 0:
