@@ -10,9 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "unrolled_kernels"
 FLOORS = [
     ["quadratics"],
     ["annotations"],
-    ["_check", "schedules", "testing"],
+    ["_check", "testing"],
     ["_backend", "regions"],
     ["ops", "info"],
+    ["schedules"],
     ["functional"],
     ["layers"],
     ["layers_rnn"],
