@@ -12,6 +12,7 @@ import triton.language as tl
 
 # scalars whose value is not worth a compilation of its own
 UNSPECIALIZED = ("column_stride", "B", "num_steps")
+LANES_TAKE_FIRST_DIMENSION = tl.constexpr(triton.__version__.startswith("3.6."))
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def load_tile(matrices, sample, column_stride, B, d: tl.constexpr, D: tl.constex
     s, i, j = _tile_indices(sample, D, W)
     # with one column per vector, lanes are to run over samples: the compiler must not see that columns are adjacent
     offsets = s.to(tl.int64) * matrices.stride + i * d + (j * column_stride if W == 1 else j)
-    return tl.load(matrices.pointer + offsets, mask=(s < B) & (i < d) & (j < d), other=0.0)
+    return _from_memory(tl.load(matrices.pointer + offsets, mask=(s < B) & (i < d) & (j < d), other=0.0))
 
 
 @triton.jit
@@ -95,14 +96,26 @@ def store_tile(pointer, tile, sample, column_stride, B, d: tl.constexpr, D: tl.c
     """Inverse of ``load_tile``, to matrices ``[B, d, d]`` one after the other."""
     s, i, j = _tile_indices(sample, D, W)
     offsets = s.to(tl.int64) * (d * d) + i * d + (j * column_stride if W == 1 else j)
-    tl.store(pointer + offsets, tile, mask=(s < B) & (i < d) & (j < d))
+    tl.store(pointer + offsets, _from_memory(tile), mask=(s < B) & (i < d) & (j < d))
 
 
 @triton.jit
 def _tile_indices(sample, D: tl.constexpr, W: tl.constexpr):
+    """Sample, row and column of a tile in the order in which memory is read and written."""
+    s = sample[None, None, :, None]
     i = tl.arange(0, D)[None, :, None, None]
     j = (tl.arange(0, D // W)[:, None] * W + tl.arange(0, W)[None, :])[:, None, None, :]
-    return sample[None, None, :, None], i, j
+    return _from_memory(s), _from_memory(i), _from_memory(j)
+
+
+@triton.jit
+def _from_memory(tile):
+    """Exchange the first and the third dimension, or not: its own inverse.
+
+    Lanes run over a tile's vectors, then over samples, then over rows. Of dimensions that a load walks through in like
+    strides, Triton 3.6 gives lanes to the first, later ones to the last.
+    """
+    return tl.permute(tile, [2, 1, 0, 3]) if LANES_TAKE_FIRST_DIMENSION else tile
 
 
 @triton.jit
