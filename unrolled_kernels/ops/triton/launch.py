@@ -10,8 +10,9 @@ import torch
 # that the matrices take at most 128 registers a lane, none of the state spills, and lanes exchange least.
 DENSE_FORWARD = {
     1: (32, 1, 1), 2: (32, 1, 1), 4: (32, 1, 1), 8: (32, 1, 1),
-    16: (4, 2, 1), 32: (2, 2, 1), 64: (1, 4, 1), 128: (1, 8, 8),
+    16: (4, 1, 1), 32: (2, 1, 1), 64: (1, 2, 1), 128: (1, 4, 8),
 }  # fmt: skip
+# Qᵀa is a sum over the rows, and so over fewer lanes the more of them share a row
 DENSE_BACKWARD = {
     1: (32, 1, 1), 2: (32, 1, 1), 4: (32, 1, 1), 8: (16, 1, 1),
     16: (4, 2, 1), 32: (2, 4, 1), 64: (1, 8, 2), 128: (1, 8, 8),
@@ -21,7 +22,7 @@ DENSE_BACKWARD_SHARED = {
     1: (32, 1, 1), 2: (32, 1, 1), 4: (32, 1, 1), 8: (16, 1, 1), 16: (4, 2, 1), 32: (2, 4, 2), 64: (1, 8, 4),
 }  # fmt: skip
 # the states are columns, of which each lane holds the fewer the more lanes share a row
-SPECTRAL_FORWARD = DENSE_FORWARD | {64: (1, 8, 1), 128: (1, 32, 8)}
+SPECTRAL_FORWARD = DENSE_FORWARD | {16: (4, 2, 1), 32: (2, 2, 1), 64: (1, 8, 1), 128: (1, 32, 8)}
 SPECTRAL_BACKWARD = DENSE_BACKWARD | {64: (1, 16, 2), 128: (1, 32, 8)}
 
 
