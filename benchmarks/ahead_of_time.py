@@ -6,6 +6,7 @@ For the tests, and for counts of machine code. A process that compiles cannot in
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -106,9 +107,22 @@ def launches():
 
 def resources(cubin):
     """Registers and bytes of stack a lane, from the binary itself."""
+    out = _cuobjdump("-res-usage", cubin)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", out).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def shuffles(cubin):
+    """Exchanges between lanes in the machine code, as often as they are written there."""
+    return len(re.findall(r"\bSHFL\b", _cuobjdump("-sass", cubin)))
+
+
+def _cuobjdump(option, cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", out.stdout + out.stderr).groups()
-    return int(registers), int(stack) + int(local)
+        # it calls nvdisasm
+        environment = os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
+        command = [TOOLS / "cuobjdump", option, file.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return out.stdout + out.stderr

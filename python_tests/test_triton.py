@@ -24,7 +24,7 @@ from unrolled_kernels.ops.rnn.reference import weight_shapes
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from benchmarks.ahead_of_time import launches, resources  # noqa: E402
+from benchmarks.ahead_of_time import launches, resources, shuffles  # noqa: E402
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles ahead of time: needs a process without TRITON_INTERPRET")
 runs = pytest.mark.skipif(_backend.unavailable_reason("triton") is not None, reason="needs a GPU or TRITON_INTERPRET=1")
@@ -203,6 +203,18 @@ def test_dense_compiles_without_spills(d, capability):
         for arguments in ORDINARY:
             call("dense", d, **arguments)
     check(found, capability)
+
+
+@compiles
+@pytest.mark.parametrize("d", [16, 32, 64, 128])
+def test_lanes_exchange_little(d):
+    """A layout that gives a row of Q to many lanes costs three times the instructions: every one is an FMA's place."""
+    with launches() as found:
+        call("dense", d)
+    forward, backward = (shuffles(launch.compile(90).asm["cubin"]) for launch in found)
+    assert forward <= 8
+    # Qᵀa sums over lanes
+    assert backward <= 96
 
 
 @compiles

@@ -221,9 +221,10 @@ def forward(matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, traje
 
 
 def backward(
-    grad_y, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, needs_matrix, needs_schedule
-):
-    """The gradients of ``momentum_dense_backward_kernel``."""
+    grad_y, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
+    needs_matrix, needs_b, needs_y0, needs_schedule,
+):  # fmt: skip
+    """The gradients of ``momentum_dense_backward_kernel``: of Q, b and y_0 None where not needed."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     if b.numel() == 0:
@@ -232,14 +233,14 @@ def backward(
     tile = Tile.find(DENSE_BACKWARD_SHARED if shared else DENSE_BACKWARD, d, b.dtype, step_sizes.dtype)
     if tile is None:
         return triton_streamed.backward(
-            grad_y, matrix, b, y0, *schedule, num_steps, trajectory, needs_matrix, needs_schedule
+            grad_y, matrix, b, y0, *schedule, num_steps, trajectory, needs_matrix, needs_b, needs_y0, needs_schedule
         )
     programs = resident_programs(b.device, triton.cdiv(B, tile.samples), tile.num_warps)
     trace = step_sizes.new_empty((programs, 2, max(num_steps, 1), tile.D, tile.samples))
     d_matrix = None
     if needs_matrix:
         d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
-    db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
+    db, dy0 = (b.new_empty((B, d)) if needed else None for needed in (needs_b, needs_y0))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
     launch(
         momentum_dense_backward_kernel, b.device, programs,
@@ -248,8 +249,6 @@ def backward(
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
         num_warps=tile.num_warps,
     )  # fmt: skip
-    if d_matrix is None:
-        d_matrix = b.new_empty(0)
-    elif shared:
+    if needs_matrix and shared:
         d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
     return (d_matrix, db, dy0, *d_schedule.reduce(schedule))

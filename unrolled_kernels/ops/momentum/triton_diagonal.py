@@ -229,15 +229,15 @@ def forward(diagonal, b, y0, step_sizes, momentum, extrapolation, num_steps, tra
 
 def backward(
     grad_y, diagonal, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
-    needs_diagonal, needs_schedule, observed=None,
+    needs_diagonal, needs_b, needs_y0, needs_schedule, observed=None,
 ):  # fmt: skip
-    """The gradients of ``momentum_diagonal_backward_kernel``."""
+    """The gradients of ``momentum_diagonal_backward_kernel``: of Q, b and y_0 None where not needed."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     if b.numel() == 0:
         return zero_gradients((diagonal,), b, schedule, (needs_diagonal,), needs_schedule)
     d_diagonal = diagonal.new_empty((B, d)) if needs_diagonal else None
-    db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
+    db, dy0 = (b.new_empty((B, d)) if needed else None for needed in (needs_b, needs_y0))
     vectors = [Vectors.rows(x) for x in (diagonal, observed, b, y0)]
     cotangent = Vectors.cotangent(grad_y, trajectory)
     if _flat(schedule, *vectors) and cotangent.sample == d * cotangent.entry:
@@ -258,5 +258,4 @@ def backward(
         # three programs a multiprocessor; left alone, ptxas spills to fit a fourth or fifth
         maxnreg=168 if step_sizes.dtype == torch.float32 else None,
     )  # fmt: skip
-    nothing = b.new_empty(0)
-    return (nothing if d_diagonal is None else d_diagonal, db, dy0, *d_schedule.reduce(schedule))
+    return (d_diagonal, db, dy0, *d_schedule.reduce(schedule))

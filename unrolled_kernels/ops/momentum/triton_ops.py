@@ -48,24 +48,24 @@ def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
     needs_matrix, needs_eigenvalues, needs_observed, needs_b, needs_y0, *needs_schedule = (
         bool(needs >> i & 1) for i in range(8)
     )
-    nothing = b.new_empty(0)
-    d_matrix = d_eigenvalues = nothing
+    needs_observed = needs_observed and observed is not None
+    needs_y0 = needs_y0 and rest[0] is not None
+    # what was observed counts against b
+    common_needs = (needs_b or needs_observed, needs_y0, any(needs_schedule))
+    d_matrix = d_eigenvalues = None
     if eigenvalues is None:
-        arguments = (grad_y, matrix, b, *rest, needs_matrix, any(needs_schedule))
+        arguments = (grad_y, matrix, b, *rest, needs_matrix, *common_needs)
         d_matrix, db, dy0, *d_schedule = _kernels("dense").backward(*arguments)
     elif matrix is None:
-        arguments = (grad_y, eigenvalues, b, *rest, needs_eigenvalues, any(needs_schedule))
+        arguments = (grad_y, eigenvalues, b, *rest, needs_eigenvalues, *common_needs)
         d_eigenvalues, db, dy0, *d_schedule = _kernels("diagonal").backward(*arguments, observed=observed)
     else:
-        arguments = (grad_y, eigenvalues, matrix, b, *rest, needs_eigenvalues, needs_matrix, any(needs_schedule))
+        arguments = (grad_y, eigenvalues, matrix, b, *rest, needs_eigenvalues, needs_matrix, *common_needs)
         d_eigenvalues, d_matrix, db, dy0, *d_schedule = _kernels("spectral").backward(*arguments)
-    needs_y0 = needs_y0 and rest[0] is not None
+    d_observed = -db if needs_observed else None
+    gradients = (d_matrix, d_eigenvalues, d_observed, db if needs_b else None, dy0 if needs_y0 else None)
     return (
-        d_matrix,
-        d_eigenvalues,
-        -db if needs_observed and observed is not None else nothing.clone(),
-        db if needs_b else nothing.clone(),
-        dy0 if needs_y0 else nothing.clone(),
+        *(b.new_empty(0) if g is None else g for g in gradients),
         *(
             g.reshape(c.shape) if needed and c is not None else g.new_empty(0)
             for g, c, needed in zip(d_schedule, coefficients, needs_schedule, strict=True)

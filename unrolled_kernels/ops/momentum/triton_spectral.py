@@ -225,22 +225,20 @@ def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num
 
 def backward(
     grad_y, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
-    needs_eigenvalues, needs_matrix, needs_schedule,
+    needs_eigenvalues, needs_matrix, needs_b, needs_y0, needs_schedule,
 ):  # fmt: skip
-    """The gradients of ``momentum_spectral_backward_kernel``."""
+    """The gradients of ``momentum_spectral_backward_kernel``: of λ, R, b and y_0 None where not needed."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
-    needs = (needs_eigenvalues, needs_matrix)
+    needs = (needs_eigenvalues, needs_matrix, needs_b, needs_y0, needs_schedule)
     if b.numel() == 0 or num_steps == 0:
-        grads = zero_gradients((eigenvalues, matrix), b, schedule, needs, needs_schedule)
+        grads = zero_gradients((eigenvalues, matrix), b, schedule, needs[:2], needs_schedule)
         if b.numel():
             grads[3].copy_(grad_y[0] if trajectory else grad_y)
         return grads
     tile = Tile.find(SPECTRAL_BACKWARD, d, b.dtype, step_sizes.dtype)
     if tile is None:
-        return _rotated_backward(
-            grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory, *needs, needs_schedule
-        )
+        return _rotated_backward(grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory, *needs)
     shared = matrix.shape[0] < B
     programs = resident_programs(b.device, triton.cdiv(B, tile.samples), tile.num_warps)
     trace = step_sizes.new_empty((programs, num_steps, tile.D, tile.samples))
@@ -248,7 +246,7 @@ def backward(
     d_matrix = None
     if needs_matrix:
         d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
-    db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
+    db, dy0 = (b.new_empty((B, d)) if needed else None for needed in (needs_b, needs_y0))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
     launch(
         momentum_spectral_backward_kernel, b.device, programs,
@@ -258,16 +256,9 @@ def backward(
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
         num_warps=tile.num_warps,
     )  # fmt: skip
-    nothing = b.new_empty
     if d_matrix is not None and shared:
         d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
-    return (
-        nothing(0) if d_eigenvalues is None else d_eigenvalues,
-        nothing(0) if d_matrix is None else d_matrix,
-        db,
-        dy0,
-        *d_schedule.reduce(schedule),
-    )
+    return (d_eigenvalues, d_matrix, db, dy0, *d_schedule.reduce(schedule))
 
 
 def _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory):
@@ -283,8 +274,9 @@ def _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory
 
 
 def _rotated_backward(
-    grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory, needs_eigenvalues, needs_matrix, needs_schedule
-):
+    grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory,
+    needs_eigenvalues, needs_matrix, needs_b, needs_y0, needs_schedule,
+):  # fmt: skip
     storage, compute = b.dtype, schedule[0].dtype
     grad_y, eigenvalues, R, b, y0 = (x if x is None else x.to(compute) for x in (grad_y, eigenvalues, matrix, b, y0))
     b_hat = matvec(R.mT, b)
@@ -294,12 +286,14 @@ def _rotated_backward(
     else:
         grad_y_hat = matvec(R.mT, grad_y)
     d_eigenvalues, db_hat, dy0_hat, *d_schedule = triton_diagonal.backward(
-        grad_y_hat, eigenvalues, b_hat, y0_hat, *schedule, num_steps, trajectory, needs_eigenvalues, needs_schedule
-    )
-    db, dy0 = matvec(R, db_hat), matvec(R, dy0_hat)
-    if trajectory:
+        grad_y_hat, eigenvalues, b_hat, y0_hat, *schedule, num_steps, trajectory,
+        needs_eigenvalues, needs_b or needs_matrix, needs_y0 or needs_matrix, needs_schedule,
+    )  # fmt: skip
+    db = matvec(R, db_hat) if needs_b else None
+    dy0 = matvec(R, dy0_hat) if needs_y0 else None
+    if needs_y0 and trajectory:
         dy0 = dy0 + grad_y[0]
-    d_matrix = b.new_empty(0)
+    d_matrix = None
     if needs_matrix:
         y_hat = triton_diagonal.forward(eigenvalues, b_hat, y0_hat, *schedule, num_steps, trajectory)
         left, right = [b.unsqueeze(0)], [db_hat.unsqueeze(0)]
@@ -310,7 +304,7 @@ def _rotated_backward(
         right.append(y_hat[1:] if trajectory else y_hat.unsqueeze(0))
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, torch.cat(left), torch.cat(right)).reshape(matrix.shape)
-    return (*(x.to(storage) for x in (d_eigenvalues, d_matrix, db, dy0)), *d_schedule)
+    return (*(x if x is None else x.to(storage) for x in (d_eigenvalues, d_matrix, db, dy0)), *d_schedule)
 
 
 def _matvecs(matrix, zs):

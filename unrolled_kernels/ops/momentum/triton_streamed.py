@@ -277,9 +277,10 @@ def forward(matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, traje
 
 
 def backward(
-    grad_y, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, needs_matrix, needs_schedule
-):
-    """The gradients of ``momentum_dense_streamed_backward_kernel``, for a batch that is not empty."""
+    grad_y, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
+    needs_matrix, needs_b, needs_y0, needs_schedule,
+):  # fmt: skip
+    """The same of ``momentum_dense_streamed_backward_kernel``, for a batch that is not empty."""
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     shared = matrix.shape[0] < B
@@ -289,7 +290,7 @@ def backward(
     d_matrix = None
     if needs_matrix:
         d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
-    db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
+    db, dy0 = (b.new_empty((B, d)) if needed else None for needed in (needs_b, needs_y0))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
     launch(
         momentum_dense_streamed_backward_kernel, b.device, programs,
@@ -297,8 +298,6 @@ def backward(
         Schedule.of(*schedule), d_matrix, db, dy0, d_schedule.parts, states, B, num_steps, d,
         **constants, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
     )  # fmt: skip
-    if d_matrix is None:
-        d_matrix = b.new_empty(0)
-    elif shared:
+    if needs_matrix and shared:
         d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
     return (d_matrix, db, dy0, *d_schedule.reduce(schedule))

@@ -305,7 +305,7 @@ def _pack(weights):
 
 
 def forward(matrix, b, y0, weights, num_steps, trajectory):
-    """y of ``rnn_kernel``, with q ``[B, d]`` for ``matrix`` where Q is diagonal."""
+    """y of ``rnn_kernel``; ``matrix`` is Q, or q ``[B, d]`` of a diagonal one."""
     B, d = b.shape
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
@@ -321,12 +321,12 @@ def forward(matrix, b, y0, weights, num_steps, trajectory):
     return y
 
 
-def backward(grad_y, matrix, b, y0, weights, num_steps, trajectory, needs_matrix, needs_weights):
-    """The gradients of ``rnn_backward_kernel``, likewise."""
+def backward(grad_y, matrix, b, y0, weights, num_steps, trajectory, needs_matrix, needs_b, needs_y0, needs_weights):
+    """The gradients of ``rnn_backward_kernel``: of Q, b and y_0 None where not needed."""
     B, d = b.shape
-    db, dy0 = b.new_empty((B, d)), b.new_empty((B, d))
+    db, dy0 = (b.new_empty((B, d)) if needed else None for needed in (needs_b, needs_y0))
     if b.numel() == 0:
-        d_matrix = matrix.new_zeros(matrix.shape if needs_matrix else 0)
+        d_matrix = matrix.new_zeros(matrix.shape) if needs_matrix else None
         return d_matrix, db, dy0, [torch.zeros_like(W) for W in weights] if needs_weights else []
     shapes, hidden_dims, weights = [W.shape for W in weights], hidden_dims_of(weights), _pack(weights)
     constants = _constants(matrix, b, hidden_dims, trajectory)
@@ -342,9 +342,7 @@ def backward(grad_y, matrix, b, y0, weights, num_steps, trajectory, needs_matrix
         Vectors.cotangent(grad_y, trajectory), *_operands(matrix, b, y0), weights,
         d_matrix, db, dy0, d_weights, trace, hidden, B, num_steps, weights.numel(), **constants,
     )  # fmt: skip
-    if d_matrix is None:
-        d_matrix = b.new_empty(0)
-    elif constants["SHARED"]:
+    if needs_matrix and constants["SHARED"]:
         d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
     if d_weights is None:
         return d_matrix, db, dy0, []

@@ -31,12 +31,10 @@ def _forward(matrix, eigenvalues, *rest):
 
 def _backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs):
     Q, needs_Q = (matrix, needs & 1) if eigenvalues is None else (eigenvalues, needs & 2)
-    arguments = (grad_y, Q, b, y0, weights, num_steps, trajectory, bool(needs_Q), bool(needs & 16))
-    d_Q, db, dy0, d_weights = _kernels().backward(*arguments)
-    d_structure = (d_Q, b.new_empty(0)) if eigenvalues is None else (b.new_empty(0), d_Q)
-    db = db if needs & 4 else b.new_empty(0)
-    dy0 = dy0 if needs & 8 and y0 is not None else b.new_empty(0)
-    return (*d_structure, db, dy0, d_weights)
+    wanted = (bool(needs_Q), bool(needs & 4), bool(needs & 8) and y0 is not None, bool(needs & 16))
+    *gradients, d_weights = _kernels().backward(grad_y, Q, b, y0, weights, num_steps, trajectory, *wanted)
+    d_Q, db, dy0 = (b.new_empty(0) if g is None else g for g in gradients)
+    return (*((d_Q, b.new_empty(0)) if eigenvalues is None else (b.new_empty(0), d_Q)), db, dy0, d_weights)
 
 
 _library.impl("rnn_triton", _forward, "CompositeExplicitAutograd")
