@@ -253,7 +253,7 @@ def test_forms_and_trajectories_compile_without_spills(structure):
     everything = ("Q", "b", "y0", "schedule")
     with launches() as found:
         call(structure, 16, method="momentum", coefficients="both", y0=True, trajectory=True, wanted=everything)
-        call(structure, 16, coefficients="scalar", y0=True, cotangent="strided", wanted=everything)
+        call(structure, 16, coefficients="scalar", cotangent="strided", wanted=everything)
     check(found, 90)
 
 
