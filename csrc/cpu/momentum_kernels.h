@@ -82,7 +82,7 @@ struct SharedMomentumKernels {
 // rows.
 template <typename Storage>
 bool is_shared(Structure structure, const MomentumInputs<Storage>& p) {
-  return structure != Structure::diagonal && shares_matrix(p) && p.B > 0 && p.d > 32;
+  return structure != Structure::diagonal && shares_matrix(p) && p.B > 0 && p.d > 16;
 }
 
 #define UNROLLED_KERNELS_DECLARE(isa)                        \
