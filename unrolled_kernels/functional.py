@@ -25,6 +25,11 @@ from unrolled_kernels.schedules import nesterov_momentum
 __all__ = ["gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
 
 
+class _Coefficient(NamedTuple):
+    name: str  # of the argument that messages speak of
+    value: Number
+
+
 def gradient_descent(
     Q: Quadratic,
     b: torch.Tensor,
@@ -58,7 +63,9 @@ def gradient_descent(
             or unavailable backend; the message names the argument, what was got and what was expected.
     """
     num_steps = _check.check_num_steps(num_steps)
-    return _run(Q, b, (("step_size", step_size), None, None, None), num_steps, y0, return_trajectory, backend)
+    return _run(
+        Q, b, (_Coefficient("step_size", step_size), None, None, None), num_steps, y0, return_trajectory, backend
+    )
 
 
 def nesterov(
@@ -94,11 +101,12 @@ def nesterov(
         mu = smallest_eigenvalue(Q).unsqueeze(-1)
     _check.check_number("mu", mu)
     _check.check_positive("mu", mu)
+    beta = learned = None
     if isinstance(step_size, torch.Tensor) or isinstance(mu, torch.Tensor):
-        schedule = (("step_size", step_size), None, None, ("mu", mu))
+        learned = _Coefficient("mu", mu)
     else:
-        beta = ("mu", nesterov_momentum(step_size, mu))
-        schedule = (("step_size", step_size), beta, beta, None)
+        beta = _Coefficient("mu", nesterov_momentum(step_size, mu))
+    schedule = (_Coefficient("step_size", step_size), beta, beta, learned)
     return _run(Q, b, schedule, num_steps, y0, return_trajectory, backend)
 
 
@@ -130,8 +138,8 @@ def momentum(
         TypeError, ValueError: as ``gradient_descent``.
     """
     num_steps = _check.check_num_steps(num_steps)
-    schedule = (("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation), None)
-    return _run(Q, b, schedule, num_steps, y0, return_trajectory, backend)
+    named = zip(("step_sizes", "momentum", "extrapolation"), (step_sizes, momentum, extrapolation), strict=True)
+    return _run(Q, b, (*(_Coefficient(*c) for c in named), None), num_steps, y0, return_trajectory, backend)
 
 
 def rnn(
@@ -214,7 +222,7 @@ def _run(Q, b, schedule, num_steps, y0, return_trajectory, backend):
     """Validate, bring the arguments to canonical form, run, and give the result its shape back.
 
     Args:
-        schedule: φ, β, γ and μ, each None or a pair of its name in messages and its value.
+        schedule: φ, β, γ and μ, each a ``_Coefficient`` or None.
     """
     _check.check_flag("return_trajectory", return_trajectory)
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
@@ -225,7 +233,7 @@ def _run(Q, b, schedule, num_steps, y0, return_trajectory, backend):
     if y0 is None and _is_plain(Q, b):
         # where there is nothing to check or to reshape, checks cost more than the kernel: 52 µs a call instead of 70,
         # measured on an EPYC core, float32, (B, d, k) = (50, 5, 30)
-        plain = [c if c is None else _plain_coefficient(c[1], b) for c in schedule]
+        plain = [c if c is None else _plain_coefficient(c.value, b) for c in schedule]
         if all(c is not NotImplemented for c in plain):
             chosen = _backend.resolve(backend, b.device)
             return _momentum_op(chosen, Q, None, None, b, None, *plain, num_steps, return_trajectory)
