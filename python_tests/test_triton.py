@@ -448,3 +448,20 @@ assert "unrolled_kernels.ops.triton.tile" not in sys.modules
 """
     done = _python(code)
     assert done.returncode == 0, done.stderr
+
+
+@compiles
+def test_the_roof_is_multiply_adds_in_registers():
+    """The loop that a GPU's arithmetic is compared with: 128 FMAs, its counter, and no memory."""
+    from benchmarks import roofs_triton
+
+    with launches() as found:
+        roofs_triton.run(torch.empty(1024))
+    (launch,) = found
+    binary = launch.compile(90)
+    assert resources(binary.asm["cubin"])[1] == 0
+    loop = re.search(r"^(\$L__BB0_\d+):.*\n((?:.*\n)*?).*bra\s+\1;", binary.asm["ptx"], re.MULTILINE)[2]
+    instructions = [line.split()[0] for line in loop.splitlines() if line.strip() and line.split()[0][0] not in ".$/"]
+    assert instructions.count("fma.rn.f32") == 128
+    assert len(instructions) <= 128 + 3
+    assert not any(name.startswith(("ld.", "st.")) for name in instructions)
