@@ -305,7 +305,7 @@ def check_it_runs_alone(kind, empty_environment):
     provide(requirements_of(empty_environment.site, "experiments"), empty_environment.site)
     command = run_in(empty_environment, "unrolled-kernels", "--help")
     assert command.returncode == 0, command.stderr
-    subcommands = re.findall(r"^    (\w+)\b", command.stdout, re.MULTILINE)
+    subcommands = re.findall(r"^    ([\w-]+)", command.stdout, re.MULTILINE)
     assert subcommands == ["synthetic", "learn-to-optimize", "denoising", "theory", "info"]
     code = (
         "import sys\nfrom unrolled_kernels.experiments.cli import main\n"
@@ -313,7 +313,7 @@ def check_it_runs_alone(kind, empty_environment):
     )
     helps = run_in(empty_environment, "python", "-c", code, *subcommands)
     assert helps.returncode == 0, helps.stderr
-    assert re.findall(r"usage: unrolled-kernels (\w+)", helps.stdout) == subcommands
+    assert re.findall(r"usage: unrolled-kernels ([\w-]+)", helps.stdout) == subcommands
     for option in ("--device", "--seeds", "--out"):
         assert option in helps.stdout
     info = run_in(empty_environment, "unrolled-kernels", "info")
