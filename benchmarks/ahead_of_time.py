@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 
 from unrolled_kernels import _backend
+from unrolled_kernels.ops.triton import launch
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # the options that a launch sets; the target decides the others
@@ -79,8 +80,10 @@ class Launch:
 
 
 @contextlib.contextmanager
-def launches():
+def launches(capability=90):
     """Calls in the block run on backend "triton", on tensors of the CPU; no kernel starts, so results are not written.
+
+    The launches are those for a GPU of compute ``capability``.
 
     Yields a list, to which calls add the ``Launch`` of each kernel, once for all that Triton would compile once.
     """
@@ -101,6 +104,7 @@ def launches():
         mock.patch.object(driver, "_active", _Driver()),
         mock.patch.object(knobs.runtime, "jit_cache_hook", record),
         mock.patch.object(_backend, "resolve", return_value="triton"),
+        mock.patch.object(launch, "capability", return_value=capability),
     ):
         yield found
 

@@ -276,7 +276,7 @@ def test_other_dtypes_compile(structure, dtype, d, shared):
 @capabilities
 def test_rnn_compiles_without_spills(hidden_dims, capability):
     d = {(10, 20, 20): 5, (16,): 16, (32, 32): 32}[hidden_dims]
-    with launches() as found:
+    with launches(capability) as found:
         call("dense", d, method="rnn", coefficients=hidden_dims, wanted=("Q", "b", "schedule"))
     check(found, capability)
 

@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 
 from unrolled_kernels.ops.rnn.native import hidden_dims_of
+from unrolled_kernels.ops.triton import launch as devices
 from unrolled_kernels.ops.triton.launch import Matrices, Vectors, launch, resident_programs
 from unrolled_kernels.ops.triton.tile import load_vector
 
 SAMPLES = 16  # the least that tl.dot takes
 # warps by the larger of D and H; nothing spills up to 32, at 64 some of what a lane holds of the operands of tl.dot
 NUM_WARPS = {16: 4, 32: 8, 64: 16}
+# by D, H and compute capability where these spill
+NUM_WARPS_ON = {(16, 16, 90): 2, (32, 32, 100): 16}
 # scalars whose value is not worth a compilation of its own
 UNSPECIALIZED = ("B", "num_steps", "num_weights")
 
@@ -289,7 +292,7 @@ def _constants(matrix, b, hidden_dims, trajectory):
         "DIAGONAL": diagonal,
         "SHARED": not diagonal and matrix.shape[0] < b.shape[0],
         "TRAJECTORY": trajectory,
-        "num_warps": NUM_WARPS[max(D, H)],
+        "num_warps": NUM_WARPS_ON.get((D, H, devices.capability(b.device)), NUM_WARPS[max(D, H)]),
     }
 
 

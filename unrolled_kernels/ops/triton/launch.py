@@ -26,6 +26,15 @@ SPECTRAL_FORWARD = DENSE_FORWARD | {16: (4, 2, 1), 32: (2, 2, 1), 64: (1, 8, 1),
 SPECTRAL_BACKWARD = DENSE_BACKWARD | {64: (1, 16, 2), 128: (1, 32, 8)}
 
 
+@functools.cache
+def capability(device):
+    """Compute capability of a GPU, 90 for 9.0; that of none in particular for the CPU, which interprets."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 class Tile(NamedTuple):
     """How a program holds matrices in registers (tile.py): ``samples`` of them, W columns to a vector of lanes."""
 
