@@ -1,5 +1,5 @@
 // The contract of the op `synthetic_training`: the models of the synthetic task (paper, Sec. 7.1) trained for some
-// epochs, each from its own state, on its own samples and for itself. The kernel behind it knows no framework.
+// epochs (training.h). The kernel behind it knows no framework.
 //
 //     s         = softmax(W2 relu(W1 x + b1) + b2)    or softmax(W x + b) without hidden units
 //     lambda    = mu + (L - mu) s                     the eigenvalues that are learned, in the eigenbasis of Q
@@ -14,14 +14,12 @@
 //
 //     dW2 += o h'    db2 += o    e = W2'o where h > 0, else 0    dW1 += e x'    db1 += e
 //
-// An epoch visits the samples in its order, a minibatch at a time, each followed by a step of Adam or SGD on the mean
-// gradient plus weight_decay times the parameter. Then comes the mean loss over all samples in their own order, and
-// where it is lower than best_loss the parameters are kept.
-//
-// Dimensions: M models, S sets of n samples, h hidden units, E epochs, P parameters of a model, laid out as
+// Dimensions: those of training.h, and h hidden units; the parameters of a model are laid out as
 // W1 [h, 10], b1 [h], W2 [3, h], b2 [3], or W [3, 10], b [3].
 #pragma once
 #include <cstdint>
+
+#include "experiments/training.h"
 
 namespace unrolled_kernels {
 
@@ -33,23 +31,12 @@ constexpr int64_t synthetic_parameters(int64_t hidden) {
 }
 
 template <typename C>
-struct SyntheticTraining {
-  int64_t M, n, h, E;
-  // the state, read and written in place; nothing else is written
-  C *theta, *first_moment, *second_moment, *best_theta;  // [M, P]; SGD leaves the moments alone
-  C* best_loss;                                          // [M]
-  int64_t* best_epoch;                                   // [M], counted from 1
-  const C* samples;                                      // [S, 16, n]: x, bh, ystar
-  const C* fixed;                                        // [M, n]
-  const int64_t* set_of_model;                           // [M], < S
-  const int64_t* orders;                                 // [E, S, n], each row a permutation
-  int64_t S;
-  const int64_t* num_steps;  // [M], k
-  const bool* accelerated;   // [M]: beta is `momentum`, else 0
-  const C* learning_rates;   // [M]
-  double step_size, momentum, mu, L, weight_decay;
-  bool adam;
-  int64_t batch_size, first_epoch;  // epochs done before, from which Adam counts its steps
+struct SyntheticTraining : Training<C> {
+  int64_t h;
+  const C* samples;         // [S, 16, n]: x, bh, ystar
+  const C* fixed;           // [M, n]
+  const bool* accelerated;  // [M]: beta is `momentum`, else 0
+  double step_size, momentum, mu, L;
 };
 
 }  // namespace unrolled_kernels

@@ -16,8 +16,7 @@
 // the headers above are compiled for the baseline, those below for the level of this file
 #include "cpu/simd/simd.h"
 
-#include "cpu/simd/arena.h"
-#include "experiments/cpu/vector_math.h"
+#include "experiments/cpu/epochs.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
@@ -25,7 +24,6 @@ namespace {
 
 constexpr int64_t X = synthetic_inputs, O = synthetic_outputs;
 constexpr int64_t columns = 2 * O + 1;  // bh, ystar, fixed: what a sample needs behind the network
-constexpr double beta1 = 0.9, beta2 = 0.999, adam_eps = 1e-8;
 
 template <typename C>
 class Trainer {
@@ -39,13 +37,11 @@ class Trainer {
         units_(ceil_div(p.h ? p.h : O, W) * W),
         outs_((X + 1) * units_),
         bias2_((X + 1 + O) * units_),
-        size_(p.h ? bias2_ + ceil_div(O, W) * W : outs_),
-        parameters_(synthetic_parameters(p.h)) {
-    place_ = arena_.take<int64_t>(parameters_);
+        at_(p.h ? bias2_ + O : outs_, arena_) {
+    place_ = arena_.take<int64_t>(p.P);
     natural_ = arena_.take<int64_t>(p.n);
     x_ = arena_.take<C>(p.n * X);
     rest_ = arena_.take<C>(p.n * columns);
-    for (C** state : {&theta_, &m_, &v_, &best_, &grad_}) *state = arena_.take<C>(size_);
     rows_ = arena_.take<C>(W * units_);
     lanes_ = arena_.take<C>(columns * W);
     out_grad_ = arena_.take<C>(O * W);
@@ -57,16 +53,17 @@ class Trainer {
     place_parameters();
     for (int64_t i = 0; i < p_.n; ++i) natural_[i] = i;
     // lanes without a sample hold numbers too
-    for (C* memory : {theta_, m_, v_, best_}) fill_zero(memory, size_);
     fill_zero(rows_, W * units_);
     fill_zero(lanes_, columns * W);
-    load_model(model);
+    const auto place = [this](int64_t i) { return place_[i]; };
+    at_.load_model(p_, model, place);
+    load_samples(model);
     if (p_.accelerated[model]) {
       p_.h ? epochs<true, true>(model) : epochs<true, false>(model);
     } else {
       p_.h ? epochs<false, true>(model) : epochs<false, false>(model);
     }
-    store_model(model);
+    at_.store_model(p_, model, place);
   }
 
  private:
@@ -86,14 +83,7 @@ class Trainer {
     for (int64_t c = 0; c < O; ++c) place_[next++] = bias2_ + c;
   }
 
-  void load_model(int64_t model) {
-    const int64_t row = model * parameters_;
-    for (int64_t i = 0; i < parameters_; ++i) {
-      theta_[place_[i]] = p_.theta[row + i];
-      m_[place_[i]] = p_.first_moment[row + i];
-      v_[place_[i]] = p_.second_moment[row + i];
-      best_[place_[i]] = p_.best_theta[row + i];
-    }
+  void load_samples(int64_t model) {
     const C* samples = p_.samples + p_.set_of_model[model] * (X + 2 * O) * p_.n;
     for (int64_t s = 0; s < p_.n; ++s) {
       for (int64_t i = 0; i < X; ++i) x_[s * X + i] = samples[i * p_.n + s];
@@ -101,45 +91,20 @@ class Trainer {
       rest_[s * columns + 2 * O] = p_.fixed[model * p_.n + s];
     }
     k_ = p_.num_steps[model];
-    learning_rate_ = p_.learning_rates[model];
-  }
-
-  void store_model(int64_t model) {
-    const int64_t row = model * parameters_;
-    for (int64_t i = 0; i < parameters_; ++i) {
-      p_.theta[row + i] = theta_[place_[i]];
-      p_.first_moment[row + i] = m_[place_[i]];
-      p_.second_moment[row + i] = v_[place_[i]];
-      p_.best_theta[row + i] = best_[place_[i]];
-    }
   }
 
   // -- training
 
   template <bool accelerated, bool hidden>
   void epochs(int64_t model) {
-    const int64_t steps = ceil_div(p_.n, p_.batch_size);
-    for (int64_t e = 0; e < p_.E; ++e) {
-      const int64_t* order = p_.orders + (e * p_.S + p_.set_of_model[model]) * p_.n;
-      const int64_t epoch = p_.first_epoch + e;
-      for (int64_t i = 0; i < steps; ++i) {
-        const int64_t first = i * p_.batch_size, count = min(p_.batch_size, p_.n - first);
-        gradient<accelerated, hidden>(order + first, count);
-        p_.adam ? adam(epoch * steps + i + 1) : sgd();
-      }
-      const C loss = mean_loss<accelerated, hidden>();
-      // false for NaN: a model that diverged keeps its last good parameters
-      if (loss < p_.best_loss[model]) {
-        p_.best_loss[model] = loss;
-        p_.best_epoch[model] = epoch + 1;
-        for (int64_t i = 0; i < size_; i += W) store(best_ + i, load(theta_ + i));
-      }
-    }
+    train_epochs(
+        p_, model, at_, [this](const int64_t* order, int64_t count) { gradient<accelerated, hidden>(order, count); },
+        [this] { return mean_loss<accelerated, hidden>(); });
   }
 
   template <bool accelerated, bool hidden>
   void gradient(const int64_t* order, int64_t count) {
-    fill_zero(grad_, size_);
+    fill_zero(at_.grad, at_.size);
     V bias[O] = {};
     for (int64_t first = 0; first < count; first += W) {
       const int64_t* index = order + first;
@@ -164,7 +129,7 @@ class Trainer {
       backward<hidden>(index, here);
     }
     if (hidden) {
-      for (int64_t c = 0; c < O; ++c) grad_[bias2_ + c] = sum_lanes<C>(bias[c]);
+      for (int64_t c = 0; c < O; ++c) at_.grad[bias2_ + c] = sum_lanes<C>(bias[c]);
     }
   }
 
@@ -189,7 +154,7 @@ class Trainer {
     for (int64_t u = 0; u < units_; u += W) {
       V w[X + 1];
 #pragma GCC unroll 16
-      for (int i = 0; i <= X; ++i) w[i] = load(theta_ + i * units_ + u);
+      for (int i = 0; i <= X; ++i) w[i] = load(at_.theta + i * units_ + u);
       for (int64_t s = 0; s < count; ++s) {
         const C* x = x_ + index[s] * X;
         V sum = w[X];
@@ -209,7 +174,7 @@ class Trainer {
       hidden ? backward_outputs(u, count) : transpose_outputs(u);
       V d1[X + 1];
 #pragma GCC unroll 16
-      for (int i = 0; i <= X; ++i) d1[i] = load(grad_ + i * units_ + u);
+      for (int i = 0; i <= X; ++i) d1[i] = load(at_.grad + i * units_ + u);
       for (int64_t s = 0; s < count; ++s) {
         const C* x = x_ + index[s] * X;
         const V e = load(rows_ + s * units_ + u);
@@ -218,7 +183,7 @@ class Trainer {
         d1[X] += e;
       }
 #pragma GCC unroll 16
-      for (int i = 0; i <= X; ++i) store(grad_ + i * units_ + u, d1[i]);
+      for (int i = 0; i <= X; ++i) store(at_.grad + i * units_ + u, d1[i]);
     }
   }
 
@@ -226,8 +191,8 @@ class Trainer {
     V w2[O], d2[O];
 #pragma GCC unroll 3
     for (int c = 0; c < O; ++c) {
-      w2[c] = load(theta_ + outs_ + c * units_ + u);
-      d2[c] = load(grad_ + outs_ + c * units_ + u);
+      w2[c] = load(at_.theta + outs_ + c * units_ + u);
+      d2[c] = load(at_.grad + outs_ + c * units_ + u);
     }
     for (int64_t s = 0; s < count; ++s) {
       const V h = load(rows_ + s * units_ + u);
@@ -241,7 +206,7 @@ class Trainer {
       store(rows_ + s * units_ + u, h <= 0 ? V{} : e);
     }
 #pragma GCC unroll 3
-    for (int c = 0; c < O; ++c) store(grad_ + outs_ + c * units_ + u, d2[c]);
+    for (int c = 0; c < O; ++c) store(at_.grad + outs_ + c * units_ + u, d2[c]);
   }
 
   void transpose_outputs(int64_t u) {
@@ -263,7 +228,7 @@ class Trainer {
   Spectrum spectrum() const {
     V logit[O] = {};
     if (hidden) {
-      for (int c = 0; c < O; ++c) logit[c] = broadcast(theta_[bias2_ + c]);
+      for (int c = 0; c < O; ++c) logit[c] = broadcast(at_.theta[bias2_ + c]);
     }
     for (int64_t u = 0; u < units_; u += W) {
       V r[W];
@@ -273,7 +238,7 @@ class Trainer {
       if (hidden) {
 #pragma GCC unroll 3
         for (int c = 0; c < O; ++c) {
-          const C* w = theta_ + outs_ + c * units_ + u;
+          const C* w = at_.theta + outs_ + c * units_ + u;
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) logit[c] += r[i] * broadcast(w[i]);
         }
@@ -340,41 +305,14 @@ class Trainer {
     }
   }
 
-  // -- optimizers, as in torch.optim
-
-  void adam(int64_t step) {
-    const C b1 = static_cast<C>(1 - beta1), b2 = static_cast<C>(beta2), b3 = static_cast<C>(1 - beta2);
-    const C decay = static_cast<C>(p_.weight_decay), eps = static_cast<C>(adam_eps);
-    const C rate = static_cast<C>(learning_rate_ / (1 - std::pow(beta1, static_cast<double>(step))));
-    const C correction = static_cast<C>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))));
-    for (int64_t i = 0; i < size_; i += W) {
-      const V theta = load(theta_ + i), g = load(grad_ + i) + decay * theta;
-      V m = load(m_ + i);
-      m += b1 * (g - m);
-      const V v = b2 * load(v_ + i) + b3 * (g * g);
-      store(m_ + i, m);
-      store(v_ + i, v);
-      store(theta_ + i, theta - rate * m / (sqrt(v) * correction + eps));
-    }
-  }
-
-  void sgd() {
-    const C rate = learning_rate_, decay = static_cast<C>(p_.weight_decay);
-    for (int64_t i = 0; i < size_; i += W) {
-      const V theta = load(theta_ + i);
-      store(theta_ + i, theta - rate * (load(grad_ + i) + decay * theta));
-    }
-  }
-
   const SyntheticTraining<C>& p_;
   Arena arena_;
-  int64_t units_, outs_, bias2_, size_, parameters_;
-  int64_t *place_, *natural_;  // of each parameter; 0 ... n-1
-  C *x_, *rest_;               // [n, 10], [n, 7]
-  C *theta_, *m_, *v_, *best_, *grad_;
+  int64_t units_, outs_, bias2_;
+  Parameters<C> at_;
+  int64_t *place_, *natural_;     // of each parameter; 0 ... n-1
+  C *x_, *rest_;                  // [n, 10], [n, 7]
   C *rows_, *lanes_, *out_grad_;  // [W, units], [7, W], [3, W]
   int64_t k_ = 0;
-  C learning_rate_ = 0;
 };
 
 template <typename C>
