@@ -214,7 +214,10 @@ def ninja_file(compiler, core, experiments, build):
         for storage in ("float", "double", "half", "bfloat16")
     ]
     shared = [compile_source("cxx", path) for path in sorted(CSRC.glob("cpu/simd/*.cpp"))]
-    link(core, [*cuda_objects, *compile_folder(CSRC), *shared])
+    objects = compile_folder(CSRC)
+    link(core, [*cuda_objects, *objects, *shared])
+    # the experiments train RNNs by the kernels themselves
+    shared += [path for path in objects if path.name.startswith("cpu.rnn_cells.")]
     link(experiments, [*compile_folder(CSRC / "experiments"), *shared])
     return "\n".join(lines) + "\n", cuda_reason
 

@@ -7,19 +7,20 @@ import pandas as pd
 import pytest
 import torch
 
-from unrolled_kernels import Spectral, available_backends, use_backend
+from unrolled_kernels import Spectral, UnrolledRNN, available_backends, use_backend
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments import cli
-from unrolled_kernels.experiments.learn_to_optimize import claims
+from unrolled_kernels.experiments.learn_to_optimize import claims, layers
 from unrolled_kernels.experiments.learn_to_optimize import command as study
 from unrolled_kernels.experiments.learn_to_optimize.grid import ALGORITHMS, Trial
-from unrolled_kernels.experiments.learn_to_optimize.layers import make_trainable_layer, train_one
+from unrolled_kernels.experiments.learn_to_optimize.layers import make_trainable_layer, train_natively, train_one
 from unrolled_kernels.experiments.synthetic import data
 from unrolled_kernels.experiments.synthetic.data import MU, L
 from unrolled_kernels.experiments.synthetic.evaluation import distance
 from unrolled_kernels.experiments.synthetic.grid import Training, select_best
 from unrolled_kernels.testing import assert_as_close_as_eager
 
+needs_op = pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built")
 TRAINING = Training(epochs=5, learn_step_size=True)
 DEPTHS, SEEDS = (1, 3), (100, 101)
 
@@ -52,7 +53,7 @@ def table(train, gap):
 # -- training
 
 
-@pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built")
+@needs_op
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_fused_layers_train_as_eager_ones(task, algorithm):
     def losses(backend, dtype):
@@ -63,6 +64,65 @@ def test_fused_layers_train_as_eager_ones(task, algorithm):
     # in float64: float32's rounding may decide which units are active
     runs = (("cpu", torch.float64), ("eager", torch.float64), ("eager", torch.float32))
     assert_as_close_as_eager(*(losses(*run) for run in runs), what=algorithm)
+
+
+@needs_op
+@pytest.mark.parametrize("algorithms", [("gd", "nag"), ("rnn",)], ids="-".join)
+def test_op_trains_each_layer_as_torch_does(task, algorithms):
+    # the last minibatch of an epoch is smaller, and fills no vector
+    training = Training(epochs=5, learn_step_size=True, batch_size=30)
+    trials = [Trial(*point) for point in itertools.product(algorithms, (1, 4, 9), (101,), (1e-2, 1e-3))]
+
+    def losses(rows, dtype):
+        assert [row["best_epoch"] for row in rows] == [5] * len(trials)
+        return torch.tensor([[row["train"], row["test"]] for row in rows], dtype=dtype)
+
+    def trained(dtype, backend):
+        with use_backend(backend):
+            return losses([train_one(task.to(dtype), trial, training) for trial in trials], dtype)
+
+    exact = trained(torch.float64, "cpu")
+    # the energies' eigenvectors are rotations to float32 only
+    actual = losses(train_natively(task.to(torch.float64), trials, training), torch.float64)
+    torch.testing.assert_close(actual, exact, rtol=1e-9, atol=0)
+    actual = losses(train_natively(task, trials, training), torch.float32)
+    assert_as_close_as_eager(actual, exact, trained(torch.float32, "eager"), what="losses")
+
+
+@needs_op
+@pytest.mark.parametrize("algorithm", ["nag", "rnn"])
+def test_threads_and_company_change_nothing(task, algorithm):
+    trials = [Trial(algorithm, k, 100, rate) for k in (2, 7) for rate in (1e-2, 1e-3)]
+    columns = [name for name in train_one(task, trials[0], TRAINING) if name != "seconds"]
+    take = lambda rows: [[str(row[name]) for name in columns] for row in rows]
+    alone = [row for trial in trials for row in train_natively(task, [trial], TRAINING)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        together = train_natively(task, trials, TRAINING)
+    finally:
+        torch.set_num_threads(threads)
+    assert take(together) == take(alone)
+
+
+@needs_op
+def test_training_goes_on_in_the_next_block_of_epochs(task):
+    # an op call runs at most 256 epochs, and Adam counts on
+    trial, training = Trial("gd", 3, 100, 1e-3), Training(epochs=300, learn_step_size=True)
+    (row,) = train_natively(task.to(torch.float64), [trial], training)
+    assert row["step_size"] == pytest.approx(train_one(task.to(torch.float64), trial, training)["step_size"], rel=1e-9)
+
+
+@needs_op
+def test_op_refuses_what_it_would_misread(task, monkeypatch):
+    trials = [Trial("rnn", 2, 100, 1e-2)]
+    monkeypatch.setattr(layers, "HIDDEN_DIMS", (20, 20))
+    monkeypatch.setattr(layers, "make_trainable_layer", lambda trial: UnrolledRNN(2, 5, (20, 20, 20)))
+    with pytest.raises(RuntimeError, match="theta: not of the shape"):
+        train_natively(task, trials, TRAINING)
+    monkeypatch.setattr(layers, "HIDDEN_DIMS", (20, 200))
+    with pytest.raises(RuntimeError, match="hidden_dims: out of range"):
+        train_natively(task, trials, TRAINING)
 
 
 @pytest.mark.parametrize("algorithm", ["gd", "nag"])
@@ -104,8 +164,15 @@ def test_start_depends_on_the_seed_alone():
     assert not torch.equal(start(101), first)
 
 
-def test_diverged_layer_is_not_chosen(task):
-    rows = [train_one(task, Trial("rnn", 3, 100, rate), TRAINING) for rate in (1e-2, 1e30)]
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param(lambda task, trial: train_one(task, trial, TRAINING), id="torch"),
+        pytest.param(lambda task, trial: train_natively(task, [trial], TRAINING)[0], id="op", marks=needs_op),
+    ],
+)
+def test_diverged_layer_is_not_chosen(task, train):
+    rows = [train(task, Trial("rnn", 3, 100, rate)) for rate in (1e-2, 1e30)]
     assert rows[1]["best_epoch"] == 0
     assert all(math.isnan(rows[1][column]) for column in ("train", "test", "gap"))
     assert select_best(pd.DataFrame(rows))["learning_rate"].tolist() == [1e-2]
@@ -129,21 +196,22 @@ def test_run_writes_table_figure_and_report(small_run):
 
 
 def test_interrupted_run_ends_with_the_same_table(small_run, tmp_path, monkeypatch):
-    started = []
+    started, train = [], study.Setup.train
 
-    def interrupted(task, trial, *more):
-        started.append(trial)
-        if len(started) == 5:
+    def interrupted(setup, task, job, on_epochs):
+        started.append(job.trials)
+        if len(started) == 3:
             raise KeyboardInterrupt
-        return train_one(task, trial, *more)
+        return train(setup, task, job, on_epochs)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(study, "train_one", interrupted)
+    monkeypatch.setattr(study.Setup, "train", interrupted)
     assert cli.main(command(out)) == 130
-    assert len(pd.read_parquet(out / "results.parquet")) == 4
+    assert len(pd.read_parquet(out / "results.parquet")) == len(started[0]) + len(started[1])
     assert cli.main(command(out)) == 0
-    # the one that was interrupted is trained again, the four before it are not
-    assert len(started) == 13
+    # what was interrupted is trained again, what came before is not
+    assert started[3] == started[2]
+    assert sum(map(len, started)) == 12 + len(started[2])
 
     keys = ["algorithm", "num_steps", "seed"]
     tables = (pd.read_parquet(path / "results.parquet").sort_values(keys) for path in (out, small_run))

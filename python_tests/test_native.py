@@ -44,7 +44,10 @@ MODES = {
     # vectors of the size that AVX-512 has, whatever the level
     "wide": ["-DUNROLLED_KERNELS_VECTOR_BYTES=64"],
 }
-FAMILIES = {"address": ["momentum", "rnn", "synthetic_training", "convolution", "large", "huge"], "thread": ["large"]}
+FAMILIES = {
+    "address": ["momentum", "rnn", "synthetic_training", "learn_to_optimize", "convolution", "large", "huge"],
+    "thread": ["large"],
+}
 # compiling is what takes long: the widest instruction set every time, the others in test-slow
 SANITIZED = [
     pytest.param(level, mode, family, marks=[] if level == _levels()[-1] else pytest.mark.slow)

@@ -3,6 +3,8 @@
 import functools
 import importlib
 
+import torch
+
 from unrolled_kernels import _backend
 
 
@@ -18,3 +20,9 @@ def _extension():
 def runs_on(device, backend="auto"):
     """Whether kernels of the experiments serve tensors on ``device``: it is a CPU, and ``backend`` is "cpu" there."""
     return _backend.resolve(backend, device) == "cpu" and _extension() is not None
+
+
+def op(name):
+    """The op ``unrolled_kernels::name`` of the extension."""
+    _extension()
+    return getattr(torch.ops.unrolled_kernels, name)

@@ -1,6 +1,6 @@
 // Runs the CPU kernels, forward and backward, on every kind of problem, for the sanitizers to watch over.
 //
-//     driver FAMILY      momentum | rnn | synthetic_training | convolution
+//     driver FAMILY      momentum | rnn | synthetic_training | learn_to_optimize | convolution
 //                        large: several chunks, for threads to share
 //                        huge: the last samples of tensors of more than 2^31 elements, in memory that is not there
 //
@@ -25,6 +25,7 @@
 #include "cpu/momentum_launch.h"
 #include "cpu/rnn_launch.h"
 #include "experiments/cpu/convolution_kernels.h"
+#include "experiments/cpu/learn_to_optimize_kernel.h"
 #include "experiments/cpu/synthetic_training_kernel.h"
 
 // the scratch of for_chunks
@@ -259,33 +260,74 @@ void rnn(int kind, int64_t B, int64_t d, int64_t k, std::initializer_list<int64_
   });
 }
 
+// What every training loop is given: two epochs from one start, each model on one of two sets of samples.
 template <typename C>
-void synthetic_training(int64_t M, int64_t n, int64_t h, int64_t batch_size) {
-  const int64_t P = synthetic_parameters(h), S = 2, E = 2;
-  const Array<C> start(M * P, -0.5, 0.5), samples(S * (synthetic_inputs + 2 * synthetic_outputs) * n, -1, 1);
-  const Array<C> fixed(M * n, 0, 1), learning_rates(M, 1e-3, 1e-2);
-  const Array<int64_t> sets(M), orders(E * S * n), num_steps(M);
-  const Array<bool> accelerated(M);
-  for (int64_t m = 0; m < M; ++m) {
-    sets.data()[m] = m % S, num_steps.data()[m] = static_cast<int64_t>(draw(8)), accelerated.data()[m] = flip();
+struct TrainingArrays {
+  int64_t M, P, n, batch_size, S = 2, E = 2;
+  Array<C> start{M * P, -0.5, 0.5}, learning_rates{M, 1e-3, 1e-2};
+  Array<int64_t> sets{M}, orders{E * S * n}, num_steps{M}, best_epoch{M};
+
+  TrainingArrays(int64_t models, int64_t parameters, int64_t samples, int64_t batch)
+      : M(models), P(parameters), n(samples), batch_size(batch) {
+    for (int64_t m = 0; m < M; ++m) sets.data()[m] = m % S, num_steps.data()[m] = static_cast<int64_t>(draw(8));
+    for (int64_t i = 0; i < E * S * n; ++i) orders.data()[i] = n - 1 - i % n;
   }
-  for (int64_t i = 0; i < E * S * n; ++i) orders.data()[i] = n - 1 - i % n;
-  check("synthetic_training", M, n, h, [&](Outputs& outputs) {
-    SyntheticTraining<C> p{};
-    p.M = M, p.n = n, p.h = h, p.E = E, p.S = S;
+
+  void begin(Training<C>& p, Outputs& outputs) const {
+    p.M = M, p.P = P, p.n = n, p.E = E, p.S = S, p.batch_size = batch_size;
     outputs.add(p.theta, M * P), outputs.add(p.first_moment, M * P), outputs.add(p.second_moment, M * P);
     outputs.add(p.best_theta, M * P), outputs.add(p.best_loss, M);
-    const Array<int64_t> best_epoch(M);
     p.best_epoch = best_epoch.data();
     memcpy(p.theta, start.data(), M * P * sizeof(C)), memcpy(p.best_theta, start.data(), M * P * sizeof(C));
     for (int64_t i = 0; i < M * P; ++i) p.first_moment[i] = p.second_moment[i] = 0;
     for (int64_t m = 0; m < M; ++m) p.best_loss[m] = static_cast<C>(1e30), p.best_epoch[m] = 0;
-    p.samples = samples.data(), p.fixed = fixed.data(), p.set_of_model = sets.data(), p.orders = orders.data();
-    p.num_steps = num_steps.data(), p.accelerated = accelerated.data(), p.learning_rates = learning_rates.data();
-    p.step_size = 1, p.momentum = 0.5, p.mu = 0.1, p.L = 1, p.weight_decay = 1e-4;
-    p.adam = flip(), p.batch_size = batch_size;
-    const auto kernel = UNROLLED_KERNELS_AT_ACTIVE_ISA(synthetic_training_kernel<C>());
-    for_chunks(M, kernel.scratch_bytes(p), [&](int64_t model, void* scratch) { kernel.train(p, model, scratch); });
+    p.set_of_model = sets.data(), p.orders = orders.data(), p.num_steps = num_steps.data();
+    p.learning_rates = learning_rates.data(), p.weight_decay = 1e-4, p.adam = flip();
+  }
+};
+
+template <typename Problem, typename Kernel>
+void train(const Problem& p, const Kernel& kernel) {
+  for_chunks(p.M, kernel.scratch_bytes(p), [&](int64_t model, void* scratch) { kernel.train(p, model, scratch); });
+}
+
+template <typename C>
+void synthetic_training(int64_t M, int64_t n, int64_t h, int64_t batch_size) {
+  const TrainingArrays<C> arrays(M, synthetic_parameters(h), n, batch_size);
+  const Array<C> samples(arrays.S * (synthetic_inputs + 2 * synthetic_outputs) * n, -1, 1), fixed(M * n, 0, 1);
+  const Array<bool> accelerated(M);
+  for (int64_t m = 0; m < M; ++m) accelerated.data()[m] = flip();
+  check("synthetic_training", M, n, h, [&](Outputs& outputs) {
+    SyntheticTraining<C> p{};
+    arrays.begin(p, outputs);
+    p.h = h, p.samples = samples.data(), p.fixed = fixed.data(), p.accelerated = accelerated.data();
+    p.step_size = 1, p.momentum = 0.5, p.mu = 0.1, p.L = 1;
+    train(p, UNROLLED_KERNELS_AT_ACTIVE_ISA(synthetic_training_kernel<C>()));
+  });
+}
+
+template <typename C>
+void learn_to_optimize(int64_t M, int64_t n, int64_t d, std::vector<int64_t> hidden_dims, int64_t batch_size) {
+  const TrainingArrays<C> step_sizes(M, 1, n, batch_size);
+  const Array<C> samples(step_sizes.S * 3 * d * n, 0.1, 1), largest(M, 1, 2), mu(M);
+  for (int64_t m = 0; m < M; ++m) mu.data()[m] = flip() ? static_cast<C>(0.1) : 0;
+  check("step_size_training", M, n, d, [&](Outputs& outputs) {
+    StepSizeTraining<C> p{};
+    step_sizes.begin(p, outputs);
+    p.d = d, p.samples = samples.data(), p.largest = largest.data(), p.mu = mu.data();
+    train(p, UNROLLED_KERNELS_AT_ACTIVE_ISA(step_size_training_kernel<C>()));
+  });
+  RnnTraining<C> problem{};
+  problem.d = d, problem.num_layers = static_cast<int>(hidden_dims.size());
+  for (size_t l = 0; l < hidden_dims.size(); ++l) problem.hidden_dims[l] = hidden_dims[l];
+  const TrainingArrays<C> weights(M, rnn_weights_size(problem), n, batch_size);
+  const int64_t S = weights.S;
+  const Array<C> matrices(S * n * d * d, -1, 1), b(S * n * d, -1, 1), y_star(S * n * d, -1, 1);
+  check("rnn_training", M, n, d, [&](Outputs& outputs) {
+    RnnTraining<C> p = problem;
+    weights.begin(p, outputs);
+    p.matrices = matrices.data(), p.b = b.data(), p.y_star = y_star.data();
+    train(p, UNROLLED_KERNELS_AT_ACTIVE_ISA(rnn_training_kernel<C>()));
   });
 }
 
@@ -565,6 +607,17 @@ void every_synthetic_training() {
   }
 }
 
+void every_learn_to_optimize() {
+  for (const int64_t d : {1, 5, 7}) {
+    for (const int64_t n : {1, 7, 40}) {
+      for (const int64_t batch_size : {1, 5, 50}) {
+        learn_to_optimize<float>(3, n, d, {4}, batch_size);
+        learn_to_optimize<double>(3, n, d, {5, 20}, batch_size);
+      }
+    }
+  }
+}
+
 void every_convolution() {
   for (const int64_t inputs : {1, 3, 5, 20}) {
     for (const int64_t outputs : {1, 2, 3, 7}) {
@@ -590,6 +643,7 @@ void large() {
     for (int kind = 0; kind < 3; ++kind) rnn<float>(kind, 70, 6, 12, {10, 20});
   }
   synthetic_training<float>(8, 30, 16, 10);
+  learn_to_optimize<float>(8, 40, 5, {10, 20}, 20);
   convolution<float>(2, 100, 40, 3, 3, true);
 }
 
@@ -601,6 +655,7 @@ int main(int count, char** arguments) {
   if (is("momentum")) every_momentum();
   if (is("rnn")) every_rnn();
   if (is("synthetic_training")) every_synthetic_training();
+  if (is("learn_to_optimize")) every_learn_to_optimize();
   if (is("convolution")) every_convolution();
   if (is("large")) large();
   if (is("huge")) huge();

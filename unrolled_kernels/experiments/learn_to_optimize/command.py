@@ -5,13 +5,14 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from unrolled_kernels import _backend
-from unrolled_kernels.experiments import figures, ranks, report, study
+from unrolled_kernels.experiments import figures, native, ranks, report, study
 from unrolled_kernels.experiments.learn_to_optimize import claims
-from unrolled_kernels.experiments.learn_to_optimize.grid import PRESETS, Trial
-from unrolled_kernels.experiments.learn_to_optimize.layers import train_one
+from unrolled_kernels.experiments.learn_to_optimize.grid import ALGORITHMS, PRESETS, Trial
+from unrolled_kernels.experiments.learn_to_optimize.layers import train_natively, train_one
 from unrolled_kernels.experiments.options import (
     add_run_options,
     environment,
@@ -28,14 +29,25 @@ from unrolled_kernels.experiments.synthetic.report import summary_table
 
 @dataclass(frozen=True, kw_only=True)
 class Setup(runner.Setup):
-    """Layers are trained one by one; the attributes are those of the synthetic study."""
+    """As of the synthetic study."""
+
+    @property
+    def runs_natively(self):
+        """Whether a C++ op runs the epochs."""
+        return native.runs_on(torch.device(self.device), self.backend)
 
     def chunks(self, trials, shares):
-        """Lists of one."""
-        return [[trial] for trial in trials]
+        """Lists of one; step sizes train so fast that those of a seed share its minibatches' orders."""
+        chunks = {}
+        for trial in trials:
+            together = self.runs_natively and trial.algorithm != "rnn"
+            chunks.setdefault(trial.seed if together else trial, []).append(trial)
+        return list(chunks.values())
 
     def train(self, task, job, on_epochs):
-        """The row of the layer of a job, in a list."""
+        """The rows of the layers of a job."""
+        if self.runs_natively:
+            return train_natively(task, job.trials, self.training, on_epochs)
         return [train_one(task, job.trials[0], self.training, on_epochs)]
 
 
@@ -56,6 +68,7 @@ def add_parser(subparsers):
     )
     replacing = {"default": argparse.SUPPRESS}
     grid.add_argument("--depths", type=positive, nargs="+", metavar="K", help="steps of the layers", **replacing)
+    grid.add_argument("--algorithms", choices=ALGORITHMS, nargs="+", **replacing)
     grid.add_argument("--learning-rates", type=positive_float, nargs="+", metavar="LR", **replacing)
     grid.add_argument("--seeds", type=positive, metavar="N", help="seeds 100 … 99+N", **replacing)
     grid.add_argument("--epochs", type=positive, **replacing)

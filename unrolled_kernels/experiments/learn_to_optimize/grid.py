@@ -21,18 +21,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Grid:
-    """The product of its axes and the three algorithms; see ``PRESETS``."""
+    """The product of its axes; see ``PRESETS``."""
 
     depths: tuple
     learning_rates: tuple
     seeds: int
     epochs: int
+    algorithms: tuple = ALGORITHMS
 
     def trials(self):
         """Every layer of the grid, sorted."""
         seeds = range(FIRST_SEED, FIRST_SEED + self.seeds)
         return sorted(
-            {Trial(*point) for point in itertools.product(ALGORITHMS, self.depths, seeds, self.learning_rates)}
+            {Trial(*point) for point in itertools.product(self.algorithms, self.depths, seeds, self.learning_rates)}
         )
 
 
