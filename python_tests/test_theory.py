@@ -847,8 +847,8 @@ def test_refusals(call, error, message):
 def run_command(*options):
     command = pytest.importorskip("unrolled_kernels.experiments.theory.command")
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    arguments = parser.parse_args(["theory", *map(str, options)])
+    command.add_arguments(parser)
+    arguments = parser.parse_args([*map(str, options)])
     return arguments.run(arguments)
 
 

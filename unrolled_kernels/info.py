@@ -1,8 +1,7 @@
 """``python -m unrolled_kernels.info``: versions, and each backend: available, or why not and how to get it."""
 
-import json
 import platform
-from pathlib import Path
+import warnings
 
 import torch
 
@@ -27,12 +26,15 @@ def report():
     extension = _backend.extension()
     lines += ["", "extension"]
     if extension is None:
-        lines.append(f"  not built: {_build_record('extension_reason')}")
+        lines.append(f"  not built: {_backend.why_no_extension()}")
     else:
         lines += [f"  {name:22s} {value}" for name, value in extension.build_info().items()]
         if not extension.build_info()["cuda"]:
-            lines.append(f"  without CUDA kernels: {_build_record('cuda_reason')}")
-    chosen = {kind: _backend.resolve(None, torch.device(kind)) for kind in ("cpu", "cuda")}
+            lines.append(f"  without CUDA kernels: {_backend.build_record('cuda_reason')}")
+    with warnings.catch_warnings():
+        # the lines above say it
+        warnings.simplefilter("ignore", _backend.SlowBackendWarning)
+        chosen = {kind: _backend.resolve(None, torch.device(kind)) for kind in ("cpu", "cuda")}
     lines += ["", f'backend="auto" takes {chosen["cpu"]!r} on cpu tensors, {chosen["cuda"]!r} on cuda tensors']
     return "\n".join(lines)
 
@@ -45,15 +47,13 @@ def _triton_version():
     return triton.__version__
 
 
-def _build_record(key):
-    """What the build wrote down for ``key``; see setup.py."""
-    record = Path(__file__).with_name("_build.json")
-    if not record.exists():
-        return "no build was recorded here; run `pip install --no-build-isolation .`"
-    return json.loads(record.read_text())[key]
+def add_arguments(parser):
+    """Describe the subcommand of ``unrolled-kernels``."""
+    parser.set_defaults(run=lambda _: main())
 
 
 def main():
+    """Print the report."""
     print(report())
 
 

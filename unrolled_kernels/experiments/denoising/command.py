@@ -38,16 +38,12 @@ from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
 _SHOWN_IMAGES, _TUNING_IMAGES = 3, 8
 
 
-def add_parser(subparsers):
-    """Register the subcommand."""
-    parser = subparsers.add_parser(
-        "denoising",
-        help="train GD and NAG layers to denoise images; Figure 7",
-        description=(
-            "Train the denoising models of the paper (Sec. 7.2) and draw Figure 7. A run that was stopped continues "
-            "when the same command is given again. Under `torchrun … -m unrolled_kernels.experiments.denoising` all "
-            "processes train each model together, each on its share of every batch."
-        ),
+def add_arguments(parser):
+    """Describe the subcommand."""
+    parser.description = (
+        "Train the denoising models of the paper (Sec. 7.2) and draw Figure 7. A run that was stopped continues "
+        "when the same command is given again. Under `torchrun … -m unrolled_kernels.experiments.denoising` all "
+        "processes train each model together, each on its share of every batch."
     )
     grid = parser.add_argument_group("what is trained (each option replaces that of the preset)")
     grid.add_argument(

@@ -51,16 +51,12 @@ class Setup(runner.Setup):
         return [train_one(task, job.trials[0], self.training, on_epochs)]
 
 
-def add_parser(subparsers):
-    """Register the subcommand."""
-    parser = subparsers.add_parser(
-        "learn-to-optimize",
-        help="train GD, NAG and RNN layers where Q and b are given; Figure 6",
-        description=(
-            "Q and b of the synthetic task are given, and only the algorithm is learned (paper, Sec. 7.1): the step "
-            "size of GD and NAG, or the cell of an RNN. Draws Figure 6. A run that was stopped continues when the "
-            "same command is given again; torchrun shares the layers out as for `synthetic`."
-        ),
+def add_arguments(parser):
+    """Describe the subcommand."""
+    parser.description = (
+        "Q and b of the synthetic task are given, and only the algorithm is learned (paper, Sec. 7.1): the step "
+        "size of GD and NAG, or the cell of an RNN. Draws Figure 6. A run that was stopped continues when the "
+        "same command is given again; torchrun shares the layers out as for `synthetic`."
     )
     grid = parser.add_argument_group("the grid (each option replaces that of the preset)")
     grid.add_argument(

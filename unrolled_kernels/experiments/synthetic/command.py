@@ -21,17 +21,13 @@ from unrolled_kernels.experiments.synthetic.grid import OPTIMIZERS, PRESETS, Tra
 from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
 
 
-def add_parser(subparsers):
-    """Register the subcommand."""
-    parser = subparsers.add_parser(
-        "synthetic",
-        help="train GD and NAG layers on the paper's synthetic task; Figures 3 to 5",
-        description=(
-            "Train the models of the paper's synthetic task (Sec. 7.1) and draw Figures 3, 4 and 5. A run that was "
-            "stopped continues when the same command is given again. Under `torchrun --nproc-per-node N -m "
-            "unrolled_kernels.experiments.cli synthetic …` each process trains its share of the models, on a GPU of "
-            "its own where there are GPUs."
-        ),
+def add_arguments(parser):
+    """Describe the subcommand."""
+    parser.description = (
+        "Train the models of the paper's synthetic task (Sec. 7.1) and draw Figures 3, 4 and 5. A run that was "
+        "stopped continues when the same command is given again. Under `torchrun --nproc-per-node N -m "
+        "unrolled_kernels.experiments.cli synthetic …` each process trains its share of the models, on a GPU of "
+        "its own where there are GPUs."
     )
     grid = parser.add_argument_group("the grid (each option replaces that of the preset)")
     grid.add_argument(

@@ -19,17 +19,13 @@ from unrolled_kernels.theory import empirical
 from unrolled_kernels.theory.properties import ALGORITHMS, stable_region
 
 
-def add_parser(subparsers):
-    """Register the subcommand."""
-    parser = subparsers.add_parser(
-        "theory",
-        help="properties of GD and NAG layers in theory and measured; Figure 2, Theorem 5.1",
-        description=(
-            "Print Tables 1 and 2 of the paper in numbers beside what the layers reach, fit the orders in k, and draw "
-            "Figure 2 and the bound of Theorem 5.1. With --results, set the predictions beside trained models."
-        ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def add_arguments(parser):
+    """Describe the subcommand."""
+    parser.description = (
+        "Print Tables 1 and 2 of the paper in numbers beside what the layers reach, fit the orders in k, and draw "
+        "Figure 2 and the bound of Theorem 5.1. With --results, set the predictions beside trained models."
     )
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--mu", type=float, default=0.1, help="smallest eigenvalue of the class")
     parser.add_argument("--L", type=float, default=1.0, help="largest eigenvalue of the class")
     parser.add_argument("--step-size", type=float, default=1.0, metavar="PHI")
