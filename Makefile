@@ -10,9 +10,6 @@ PIP  := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # where the machine runs other work too, spinning OpenMP threads collapse
 export OMP_WAIT_POLICY ?= passive
 
-# the CUDA kernels take minutes to compile and are of no use here without a GPU; `pip install .` builds them where nvcc is
-export UNROLLED_KERNELS_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
-
 .PHONY: build-native demo test test-oldest-triton test-slow fuzz bench docs gpu gpu-test gpu-bench \
   gpu-sanitize gpu-profile lint build clean
 

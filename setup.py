@@ -1,4 +1,4 @@
-"""Builds the extensions: CPU kernels with any C++17 compiler, CUDA kernels where nvcc is.
+"""Builds the extensions: CPU kernels with any C++17 compiler, CUDA kernels where torch has CUDA and nvcc is there.
 
     unrolled_kernels/_C               the ops of the library: csrc, but for
     unrolled_kernels/_C_experiments   kernels of the paper's tasks, csrc/experiments
@@ -8,9 +8,10 @@ Sources in a folder ``cpu`` are compiled once for each instruction set, all othe
 The metadata is in pyproject.toml. Environment:
 
     UNROLLED_KERNELS_EXTENSION   0: install pure Python; 1: a build that fails is an error. Unset: it is reported.
-    UNROLLED_KERNELS_CUDA        0: leave the CUDA kernels out, even where nvcc is. 1: fail where they cannot be built.
+    UNROLLED_KERNELS_CUDA        0: leave the CUDA kernels out. 1: fail where they cannot be built. Unset: build them
+                                 where torch is a CUDA build and nvcc is there.
     CXX, CUDA_HOME, MAX_JOBS     the compiler, the CUDA toolkit and the number of compilations at once.
-    TORCH_CUDA_ARCH_LIST         architectures instead of the default list.
+    TORCH_CUDA_ARCH_LIST         architectures instead of those of this machine's GPUs (without any: of a list of six).
     UNROLLED_KERNELS_NATIVE      1: the CPU kernels for this processor's instruction set alone, a third of the work.
 """
 
@@ -26,8 +27,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    # older ones stop at the licence in pyproject.toml, in the words of a validator
+    raise SystemExit(
+        f"unrolled_kernels: setuptools 77 or later is needed, this is {setuptools.__version__}: "
+        "pip install 'setuptools>=77'"
+    )
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -53,10 +62,37 @@ class BuildError(Exception):
     """Why there is no extension, or why it has no CUDA kernels, in words for the person who builds."""
 
 
-def cuda_toolkit():
+def find_torch():
+    """The folder of torch: that of this process or, in pip's isolated build, of the environment it installs into."""
+    spec = importlib.util.find_spec("torch")
+    places = (
+        [Path(spec.origin).parent]
+        if spec
+        else [Path(sysconfig.get_path(key)) / "torch" for key in ("platlib", "purelib")]
+    )
+    for place in places:
+        if (place / "version.py").exists():
+            return place
+    raise BuildError(
+        "torch was not found in the build: install torch, ninja and pybind11, then build with --no-build-isolation"
+    )
+
+
+def torch_version(root):
+    """``((2, 13), "13.0")``: torch's version and its CUDA's, or None, where it cannot be imported."""
+    text = (root / "version.py").read_text()
+    major, minor = map(int, re.search(r"__version__ = '(\d+)\.(\d+)", text).groups())
+    cuda = re.search(r"^cuda\b.*= '([\d.]+)'", text, re.MULTILINE)
+    return (major, minor), cuda and cuda[1]
+
+
+def cuda_toolkit(torch_cuda):
     """The nvcc in use and its release, (13, 0) for instance."""
-    if os.environ.get("UNROLLED_KERNELS_CUDA") == "0":
+    asked = os.environ.get("UNROLLED_KERNELS_CUDA")
+    if asked == "0":
         raise BuildError("UNROLLED_KERNELS_CUDA=0")
+    if torch_cuda is None and asked != "1":
+        raise BuildError("this torch was built without CUDA; UNROLLED_KERNELS_CUDA=1 builds the kernels all the same")
     if not list((CSRC / "cuda").glob("*.cu")):
         raise BuildError("there are no CUDA sources")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -72,13 +108,22 @@ def cuda_toolkit():
     return nvcc, (int(release[1]), int(release[2]))
 
 
+def visible_cards():
+    """Architectures of the GPUs of this machine, ``"9.0"`` for instance; empty where there is none."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return ""
+    found = subprocess.run(query, capture_output=True, text=True)
+    return ";".join(sorted(set(re.findall(r"^\d+\.\d+$", found.stdout, re.MULTILINE)))) if found.returncode == 0 else ""
+
+
 def cuda_architectures(nvcc):
     """``-gencode`` flags and the names of the architectures, without those that this nvcc does not know."""
     known = set(
         re.findall(r"compute_(\w+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
     )
     flags, names = [], []
-    for name in re.split(r"[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
+    for name in re.split(r"[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or visible_cards() or ARCHITECTURES):
         number = name.removesuffix("+PTX").replace(".", "")
         if number.rstrip("af") not in known and number not in known:
             continue
@@ -132,9 +177,12 @@ def sources_sha256():
 
 def ninja_file(compiler, core, experiments, build):
     """The text of build.ninja, which makes both libraries, and why there is no CUDA in it (None if there is)."""
-    import torch
-
-    torch_root = Path(torch.__file__).parent
+    torch_root = find_torch()
+    release, torch_cuda = torch_version(torch_root)
+    if release < TORCH_TARGET:
+        raise BuildError(
+            f"torch {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later is needed, this is {release[0]}.{release[1]}"
+        )
     torch_include = torch_root / "include"
     includes = [CSRC, torch_include, pybind11_include(torch_include), Path(sysconfig.get_paths()["include"])]
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
@@ -158,7 +206,7 @@ def ninja_file(compiler, core, experiments, build):
     ]
     nvcc_flags, cuda_reason, nvcc = [], None, None
     try:
-        nvcc, release = cuda_toolkit()
+        nvcc, release = cuda_toolkit(torch_cuda)
         gencode, names = cuda_architectures(nvcc)
         include, lib = cuda_libraries(nvcc)
     except BuildError as error:
@@ -231,8 +279,6 @@ def build_libraries(core, experiments):
     )
     if compiler is None:
         raise BuildError("no C++ compiler was found: install one (g++, for instance) or set CXX")
-    if importlib.util.find_spec("torch") is None:
-        raise BuildError("torch cannot be imported in the build: install torch, then build with --no-build-isolation")
     ninja = shutil.which("ninja") or shutil.which("ninja", path=os.path.dirname(sys.executable))
     if ninja is None:
         raise BuildError("ninja was not found: pip install ninja")
