@@ -70,6 +70,50 @@ def test_info_names_every_backend_and_the_way_to_it():
     assert "not built" in result.stdout
 
 
+def test_auto_says_once_that_it_is_slow():
+    if _backend.platform.system() != "Linux":
+        pytest.skip("there is no extension on this system")
+    hidden = HIDE.format(name="unrolled_kernels._C")
+    said = run_python(hidden + STEP + STEP).stderr
+    assert said.count("SlowBackendWarning: backend='auto' takes the eager loop on cpu tensors") == 1, said
+    assert "build it with `pip install .`" in said
+    silent = "import warnings, unrolled_kernels as uk\nwarnings.simplefilter('ignore', uk.SlowBackendWarning)\n"
+    for prefix, environment in ((silent, {}), ("", {"UNROLLED_KERNELS_BACKEND": "eager"})):
+        assert run_python(hidden + prefix + STEP, **environment).stderr == ""
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_auto_says_nothing_where_kernels_run():
+    assert run_python(STEP).stderr == ""
+
+
+# as in pip's isolated builds: the packages of the environment cannot be imported
+ISOLATED = """
+import sys, sysconfig
+sys.path[:] = [p for p in sys.path if p not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))]
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+"""
+
+
+def test_an_isolated_build_finds_the_torch_it_installs_beside(tmp_path):
+    provide(["setuptools"], tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(ISOLATED)
+    code = (
+        "import importlib.util, runpy, setuptools; setuptools.setup = lambda **options: None\n"
+        "assert importlib.util.find_spec('torch') is None\n"
+        "build = runpy.run_path('setup.py'); root = build['find_torch']()\n"
+        "print(root, *build['torch_version'](root)[0])"
+    )
+    found = run_python(code, PYTHONPATH=str(tmp_path))
+    torch = importlib.import_module("torch")
+    assert found.stdout.split() == [str(Path(torch.__file__).parent), *torch.__version__.split(".")[:2]], found.stderr
+
+
+def test_an_old_setuptools_is_refused_in_words():
+    code = "import setuptools; setuptools.__version__ = '65.5.0'; import runpy; runpy.run_path('setup.py')"
+    assert "setuptools 77 or later is needed, this is 65.5.0" in run_python(code).stderr
+
+
 JUNK = (
     "build/x.o", "runs/demo/x.png", ".venv/x.py", "unrolled_kernels/_C.so", "unrolled_kernels/_build.json",
     "unrolled_kernels/__pycache__/x.pyc", "python_tests/__pycache__/x.pyc",
@@ -284,7 +328,7 @@ def check_metadata(wheel, empty_environment):
     assert set(metadata.get_all("Provides-Extra")) == set(extras)
     names = lambda requirements: {Requirement(r).name for r in requirements}
     base = set(requirements_of(empty_environment.site))
-    assert {"numpy", "torch"} <= base <= {"numpy", "torch", "triton"}
+    assert base == {"numpy", "torch"}
     for extra, requirements in extras.items():
         assert set(requirements_of(empty_environment.site, extra)) - base == names(requirements)
     # pip resolves the extra from what this environment has
@@ -298,13 +342,17 @@ def check_it_runs_alone(kind, empty_environment):
     assert step.stdout.split()[0] == "True", step.stderr
     assert ("cpu" in step.stdout) == (kind == "compiled")
     assert "cuda" not in step.stdout
-    # the experiments want more, and say how to get it
-    command = run_in(empty_environment, "unrolled-kernels", "--help")
-    assert command.returncode == 1
-    assert re.search(r"needs \w+; get it with `pip install 'unrolled-kernels\[experiments\]'`", command.stderr)
-    provide(requirements_of(empty_environment.site, "experiments"), empty_environment.site)
     command = run_in(empty_environment, "unrolled-kernels", "--help")
     assert command.returncode == 0, command.stderr
+    version = run_in(empty_environment, "unrolled-kernels", "--version")
+    assert version.stdout == f"unrolled-kernels {uk.__version__}\n"
+    # the experiments want more, and name all of it at once
+    synthetic = run_in(empty_environment, "unrolled-kernels", "synthetic", "--help")
+    assert synthetic.returncode == 1
+    assert re.search(
+        r"needs matplotlib, pandas, .*tqdm; get .*`pip install 'unrolled-kernels\[experiments\]'`", synthetic.stderr
+    )
+    provide(requirements_of(empty_environment.site, "experiments"), empty_environment.site)
     subcommands = re.findall(r"^    ([\w-]+)", command.stdout, re.MULTILINE)
     assert subcommands == ["synthetic", "learn-to-optimize", "denoising", "theory", "info"]
     code = (

@@ -1,7 +1,7 @@
 """Optimisation algorithms as fast layers: k fused steps of GD, NAG, momentum or an RNN on energies 1/2 yᵀQy + bᵀy."""
 
 from unrolled_kernels import functional, schedules
-from unrolled_kernels._backend import available_backends, use_backend
+from unrolled_kernels._backend import SlowBackendWarning, available_backends, use_backend
 from unrolled_kernels.layers import UnrolledGD, UnrolledMomentum, UnrolledNAG
 from unrolled_kernels.layers_rnn import UnrolledRNN
 from unrolled_kernels.quadratics import Diagonal, Spectral, Tikhonov
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Diagonal",
+    "SlowBackendWarning",
     "Spectral",
     "Tikhonov",
     "UnrolledGD",

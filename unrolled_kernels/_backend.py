@@ -5,14 +5,24 @@ import contextvars
 import functools
 import importlib
 import importlib.util
+import json
 import os
+import platform
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from unrolled_kernels import _torch_private
 
 NAMES = ("eager", "cpu", "cuda", "triton")
+
+
+class SlowBackendWarning(UserWarning):
+    """``backend="auto"`` takes the eager loop, although this machine could have a faster backend."""
+
+
 # one for each thread and asynchronous task: blocks of use_backend that overlap in time do not see each other
 _default = contextvars.ContextVar("backend", default=os.environ.get("UNROLLED_KERNELS_BACKEND") or "auto")
 
@@ -24,6 +34,20 @@ def extension():
         return importlib.import_module("unrolled_kernels._C")
     except ImportError:
         return None
+
+
+def build_record(key):
+    """What the build wrote down for ``key``, see setup.py; None where there is nothing to say."""
+    record = Path(__file__).with_name("_build.json")
+    return json.loads(record.read_text())[key] if record.exists() else "no build was recorded"
+
+
+def why_no_extension():
+    """Why ``extension()`` is None: the build's reason, else the loader's."""
+    try:
+        importlib.import_module("unrolled_kernels._C")
+    except ImportError as error:
+        return build_record("extension_reason") or str(error)
 
 
 @functools.cache
@@ -41,8 +65,8 @@ def unavailable_reason(name):
         return None
     if extension() is None:
         return (
-            "the C++ extension is not built (see `python -m unrolled_kernels.info`); build it with "
-            "`pip install --no-build-isolation .` where a C++17 compiler is"
+            f"the C++ extension is not there: {why_no_extension()}; build it with "
+            "`pip install .` where torch and a C++17 compiler are"
         )
     if name == "cuda":
         if not extension().build_info()["cuda"]:
@@ -121,9 +145,27 @@ def _choose(backend, device_type, products):
     check_name(backend)
     if backend == "auto":
         candidates = AUTO.get((device_type, products), ())
-        return next((name for name in candidates if unavailable_reason(name) is None), "eager")
+        chosen = next((name for name in candidates if unavailable_reason(name) is None), "eager")
+        if chosen == "eager" and candidates:
+            _warn_of_eager(device_type, candidates[0])
+        return chosen
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     runs_on = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted else "cuda"}.get(backend, device_type)
     if device_type != runs_on:
         raise ValueError(f"backend: {backend!r} runs on {runs_on} tensors, got tensors on device {device_type!r}")
     return backend
+
+
+def _warn_of_eager(device_type, name):
+    # elsewhere than on Linux there is no extension, and who asked for an installation without it knows
+    wanted = platform.system() == "Linux" and "UNROLLED_KERNELS_EXTENSION=0" not in str(
+        build_record("extension_reason")
+    )
+    if wanted and (device_type == "cpu" or torch.cuda.is_available()):
+        # once for each kind of device: what calls this caches its result
+        warnings.warn(
+            f"backend='auto' takes the eager loop on {device_type} tensors, tens of times slower than the kernels: "
+            f"{unavailable_reason(name)}",
+            SlowBackendWarning,
+            stacklevel=2,
+        )

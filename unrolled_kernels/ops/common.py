@@ -149,7 +149,7 @@ def register(name, fake):
     if not hasattr(torch.ops.unrolled_kernels, name):
         raise RuntimeError(
             f"unrolled_kernels: the compiled extension has no op {name}: it was built from other sources than these; "
-            "build it again (`make build`, or `pip install --no-build-isolation .`)"
+            "build it again (`make build`, or `pip install .`)"
         )
     torch.library.register_fake(f"unrolled_kernels::{name}", fake)
     torch.library.register_autograd(f"unrolled_kernels::{name}", _not_differentiable)
