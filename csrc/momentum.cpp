@@ -7,6 +7,7 @@
 //     step_sizes, momentum, extrapolation
 //                        [B or 1, k or 1], or [] for one number, in the compute dtype; the last two both or neither,
 //                        which is gradient descent
+//     mu                 instead of these two, for Nesterov's method: like them; on a CPU only
 //     y, grad_y          [B, d], or [k+1, B, d] with trajectory
 //
 // Strides are free, and rows may be expanded. `needs`: bit i for the gradient of forward's argument i; what is not needed
@@ -35,6 +36,7 @@ enum : int64_t {
   need_step_sizes = 1 << 5,
   need_momentum = 1 << 6,
   need_extrapolation = 1 << 7,
+  need_mu = 1 << 8,
 };
 
 // The tensors of one call, copied where a kernel needs other strides.
@@ -43,7 +45,7 @@ struct Arguments {
   Tensor b;
   OptionalTensor y0;
   Tensor phi;
-  OptionalTensor beta, gamma;
+  OptionalTensor beta, gamma, mu;
   int64_t k;
   bool trajectory;
   // what check() finds
@@ -76,6 +78,10 @@ struct Arguments {
     check_coefficient("step_sizes", phi);
     if (beta) check_coefficient("momentum", *beta);
     if (gamma) check_coefficient("extrapolation", *gamma);
+    if (mu) {
+      STD_TORCH_CHECK(!beta && b.is_cpu(), "mu: expected no momentum beside it, and tensors on a CPU");
+      check_coefficient("mu", *mu);
+    }
   }
 
   template <typename Storage>
@@ -93,10 +99,16 @@ struct Arguments {
     p.b_stride = batch_stride(b);
     p.y0 = y0 ? data<Storage>(*y0) : nullptr;
     p.y0_stride = y0 ? batch_stride(*y0) : 0;
-    p.phi = coefficient<Storage>(&phi);
-    p.beta = coefficient<Storage>(beta ? &*beta : nullptr);
-    p.gamma = coefficient<Storage>(gamma ? &*gamma : nullptr);
+    p.phi = coefficient<Storage>(phi);
+    p.beta = beta ? coefficient<Storage>(*beta) : Coefficient<compute_type<Storage>>{};
+    p.gamma = gamma ? coefficient<Storage>(*gamma) : Coefficient<compute_type<Storage>>{};
     p.trajectory = trajectory;
+  }
+
+  template <typename Storage>
+  static Coefficient<compute_type<Storage>> coefficient(const Tensor& x) {
+    if (x.dim() == 0) return {data<compute_type<Storage>>(x), 0, 0};
+    return {data<compute_type<Storage>>(x), batch_stride(x), x.size(1) == 1 ? 0 : x.stride(1)};
   }
 
  private:
@@ -118,12 +130,6 @@ struct Arguments {
     const bool expanded = (x.size(0) > 1 && x.stride(0) == 0) || (x.size(1) > 1 && x.stride(1) == 0);
     if (expanded) x = torch::stable::contiguous(x);
   }
-  template <typename Storage>
-  static Coefficient<compute_type<Storage>> coefficient(const Tensor* x) {
-    if (!x) return {nullptr, 0, 0};
-    if (x->dim() == 0) return {data<compute_type<Storage>>(*x), 0, 0};
-    return {data<compute_type<Storage>>(*x), batch_stride(*x), x->size(1) == 1 ? 0 : x->stride(1)};
-  }
 };
 
 template <typename Problem>
@@ -140,28 +146,33 @@ void launch(const Tensor& like, Structure structure, const Problem& p) {
 }
 
 Tensor momentum(OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTensor observed, Tensor b, OptionalTensor y0,
-                Tensor step_sizes, OptionalTensor momentum, OptionalTensor extrapolation, int64_t num_steps,
-                bool trajectory) {
-  Arguments args{matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory};
+                Tensor step_sizes, OptionalTensor momentum, OptionalTensor extrapolation, OptionalTensor mu,
+                int64_t num_steps, bool trajectory) {
+  Arguments args{matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory};
   args.check();
   Tensor y = trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
                         : allocate(b, args.storage, {args.B, args.d});
   dispatch_storage(args.storage, [&](auto type) {
-    MomentumForward<decltype(type)> p;
+    using Storage = decltype(type);
+    MomentumForward<Storage> p;
     args.fill(p);
-    p.y = mutable_data<decltype(type)>(y);
+    p.y = mutable_data<Storage>(y);
+    if (!mu) return launch(b, args.structure, p);
+    const NesterovMomentum<compute_type<Storage>> nesterov(p, args.coefficient<Storage>(*args.mu));
+    p.beta = p.gamma = nesterov.beta();
     launch(b, args.structure, p);
   });
   return y;
 }
 
 // of the arguments of forward, in their order
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTensor observed,
                             Tensor b, OptionalTensor y0, Tensor step_sizes, OptionalTensor momentum,
-                            OptionalTensor extrapolation, int64_t num_steps, bool trajectory, int64_t needs) {
-  Arguments args{matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory};
+                            OptionalTensor extrapolation, OptionalTensor mu, int64_t num_steps, bool trajectory,
+                            int64_t needs) {
+  Arguments args{matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory};
   args.check();
   STD_TORCH_CHECK(
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
@@ -173,8 +184,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     return needed ? allocate(b, args.storage, {args.B, args.d}) : nothing(args.storage);
   };
   // the kernels have all coefficients' gradients or none
-  const bool schedule = needs & (need_step_sizes | need_momentum | need_extrapolation);
-  const auto columns = [&](const Tensor* x) {
+  const bool schedule = needs & (need_step_sizes | need_momentum | need_extrapolation | need_mu);
+  const auto columns = [&](const OptionalTensor& x) {
     if (!schedule || !x) return nothing(args.compute);
     Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {}) : allocate(b, args.compute, {x->size(0), x->size(1)});
     // without steps there is nothing to sum, and a coefficient without columns must not look unwanted to the kernels
@@ -185,8 +196,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   Tensor d_matrix = needs_matrix ? allocate(b, args.storage, {matrix->size(0), args.d, args.d}) : nothing(args.storage);
   Tensor d_eigenvalues = rows(eigenvalues && needs & need_eigenvalues);
   Tensor db = rows(needs_observed || needs & need_b), dy0 = rows(y0 && needs & need_y0);
-  Tensor dphi = columns(&step_sizes);
-  Tensor dbeta = columns(momentum ? &*momentum : nullptr), dgamma = columns(extrapolation ? &*extrapolation : nullptr);
+  Tensor dphi = columns(step_sizes), dbeta = columns(momentum), dgamma = columns(extrapolation), dmu = columns(mu);
   dispatch_storage(args.storage, [&](auto type) {
     using Storage = decltype(type);
     using Compute = compute_type<Storage>;
@@ -202,7 +212,12 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
       p.dbeta = mutable_data<Compute>(dbeta);
       p.dgamma = mutable_data<Compute>(dgamma);
     }
+    if (!mu) return launch(b, args.structure, p);
+    NesterovMomentum<Compute> nesterov(p, args.coefficient<Storage>(*args.mu));
+    p.beta = p.gamma = nesterov.beta();
+    if (p.dphi) nesterov.allocate_gradients(p.dbeta, p.dgamma);
     launch(b, args.structure, p);
+    if (p.dphi) nesterov.backward(p.dphi, mutable_data<Compute>(dmu));
   });
   // x counts against g
   Tensor d_observed = needs_observed ? negative(db) : nothing(args.storage);
@@ -213,7 +228,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   wanted(need_step_sizes, dphi);
   wanted(need_momentum, dbeta);
   wanted(need_extrapolation, dgamma);
-  return {d_matrix, d_eigenvalues, d_observed, db, dy0, dphi, dbeta, dgamma};
+  wanted(need_mu, dmu);
+  return {d_matrix, d_eigenvalues, d_observed, db, dy0, dphi, dbeta, dgamma, dmu};
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
@@ -227,11 +243,11 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
   m.def(
       "momentum(Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
-      "Tensor? momentum, Tensor? extrapolation, SymInt num_steps, bool trajectory) -> Tensor");
+      "Tensor? momentum, Tensor? extrapolation, Tensor? mu, SymInt num_steps, bool trajectory) -> Tensor");
   m.def(
       "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, "
-      "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, SymInt num_steps, bool trajectory, int needs) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, SymInt num_steps, bool trajectory, "
+      "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unrolled_kernels, CPU, m) { unrolled_kernels::register_kernels(m); }

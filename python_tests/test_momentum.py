@@ -169,22 +169,31 @@ def _canonical(structure, method, k, B, device, *, permuted=False, trajectory=Fa
     leaves, _, b = random_quadratic(structure, (B,), d, dtype=torch.float64, device=device)
     y0 = torch.randn(B, d, dtype=torch.float64, device=device)
     schedule = [torch.rand(B, k, dtype=torch.float64, device=device) for _ in range(3)]
-    if method == "gd":
+    if method != "momentum":
         schedule[1] = schedule[2] = None
     grad = torch.randn((k + 1, B, d) if trajectory else (B, d), dtype=torch.float64, device=device)
     tensors = (grad, *problems.canonical_structure(structure, leaves), b, y0, *schedule)
     if permuted:
         tensors = (x if x is None else x.mT.contiguous().mT for x in tensors)
     grad, *tensors = tensors
-    return grad, (*tensors, k, trajectory)
+    mu = torch.rand(B, k, dtype=torch.float64, device=device) if method == "nesterov" else None
+    return grad, (*tensors, mu, k, trajectory)
 
 
 native_backends = pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
+# the raw op takes μ on a CPU
+raw_methods = pytest.mark.parametrize(
+    ("backend", "method"),
+    [
+        pytest.param(p.values[0], method, marks=p.marks, id=f"{p.id or p.values[0]}-{method}")
+        for p in BACKENDS
+        for method in {"cpu": (*METHODS, "nesterov"), "cuda": METHODS}.get(p.values[0], ())
+    ],
+)
 
 
-@native_backends
+@raw_methods
 @structures
-@methods
 @trajectories
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 def test_opcheck(backend, structure, method, trajectory, permuted):
@@ -192,22 +201,22 @@ def test_opcheck(backend, structure, method, trajectory, permuted):
     # the raw ops refuse autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.unrolled_kernels.momentum.default, arguments, test_utils=tests)
-    for needs in (255, 0, 1 << 3 | 1 << 5, 1 << 2 | 1 << 4):
+    for needs in (511, 0, 1 << 3 | 1 << 5, 1 << 2 | 1 << 4):
         backward = torch.ops.unrolled_kernels.momentum_backward.default
         torch.library.opcheck(backward, (grad, *arguments, needs), test_utils=tests)
 
 
-@native_backends
+@raw_methods
 @structures
-@methods
 def test_gradients_that_are_not_needed(backend, structure, method):
     """Whatever else is asked for, each gradient is the same to the bit, and what is not asked for is empty."""
     grad, arguments = _canonical(structure, method, 4, 9, device_of(backend), trajectory=True)
     backward = torch.ops.unrolled_kernels.momentum_backward
-    every = backward(grad, *arguments, 255)
+    every = backward(grad, *arguments, 511)
     for x, g in zip(arguments, every, strict=False):
         assert g.shape == (torch.Size([0]) if x is None else x.shape)
-    for needs in range(256):
+    present = [1 << i for i, x in enumerate(arguments[:9]) if x is not None]
+    for needs in map(sum, itertools.product(*((0, bit) for bit in present))):
         for i, (g, whole) in enumerate(zip(backward(grad, *arguments, needs), every, strict=True)):
             if needs >> i & 1:
                 torch.testing.assert_close(g, whole)

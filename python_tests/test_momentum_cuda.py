@@ -95,13 +95,13 @@ class Momentum(Emulation):
     sources = (*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "momentum_driver.cpp")
 
     def forward(self, *arguments):
-        *tensors, k, trajectory = arguments
+        *tensors, _, k, trajectory = arguments
         b = tensors[3]
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
         return self._run(False, *tensors, k, trajectory, [y])[0]
 
     def backward(self, grad_y, *arguments):
-        *tensors, k, trajectory, needs = arguments
+        *tensors, _, k, trajectory, needs = arguments
         wanted = [x is not None and bool(needs >> i & 1) for i, x in enumerate(tensors)]
         # the kernels have the gradients of a schedule all together, and that of what was observed as that of b
         asked = [*wanted[:2], wanted[2] or wanted[3], wanted[4], *[any(wanted[5:])] * 3]
@@ -111,7 +111,9 @@ class Momentum(Emulation):
         ]
         d_matrix, d_eigenvalues, db, *rest = self._run(True, *tensors, k, trajectory, [grad_y, *outputs])
         grads = (d_matrix, d_eigenvalues, -db if wanted[2] else None, db, *rest)
-        return tuple(g if need else grad_y.new_empty(0) for g, need in zip(grads, wanted, strict=True))
+        # none of μ, which the kernels know as β and γ
+        grads = (g if need else grad_y.new_empty(0) for g, need in zip(grads, wanted, strict=True))
+        return *grads, grad_y.new_empty(0)
 
     def _run(self, backward, matrix, eigenvalues, observed, b, y0, phi, beta, gamma, k, trajectory, rest):
         # the kernels know tikhonov as a diagonal with something observed
@@ -152,7 +154,7 @@ def _run(implementation, tensors, k, dtype, needs=255):
     """y, and the gradients by name; those of the schedule as one vector, since a single number may cancel by chance."""
     compute = torch.promote_types(dtype, torch.float32)
     grad, *tensors = (x if x is None else x.to(compute if i > 5 else dtype) for i, x in enumerate(tensors))
-    arguments = (*tensors, k, grad.dim() == 3)
+    arguments = (*tensors, None, k, grad.dim() == 3)
     grads = implementation.backward(grad, *arguments, needs)
     names = ("d_matrix", "d_eigenvalues", "d_observed", "db", "dy0")
     results = {"y": implementation.forward(*arguments)} | dict(zip(names, grads[:5], strict=True))

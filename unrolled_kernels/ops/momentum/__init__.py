@@ -10,6 +10,8 @@ Every module here takes the *canonical* arguments that ``functional`` prepares:
                    φ, β, γ, ``[B or 1, num_steps or 1]``, or ``[]`` for one number, in the compute dtype (float32 for
                    float16, bfloat16 and float32; float64 for float64);
                    ``momentum=extrapolation=None`` means gradient descent
+    mu             None, or for Nesterov's method μ, shaped like a coefficient; the two before it are then None, and
+                   both follow from φ and μ
 
 and returns y_k, ``[B, d]``, or with ``trajectory`` all of y_0 … y_k, ``[num_steps + 1, B, d]``, in the dtype of b.
 """

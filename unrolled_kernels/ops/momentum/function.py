@@ -4,12 +4,9 @@ The first Function's backward is the second, whose own backward differentiates t
 gradients of every order are those of the specification. Both take canonical arguments (see the package's docstring).
 """
 
-import torch
-
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
 from unrolled_kernels.ops.momentum import manual, native, reference, triton_ops
-from unrolled_kernels.ops.momentum.reference import nesterov_momentum
 
 # each with a forward and a backward; "manual", the derivation that the kernels implement, is for tests
 _LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native, "triton": triton_ops}
@@ -50,10 +47,8 @@ def momentum(
             num_steps,
             trajectory,
         )
-    if mu is not None:
-        momentum = extrapolation = nesterov_momentum(step_sizes, mu)
     return reference.forward(
-        matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory
+        matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory
     )
 
 
@@ -76,10 +71,8 @@ class MomentumFunction(Function):
         num_steps,
         trajectory,
     ):
-        if mu is not None:
-            momentum = extrapolation = nesterov_momentum(step_sizes, mu)
         return _LAUNCHERS[backend].forward(
-            matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory
+            matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory
         )
 
     @staticmethod
@@ -89,26 +82,16 @@ class MomentumFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        *tensors, step_sizes, momentum, extrapolation, mu = ctx.saved_tensors
         # written out: a loop over the nine takes as long as a small kernel
-        _, Q, q, x, b, y0, phi, beta, gamma, m, _, _ = ctx.needs_input_grad
-        needs = Q | q << 1 | x << 2 | b << 3 | y0 << 4
-        if mu is None:
-            needs |= phi << 5 | beta << 6 | gamma << 7
-        else:
-            momentum = extrapolation = nesterov_momentum(step_sizes, mu)
-            needs |= 224 if phi or m else 0
-        schedule = (step_sizes, momentum, extrapolation)
-        arguments = (grad_y, *tensors, *schedule, ctx.num_steps, ctx.trajectory, needs)
+        _, Q, q, x, b, y0, phi, beta, gamma, mu, _, _ = ctx.needs_input_grad
+        needs = Q | q << 1 | x << 2 | b << 3 | y0 << 4 | phi << 5 | beta << 6 | gamma << 7 | mu << 8
+        arguments = (grad_y, *ctx.saved_tensors, ctx.num_steps, ctx.trajectory, needs)
         if common.is_differentiated():
             grads = MomentumBackwardFunction.apply(ctx.backend, *arguments)
         else:
             # nothing will differentiate this backward: straight to the launcher
             grads = _LAUNCHERS[ctx.backend].backward(*arguments)
-        d_matrix, d_eigenvalues, d_observed, db, dy0, d_phi, d_beta, d_gamma = grads
-        d_mu = None
-        if mu is not None and needs >> 5:
-            d_phi, d_mu = _through_mu(step_sizes, mu, momentum, d_phi, d_beta + d_gamma)
+        d_matrix, d_eigenvalues, d_observed, db, dy0, d_phi, d_beta, d_gamma, d_mu = grads
         return (
             None,
             d_matrix if Q else None,
@@ -119,7 +102,7 @@ class MomentumFunction(Function):
             d_phi if phi else None,
             d_beta if beta else None,
             d_gamma if gamma else None,
-            d_mu if m else None,
+            d_mu if mu else None,
             None,
             None,
         )
@@ -129,14 +112,6 @@ class MomentumFunction(Function):
         *tensors, num_steps, trajectory = arguments
         run = lambda *tensors: MomentumFunction.apply(backend, *tensors, num_steps, trajectory)
         return common.vmap_forward(run, info.batch_size, in_dims[1:10], tensors, trajectory, b=3)
-
-
-def _through_mu(phi, mu, beta, d_phi, d_beta):
-    """The gradients of φ and μ where β = γ = -tanh(log(φμ)/4) and d_beta is that of both: dβ/dφ = -(1 - β²)/(4φ)."""
-    slope = torch.addcmul(d_beta, d_beta * beta, beta, value=-1)
-    if slope.shape == phi.shape == mu.shape:
-        return torch.addcdiv(d_phi, slope, phi, value=-0.25), slope / (-4 * mu)
-    return d_phi + (slope / (-4 * phi)).sum_to_size(phi.shape), (slope / (-4 * mu)).sum_to_size(mu.shape)
 
 
 class MomentumBackwardFunction(Function):
@@ -154,11 +129,12 @@ class MomentumBackwardFunction(Function):
         step_sizes,
         momentum,
         extrapolation,
+        mu,
         num_steps,
         trajectory,
         needs,
     ):
-        tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation)
+        tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
         return _LAUNCHERS[backend].backward(grad_y, *tensors, num_steps, trajectory, needs)
 
     @staticmethod
@@ -175,4 +151,4 @@ class MomentumBackwardFunction(Function):
     def vmap(info, in_dims, backend, *arguments):
         *tensors, num_steps, trajectory, needs = arguments
         run = lambda *tensors: MomentumBackwardFunction.apply(backend, *tensors, num_steps, trajectory, needs)
-        return common.vmap_backward(run, info.batch_size, in_dims[1:10], tensors, trajectory, b=3)
+        return common.vmap_backward(run, info.batch_size, in_dims[1:11], tensors, trajectory, b=3)

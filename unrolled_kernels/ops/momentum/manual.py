@@ -13,6 +13,8 @@ With a := ȳ_{t+1} and w := Qᵀa, the chain rule through z_t and m_t gives, for
 run for t = k-1 … 0; what reaches y_{-1} belongs to y_0. Only y_k has a cotangent of its own unless the trajectory is
 returned. The iterates are recomputed from the inputs, so nothing that grows with k is kept between the passes.
 
+Nesterov's method for μ has β = γ = (1-r)/(1+r), r = √(μφ): dβ/dφ = -(1 - β²)/(4φ), dβ/dμ = -(1 - β²)/(4μ).
+
 Q = diag(q): w = q a, and q̄ -= φ_t a z_t elementwise.
 
 Q = diag(1 + f²) and g - x for b (tikhonov): the same, then f̄ = 2 f q̄, ḡ = b̄ and x̄ = -b̄.
@@ -28,11 +30,32 @@ import torch
 
 from unrolled_kernels.ops.common import matvec
 from unrolled_kernels.ops.momentum import reference
-from unrolled_kernels.ops.momentum.reference import columns, iterates
+from unrolled_kernels.ops.momentum.reference import columns, iterates, nesterov_momentum
 
 forward = reference.forward
 
 
+def with_nesterov(backward):
+    """A backward that takes μ too and returns its gradient last, beside one that takes β and γ only."""
+
+    def run(grad_y, matrix, eigenvalues, observed, b, y0, phi, beta, gamma, mu, num_steps, trajectory, needs):
+        tensors, constants = (grad_y, matrix, eigenvalues, observed, b, y0, phi), (num_steps, trajectory)
+        nothing = phi.new_empty(0)
+        if mu is None:
+            return (*backward(*tensors, beta, gamma, *constants, needs), nothing)
+        beta = nesterov_momentum(phi, mu)
+        wanted = 0b111 << 5 if needs >> 5 else 0
+        *grads, d_phi, d_beta, d_gamma = backward(*tensors, beta, beta, *constants, needs & 0b11111 | wanted)
+        d_mu = nothing
+        if wanted:
+            quarter = (d_beta + d_gamma) * (1 - beta * beta) / -4
+            d_phi, d_mu = (d_phi + (quarter / phi).sum_to_size(phi.shape), (quarter / mu).sum_to_size(mu.shape))
+        return (*grads, d_phi if needs & 1 << 5 else nothing, nothing, nothing, d_mu if needs & 1 << 8 else nothing)
+
+    return run
+
+
+@with_nesterov
 def backward(
     grad_y, matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, needs
 ):

@@ -10,6 +10,18 @@ import torch
 from unrolled_kernels.ops.common import matvec
 
 
+def with_nesterov(forward):
+    """A forward that takes μ too, beside one that takes β and γ only."""
+
+    def run(matrix, eigenvalues, observed, b, y0, phi, beta, gamma, mu, num_steps, trajectory):
+        if mu is not None:
+            beta = gamma = nesterov_momentum(phi, mu)
+        return forward(matrix, eigenvalues, observed, b, y0, phi, beta, gamma, num_steps, trajectory)
+
+    return run
+
+
+@with_nesterov
 def forward(matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
     """Run the recurrence on canonical arguments (see the package's docstring)."""
     storage, compute = b.dtype, step_sizes.dtype

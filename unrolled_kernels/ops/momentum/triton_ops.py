@@ -6,18 +6,18 @@ import importlib
 import torch
 
 from unrolled_kernels.ops import common
-from unrolled_kernels.ops.momentum import native
+from unrolled_kernels.ops.momentum import manual, native, reference
 
 # the schemas of csrc/momentum.cpp; CompositeExplicitAutograd is CUDA, and the CPU for Triton's interpreter
 _library = torch.library.Library("unrolled_kernels", "FRAGMENT")
 _library.define(
     "momentum_triton(Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
-    "Tensor? momentum, Tensor? extrapolation, SymInt num_steps, bool trajectory) -> Tensor"
+    "Tensor? momentum, Tensor? extrapolation, Tensor? mu, SymInt num_steps, bool trajectory) -> Tensor"
 )
 _library.define(
     "momentum_triton_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, "
-    "Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, SymInt num_steps, bool trajectory, "
-    "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, SymInt num_steps, "
+    "bool trajectory, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -33,6 +33,7 @@ def _with_columns(y0, *rest):
     return (y0, *schedule, *rest[3:])
 
 
+@reference.with_nesterov
 def _forward(matrix, eigenvalues, observed, b, *rest):
     rest = _with_columns(*rest)
     if eigenvalues is None:
@@ -42,6 +43,7 @@ def _forward(matrix, eigenvalues, observed, b, *rest):
     return _kernels("spectral").forward(eigenvalues, matrix, b, *rest)
 
 
+@manual.with_nesterov
 def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
     *rest, needs = rest
     coefficients, rest = rest[1:4], _with_columns(*rest)
