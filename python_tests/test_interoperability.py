@@ -155,6 +155,55 @@ def test_export_save_load_and_another_batch():
         torch.testing.assert_close(loaded(problems), in_eager(model)(problems))
 
 
+class Shared(nn.Module):
+    """Every op and the minimizer on Q of every structure."""
+
+    def __init__(self):
+        super().__init__()
+        self.nag, self.rnn = LAYERS["nag"](), LAYERS["rnn"]()
+
+    def forward(self, problems, b, y0, step_size):
+        per_step = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1])
+        return [
+            (
+                self.nag(Q, b, y0, return_trajectory=True),
+                self.rnn(Q, b, y0),
+                F.nesterov(Q, b, step_size, per_step, 5),
+                F.minimize(Q, b),
+            )
+            for Q in (STRUCTURES[s](*tensors) for s, tensors in problems.items())
+        ]
+
+
+@pytest.mark.parametrize(("leading", "rest"), [((), ()), ((), (3,)), ((1,), ())], ids=["none", "two", "one"])
+def test_export_of_what_the_batch_shares(leading, rest):
+    """Q of no batch dimension or of one of size 1, b of one or two: the program takes any B, d among them."""
+    d, model = 5, Shared()
+    problems = {s: [x.detach()[0].expand(*leading, *x.shape[1:]) for x in problem(s)[1:]] for s in STRUCTURES}
+    inputs = lambda B: (problems, torch.randn(B, *rest, d), torch.randn(*rest, d), torch.rand(B, *[1] * len(rest), 1))
+    batch = {0: torch.export.Dim("batch", min=2)}
+    sizes = ({s: [None] * len(tensors) for s, tensors in problems.items()}, batch, None, batch)
+    program = torch.export.export(model, inputs(6), dynamic_shapes=sizes).module()
+    for B in (2, 3, d, 15):
+        arguments = inputs(B)
+        torch.testing.assert_close(program(*arguments), model(*arguments))
+
+
+@pytest.mark.parametrize("samples", [6, 300])
+def test_export_and_compile_of_one_large_matrix(samples):
+    """The choice of a GPU's backend between few samples and many asks nothing of an exported batch."""
+    torch._dynamo.reset()
+    layer, Q = uk.UnrolledGD(3, 0.3), torch.eye(130) / 2
+    inputs = lambda B: (Q, torch.randn(B, 130))
+    sizes = (None, {0: torch.export.Dim("batch", min=2)})
+    program = torch.export.export(layer, inputs(samples), dynamic_shapes=sizes).module()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B in (2, 130, 200):
+        arguments = inputs(B)
+        for run in (program, compiled):
+            torch.testing.assert_close(run(*arguments), layer(*arguments))
+
+
 @pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built")
 def test_exported_programs_train_with_the_eager_backend_only():
     """torch.export keeps what a Function's forward calls and drops its backward: loud, never silently zero."""

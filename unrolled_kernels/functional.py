@@ -19,7 +19,7 @@ from unrolled_kernels import _backend, _check
 from unrolled_kernels.annotations import Number, Quadratic, Weights
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
-from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, smallest_eigenvalue
+from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, same_shape, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
 __all__ = ["gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
@@ -191,7 +191,7 @@ def rnn(
     matrices = tuple(W if W.dtype == compute else W.to(compute) for W in matrices)
     y = _rnn_op(chosen, matrix, eigenvalues, b, y0, matrices, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
-    return y if y.shape == final_shape else y.reshape(final_shape)
+    return y if same_shape(y.shape, final_shape) else y.reshape(final_shape)
 
 
 def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
@@ -237,15 +237,21 @@ def _run(Q, b, schedule, num_steps, y0, return_trajectory, backend):
             chosen = _backend.resolve(backend, b.device)
             return _momentum_op(chosen, Q, None, None, b, None, *plain, num_steps, return_trajectory)
     shape = _full_shape(Q, b, y0)
-    # one Q for many samples, beyond what the GPU kernels hold in registers
-    products = isinstance(Q, torch.Tensor) and Q.dim() == 2 and shape[-1] > 128 and math.prod(shape[:-1]) > 128
-    chosen = _backend.resolve(backend, b.device, products)
+    chosen = _backend.resolve(backend, b.device, _multiplies_matrices(Q, shape))
     schedule = [None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in schedule]
     *tensors, batch = _canonical(Q, b, y0, shape, schedule)
     schedule = [None if c is None else _rows(c, batch) for c in schedule]
     y = _momentum_op(chosen, *tensors, *schedule, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
-    return y if y.shape == final_shape else y.reshape(final_shape)
+    return y if same_shape(y.shape, final_shape) else y.reshape(final_shape)
+
+
+def _multiplies_matrices(Q, shape):
+    """Whether one Q serves many samples, beyond what the GPU kernels hold in registers."""
+    if not (isinstance(Q, torch.Tensor) and Q.dim() == 2 and shape[-1] > 128):
+        return False
+    # an exported program takes batches of any size: none is compared; elsewhere the branch makes a symbolic bool a bool
+    return True if torch.compiler.is_exporting() or math.prod(shape[:-1]) > 128 else False  # noqa: SIM210
 
 
 def _is_plain(Q, b):
@@ -282,7 +288,7 @@ def _full_shape(Q, b, y0=None):
         raise ValueError(
             f"b: expected last dimension d = {q_shape[-1]} to fit Q {_shape_of(Q)}, got shape {list(b.shape)}"
         )
-    if q_shape == b.shape:
+    if same_shape(q_shape, b.shape):
         shape = b.shape
     else:
         try:
@@ -291,7 +297,7 @@ def _full_shape(Q, b, y0=None):
             raise ValueError(
                 f"Q, b: batch dimensions do not broadcast: Q is {_shape_of(Q)}, b has shape {list(b.shape)}"
             ) from None
-    if y0 is not None and y0.shape != shape:
+    if y0 is not None and not same_shape(y0.shape, shape):
         _check.check_broadcast("y0", y0.shape, shape, "(*batch, d)")
     return tuple(shape)
 
@@ -327,7 +333,7 @@ def _canonical(Q, b, y0, shape, schedule):
     """Matrix, eigenvalues, observed, b, y0 as the ops take them, and the batch to flatten the coefficients to."""
     matrix, eigenvalues, observed = (Q, None, None) if isinstance(Q, torch.Tensor) else Q.operands
     leading = rows = len(shape) - 1
-    if matrix is None and all(x is None or x.shape == shape for x in (eigenvalues, observed, b, y0)):
+    if matrix is None and all(x is None or same_shape(x.shape, shape) for x in (eigenvalues, observed, b, y0)):
         # elementwise: as few rows as the schedule can tell apart, as long as nothing is broadcast
         rows = max(_varying_dims(c, leading) for c in schedule if c is not None)
     batch, flat = shape[:rows], (math.prod(shape[:rows]), math.prod(shape[rows:]))
@@ -338,15 +344,15 @@ def _canonical(Q, b, y0, shape, schedule):
 
 def _reshape(x, shape, flat):
     """x broadcast to ``shape`` and then of shape ``flat``; as it is where nothing has to be done."""
-    if x is None or x.shape == flat:
+    if x is None or same_shape(x.shape, flat):
         return x
-    return (x if x.shape == shape else x.expand(shape)).reshape(flat)
+    return (x if same_shape(x.shape, shape) else x.expand(shape)).reshape(flat)
 
 
 def _flatten_matrix(matrix, batch):
     """``[*batch, d, d]`` as ``[B, d, d]``, or ``[1, d, d]`` where all of the batch shares it."""
     d = matrix.shape[-1]
-    if matrix.dim() == 3 and matrix.shape[:-2] == batch:
+    if matrix.dim() == 3 and same_shape(matrix.shape[:-2], batch):
         return matrix
     if math.prod(matrix.shape[:-2]) == 1:
         return matrix.reshape(1, d, d)
@@ -367,7 +373,7 @@ def _rows(coefficient, batch):
     if coefficient.dim() == 0:
         return coefficient
     steps = coefficient.shape[-1]
-    if coefficient.shape[:-1] == (1,):
+    if same_shape(coefficient.shape[:-1], (1,)):
         return coefficient
     if math.prod(coefficient.shape[:-1]) == 1:
         return coefficient.reshape(1, steps)

@@ -10,6 +10,11 @@ import torch
 from unrolled_kernels._torch_private import pytree
 
 
+def same_shape(shape, other):
+    """Whether two shapes are equal; where their lengths differ no size is read, which would guard a symbolic one."""
+    return len(shape) == len(other) and shape == other
+
+
 class Structure:
     """What the structures share: they are handled as tensors are.
 
@@ -38,7 +43,7 @@ class Structure:
         shapes = [
             x.shape[: x.dim() + 1 - own] for x, own in zip(self.tensors.values(), self._own_dims.values(), strict=True)
         ]
-        if all(shape == shapes[0] for shape in shapes):
+        if all(same_shape(shape, shapes[0]) for shape in shapes):
             return shapes[0]
         try:
             return torch.broadcast_shapes(*shapes)
@@ -135,7 +140,7 @@ class Structure:
 
         def pick(x, own_dims):
             leading, own = x.shape[: x.dim() - own_dims], x.shape[x.dim() - own_dims :]
-            if leading != batch and math.prod(leading) == 1:
+            if not same_shape(leading, batch) and math.prod(leading) == 1:
                 return x.reshape(own)
             return x.expand(*batch, *own)[(*index, *([slice(None)] * own_dims if around else [Ellipsis]))]
 
