@@ -39,6 +39,7 @@ from unrolled_kernels.experiments.synthetic import (
 from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
 from unrolled_kernels.experiments.synthetic.evaluation import distance, spectrum_errors
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
+from unrolled_kernels.experiments.synthetic.model import MINIMIZER, SCHEDULES
 from unrolled_kernels.theory.bounds import predicted_gap
 from unrolled_kernels.theory.properties import convergence_rate
 
@@ -211,6 +212,20 @@ def test_ensemble_trains_each_model_as_if_alone(exact_task, hidden, optimizer, l
             assert row["best_epoch"] == alone["best_epoch"]
         if learned and trial.num_steps > 1:
             assert row["step_size"] != 1.0
+
+
+def test_every_schedule_trains_as_if_alone(exact_task):
+    axes = {"depths": (1, 5), "hidden": (8,), "optimizers": ("adam",), "learning_rates": (1e-2,)}
+    trials = grid.Grid(**axes, seeds=1, epochs=0, algorithms=(*SCHEDULES, MINIMIZER)).trials()
+    assert [t.num_steps for t in trials if t.algorithm == MINIMIZER] == [0]
+    training = Training(epochs=5)
+    names = ["train", "test", "true_train", "true_test", "qfro2_test"]
+    for trial, row in zip(trials, ensemble.train_chunk(exact_task, trials, training), strict=True):
+        alone = train.train_one(exact_task, trial, training)
+        # the minimizer's error on the true Q* is rounding
+        assert [row[name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-8, abs=1e-5), (
+            trial
+        )
 
 
 @pytest.mark.gpu

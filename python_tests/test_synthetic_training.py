@@ -13,6 +13,7 @@ from unrolled_kernels import available_backends, use_backend
 from unrolled_kernels.experiments.synthetic import data
 from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
 from unrolled_kernels.experiments.synthetic.grid import Training, Trial
+from unrolled_kernels.experiments.synthetic.model import MINIMIZER, SCHEDULES
 from unrolled_kernels.testing import assert_as_close_as_eager
 
 pytestmark = [
@@ -58,6 +59,15 @@ def test_loop_equals_torch_ops(task, hidden, optimizer, dtype):
     for name in ("theta", "best_theta", "best_loss"):
         values = (getattr(x, name) for x in (actual, exact, eager))
         assert_as_close_as_eager(*values, what=name)
+
+
+def test_loop_runs_every_schedule(task):
+    settings = [(name, k, 100, 1e-2) for name in SCHEDULES for k in (1, 6)] + [(MINIMIZER, 0, 100, 1e-2)]
+    run = functools.partial(trained, hidden=5, optimizer="adam", epochs=3, settings=settings)
+    actual = run(task)
+    exact, eager = (run(task.to(reference), backend="eager") for reference in (torch.float64, torch.float32))
+    assert_as_close_as_eager(actual.best_theta, exact.best_theta, eager.best_theta, what="theta")
+    assert_as_close_as_eager(actual.best_loss, exact.best_loss, eager.best_loss, what="loss")
 
 
 @pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.slow)])
@@ -112,6 +122,10 @@ def test_op_refuses_what_it_would_misread(task):
         ensemble._train_natively(orders + 1)
     with pytest.raises(RuntimeError, match="orders: not of the shape"):
         ensemble._train_natively(orders[:, :, :-1])
+    ensemble.depths += 100
+    with pytest.raises(RuntimeError, match="num_steps: more than"):
+        ensemble._train_natively(orders)
+    ensemble.depths -= 100
     ensemble.trials = [dataclasses.replace(trial, hidden=16) for trial in ensemble.trials]
     with pytest.raises(RuntimeError, match="theta: not of the shape"):
         ensemble._train_natively(orders)

@@ -3,12 +3,15 @@
 //
 //     s         = softmax(W2 relu(W1 x + b1) + b2)    or softmax(W x + b) without hidden units
 //     lambda    = mu + (L - mu) s                     the eigenvalues that are learned, in the eigenbasis of Q
-//     y_{t+1}   = y_t + beta m_t - phi (lambda (y_t + beta m_t) + bh),   m_t = y_t - y_{t-1},   y_0 = y_{-1} = 0
+//     y_{t+1}   = y_t + beta_t m_t - phi_t (lambda (y_t + gamma_t m_t) + bh),   m_t = y_t - y_{t-1},   y_0 = y_{-1} = 0
 //     loss      = sqrt(fixed + |y_k - ystar|^2)       fixed: the part of the eigenvalues that are known
 //
 // y_k is linear in bh: y_k = -bh p(lambda), and the kernel runs the recurrence of p and of dp/dlambda side by side:
 //
-//     z = p_t + beta (p_t - p_{t-1}),   p_{t+1} = (1 - phi lambda) z + phi,   p'_{t+1} = (1 - phi lambda) z' - phi z
+//     z = p_t + gamma (p_t - p_{t-1}),   p_{t+1} = p_t + beta (p_t - p_{t-1}) - phi (lambda z - 1)
+//                                        p'_{t+1} = p'_t + beta (p'_t - p'_{t-1}) - phi (lambda z' + z)
+//
+// or takes their limit, p = 1 / lambda.
 //
 // With dl/dy = (y_k - ystar) / loss, u = -(L - mu) dl/dy bh p' and the gradient o = s (u - s'u) of the logits:
 //
@@ -32,11 +35,11 @@ constexpr int64_t synthetic_parameters(int64_t hidden) {
 
 template <typename C>
 struct SyntheticTraining : Training<C> {
-  int64_t h;
+  int64_t h, K;
   const C* samples;         // [S, 16, n]: x, bh, ystar
   const C* fixed;           // [M, n]
-  const bool* accelerated;  // [M]: beta is `momentum`, else 0
-  double step_size, momentum, mu, L;
+  const double* schedules;  // [M, K, 3]: phi_t, beta_t, gamma_t; num_steps <= K, or negative: the limit
+  double mu, L;
 };
 
 }  // namespace unrolled_kernels

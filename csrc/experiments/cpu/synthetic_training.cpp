@@ -25,6 +25,9 @@ namespace {
 constexpr int64_t X = synthetic_inputs, O = synthetic_outputs;
 constexpr int64_t columns = 2 * O + 1;  // bh, ystar, fixed: what a sample needs behind the network
 
+// What p(lambda) is: steps of GD or NAG whose coefficients stay, any schedule, or its limit 1 / lambda.
+enum class Steps { plain, nesterov, any, limit };
+
 template <typename C>
 class Trainer {
   static constexpr int64_t W = lanes<C>;
@@ -58,10 +61,11 @@ class Trainer {
     const auto place = [this](int64_t i) { return place_[i]; };
     at_.load_model(p_, model, place);
     load_samples(model);
-    if (p_.accelerated[model]) {
-      p_.h ? epochs<true, true>(model) : epochs<true, false>(model);
-    } else {
-      p_.h ? epochs<false, true>(model) : epochs<false, false>(model);
+    switch (kind()) {
+      case Steps::plain: p_.h ? epochs<Steps::plain, true>(model) : epochs<Steps::plain, false>(model); break;
+      case Steps::nesterov: p_.h ? epochs<Steps::nesterov, true>(model) : epochs<Steps::nesterov, false>(model); break;
+      case Steps::any: p_.h ? epochs<Steps::any, true>(model) : epochs<Steps::any, false>(model); break;
+      case Steps::limit: p_.h ? epochs<Steps::limit, true>(model) : epochs<Steps::limit, false>(model);
     }
     at_.store_model(p_, model, place);
   }
@@ -91,18 +95,28 @@ class Trainer {
       rest_[s * columns + 2 * O] = p_.fixed[model * p_.n + s];
     }
     k_ = p_.num_steps[model];
+    schedule_ = p_.schedules + model * p_.K * 3;
+  }
+
+  Steps kind() const {
+    if (k_ < 0) return Steps::limit;
+    for (int64_t t = 0; t < k_; ++t) {
+      const double *now = schedule_ + 3 * t, *first = schedule_;
+      if (now[1] != now[2] || now[0] != first[0] || now[1] != first[1]) return Steps::any;
+    }
+    return k_ > 0 && schedule_[1] != 0 ? Steps::nesterov : Steps::plain;
   }
 
   // -- training
 
-  template <bool accelerated, bool hidden>
+  template <Steps steps, bool hidden>
   void epochs(int64_t model) {
     train_epochs(
-        p_, model, at_, [this](const int64_t* order, int64_t count) { gradient<accelerated, hidden>(order, count); },
-        [this] { return mean_loss<accelerated, hidden>(); });
+        p_, model, at_, [this](const int64_t* order, int64_t count) { gradient<steps, hidden>(order, count); },
+        [this] { return mean_loss<steps, hidden>(); });
   }
 
-  template <bool accelerated, bool hidden>
+  template <Steps steps, bool hidden>
   void gradient(const int64_t* order, int64_t count) {
     fill_zero(at_.grad, at_.size);
     V bias[O] = {};
@@ -112,7 +126,7 @@ class Trainer {
       network<hidden>(index, here);
       const Spectrum s = spectrum<hidden>();
       V p[O], dp[O], residual[O];
-      const V loss = losses<accelerated, true>(index, here, s, p, dp, residual);
+      const V loss = losses<steps, true>(index, here, s, p, dp, residual);
       const V scale = static_cast<C>((p_.L - p_.mu) / static_cast<double>(count)) / loss;
       V u[O], mean{};
 #pragma GCC unroll 3
@@ -133,15 +147,14 @@ class Trainer {
     }
   }
 
-  template <bool accelerated, bool hidden>
+  template <Steps steps, bool hidden>
   C mean_loss() {
     V sum{};
     for (int64_t first = 0; first < p_.n; first += W) {
       const int64_t here = min(W, p_.n - first);
       network<hidden>(natural_ + first, here);
       V p[O], dp[O], residual[O];
-      sum +=
-          keep_lanes<C>(losses<accelerated, false>(natural_ + first, here, spectrum<hidden>(), p, dp, residual), here);
+      sum += keep_lanes<C>(losses<steps, false>(natural_ + first, here, spectrum<hidden>(), p, dp, residual), here);
     }
     return sum_lanes<C>(sum) / static_cast<C>(p_.n);
   }
@@ -262,14 +275,14 @@ class Trainer {
   }
 
   // The loss of each sample, with lanes_ [7, W] gathered on the way.
-  template <bool accelerated, bool tangent>
+  template <Steps steps, bool tangent>
   V losses(const int64_t* index, int64_t count, const Spectrum& s, V (&p)[O], V (&dp)[O], V (&residual)[O]) {
     for (int64_t l = 0; l < count; ++l) {
       const C* rest = rest_ + index[l] * columns;
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) lanes_[c * W + l] = rest[c];
     }
-    recurrence<accelerated, tangent>(s, p, dp);
+    recurrence<steps, tangent>(s, p, dp);
     V squared = load(lanes_ + 2 * O * W);
 #pragma GCC unroll 3
     for (int c = 0; c < O; ++c) {
@@ -279,28 +292,65 @@ class Trainer {
     return sqrt(squared);
   }
 
-  template <bool accelerated, bool tangent>
+  template <Steps steps, bool tangent>
   void recurrence(const Spectrum& s, V (&p)[O], V (&dp)[O]) const {
-    const C phi = static_cast<C>(p_.step_size), beta = static_cast<C>(p_.momentum);
+    if constexpr (steps == Steps::limit || steps == Steps::any) {
+      V lambda[O];
+#pragma GCC unroll 3
+      for (int c = 0; c < O; ++c) lambda[c] = static_cast<C>(p_.mu) + static_cast<C>(p_.L - p_.mu) * s.share[c];
+      return steps == Steps::limit ? limit(lambda, p, dp) : any<tangent>(lambda, p, dp);
+    }
+    // the first step, from zero
+    const double step_size = k_ > 0 ? schedule_[0] : 0, momentum = k_ > 0 ? schedule_[1] : 0;
+    const C phi = static_cast<C>(step_size), beta = static_cast<C>(momentum);
     V shrink[O], before[O] = {}, d_before[O] = {};
 #pragma GCC unroll 3
     for (int c = 0; c < O; ++c) {
-      shrink[c] = static_cast<C>(1 - p_.step_size * p_.mu) - static_cast<C>(p_.step_size * (p_.L - p_.mu)) * s.share[c];
-      // the first step, from zero
-      p[c] = k_ > 0 ? broadcast(phi) : V{};
+      shrink[c] = static_cast<C>(1 - step_size * p_.mu) - static_cast<C>(step_size * (p_.L - p_.mu)) * s.share[c];
+      p[c] = broadcast(phi);
       dp[c] = V{};
     }
     for (int64_t t = 1; t < k_; ++t) {
 #pragma GCC unroll 3
       for (int c = 0; c < O; ++c) {
-        const V z = accelerated ? (1 + beta) * p[c] - beta * before[c] : p[c];
+        const V z = steps == Steps::nesterov ? (1 + beta) * p[c] - beta * before[c] : p[c];
         if (tangent) {
-          const V dz = accelerated ? (1 + beta) * dp[c] - beta * d_before[c] : dp[c];
+          const V dz = steps == Steps::nesterov ? (1 + beta) * dp[c] - beta * d_before[c] : dp[c];
           d_before[c] = dp[c];
           dp[c] = shrink[c] * dz - phi * z;
         }
         before[c] = p[c];
         p[c] = shrink[c] * z + phi;
+      }
+    }
+  }
+
+  static void limit(const V (&lambda)[O], V (&p)[O], V (&dp)[O]) {
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) {
+      p[c] = static_cast<C>(1) / lambda[c];
+      dp[c] = -p[c] * p[c];
+    }
+  }
+
+  template <bool tangent>
+  void any(const V (&lambda)[O], V (&p)[O], V (&dp)[O]) const {
+    V before[O] = {}, d_before[O] = {};
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) p[c] = dp[c] = V{};
+    for (int64_t t = 0; t < k_; ++t) {
+      const C phi = static_cast<C>(schedule_[3 * t]), beta = static_cast<C>(schedule_[3 * t + 1]);
+      const C gamma = static_cast<C>(schedule_[3 * t + 2]);
+#pragma GCC unroll 3
+      for (int c = 0; c < O; ++c) {
+        const V move = p[c] - before[c], z = p[c] + gamma * move;
+        if (tangent) {
+          const V d_move = dp[c] - d_before[c], dz = dp[c] + gamma * d_move;
+          d_before[c] = dp[c];
+          dp[c] += beta * d_move - phi * (lambda[c] * dz + z);
+        }
+        before[c] = p[c];
+        p[c] += beta * move - phi * (lambda[c] * z - 1);
       }
     }
   }
@@ -313,6 +363,7 @@ class Trainer {
   C *x_, *rest_;                  // [n, 10], [n, 7]
   C *rows_, *lanes_, *out_grad_;  // [W, units], [7, W], [3, W]
   int64_t k_ = 0;
+  const double* schedule_ = nullptr;  // [k, 3]
 };
 
 template <typename C>

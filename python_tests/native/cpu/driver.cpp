@@ -295,13 +295,22 @@ template <typename C>
 void synthetic_training(int64_t M, int64_t n, int64_t h, int64_t batch_size) {
   const TrainingArrays<C> arrays(M, synthetic_parameters(h), n, batch_size);
   const Array<C> samples(arrays.S * (synthetic_inputs + 2 * synthetic_outputs) * n, -1, 1), fixed(M * n, 0, 1);
-  const Array<bool> accelerated(M);
-  for (int64_t m = 0; m < M; ++m) accelerated.data()[m] = flip();
+  constexpr int64_t K = 8;
+  const Array<double> schedules(M * K * 3, 0, 1);
+  for (int64_t m = 0; m < M; ++m) {
+    // GD or NAG, or else any schedule, or the limit
+    const double momentum = flip() ? 0.5 : 0;
+    double* schedule = schedules.data() + m * K * 3;
+    for (int64_t t = 0; t < K && flip(); ++t) {
+      schedule[3 * t] = 1, schedule[3 * t + 1] = schedule[3 * t + 2] = momentum;
+    }
+    if (draw(4) == 0) arrays.num_steps.data()[m] = -1;
+  }
   check("synthetic_training", M, n, h, [&](Outputs& outputs) {
     SyntheticTraining<C> p{};
     arrays.begin(p, outputs);
-    p.h = h, p.samples = samples.data(), p.fixed = fixed.data(), p.accelerated = accelerated.data();
-    p.step_size = 1, p.momentum = 0.5, p.mu = 0.1, p.L = 1;
+    p.h = h, p.K = K, p.samples = samples.data(), p.fixed = fixed.data(), p.schedules = schedules.data();
+    p.mu = 0.1, p.L = 1;
     train(p, UNROLLED_KERNELS_AT_ACTIVE_ISA(synthetic_training_kernel<C>()));
   });
 }

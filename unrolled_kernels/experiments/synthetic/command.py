@@ -18,7 +18,7 @@ from unrolled_kernels.experiments.options import (
 from unrolled_kernels.experiments.synthetic import figures, report, runner, speed
 from unrolled_kernels.experiments.synthetic.data import FIRST_SEED, NUM_SAMPLES, NUM_TRAIN
 from unrolled_kernels.experiments.synthetic.grid import OPTIMIZERS, PRESETS, Training, Trial, select_best
-from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
+from unrolled_kernels.experiments.synthetic.model import ALGORITHMS, MINIMIZER, SCHEDULES
 
 
 def add_arguments(parser):
@@ -39,7 +39,13 @@ def add_arguments(parser):
     grid.add_argument(
         "--depths", type=positive, nargs="+", metavar="K", default=argparse.SUPPRESS, help="steps of the layers"
     )
-    grid.add_argument("--algorithms", choices=ALGORITHMS, nargs="+", default=argparse.SUPPRESS)
+    grid.add_argument(
+        "--algorithms",
+        choices=(*SCHEDULES, MINIMIZER),
+        nargs="+",
+        default=argparse.SUPPRESS,
+        help="default: gd nag, the paper's; minimizer: the limit k = ∞",
+    )
     grid.add_argument(
         "--hidden", type=not_negative, nargs="+", metavar="H", default=argparse.SUPPRESS, help="0: linear"
     )
@@ -87,6 +93,9 @@ def _run(arguments):
         raise ValueError(f"--num-train: the authors' data have {NUM_TRAIN} training samples a seed, got {num_train}")
     if not 2 <= num_train <= NUM_SAMPLES:
         raise ValueError(f"--num-train: expected 2 to {NUM_SAMPLES}, got {num_train}")
+    if arguments.learn_step_size and not set(grid.algorithms) <= set(ALGORITHMS):
+        others = ", ".join(sorted(set(grid.algorithms) - set(ALGORITHMS)))
+        raise ValueError(f"--learn-step-size: expected --algorithms among {' '.join(ALGORITHMS)}, got {others}")
     # minibatches of half of the samples, as in the paper
     training = Training(grid.epochs, learn_step_size=arguments.learn_step_size, batch_size=num_train // 2)
     setup = runner.Setup(

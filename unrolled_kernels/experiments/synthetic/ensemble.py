@@ -6,8 +6,8 @@ the task make the step small:
 - R is data and the loss is invariant under it, ‖y_k - y*‖ = ‖Rᵀy_k - Rᵀy*‖, so b and y* are rotated once and the
   recurrence is diagonal;
 - two eigenvalues are known, so with a fixed step size their part of the loss is a constant of each sample;
-- a step with φ_t = β_t = 0 leaves the state where it is, and GD is NAG without momentum, so one launch serves every
-  depth and both algorithms: a model shallower than the deepest of its chunk has zero coefficients at the end.
+- a step with φ_t = β_t = 0 leaves the state where it is, so one launch serves every depth and every schedule: a model
+  shallower than the deepest of its chunk has zero coefficients at the end.
 
 On the CPU a fixed step size lets one C++ op run the epochs; on CUDA an epoch is a captured graph.
 
@@ -26,7 +26,7 @@ from unrolled_kernels.experiments import checkpoint, native
 from unrolled_kernels.experiments.study import fingerprint, trial_columns
 from unrolled_kernels.experiments.synthetic import evaluation
 from unrolled_kernels.experiments.synthetic.data import DIM, MU, X_DIM, L, epoch_blocks
-from unrolled_kernels.experiments.synthetic.model import inner_eigenvalues, make_layer
+from unrolled_kernels.experiments.synthetic.model import MINIMIZER, SCHEDULES, inner_eigenvalues, make_layer
 from unrolled_kernels.experiments.synthetic.step_graph import StepGraph
 from unrolled_kernels.schedules import nesterov_momentum
 
@@ -52,6 +52,8 @@ class Ensemble:
         self.depths = self._column([trial.num_steps for trial in self.trials])
         self.learning_rates = self._column([trial.learning_rate for trial in self.trials])
         self.accelerated = self._column([trial.algorithm == "nag" for trial in self.trials])
+        self.minimizers = self._column([trial.algorithm == MINIMIZER for trial in self.trials]).bool()
+        self.schedules = None if self.learned else self._schedules()
         self.seeds = sorted({trial.seed for trial in self.trials})
         self.seed_of_model = torch.tensor([self.seeds.index(trial.seed) for trial in self.trials], device=self.device)
         self._initial_parameters()
@@ -67,6 +69,15 @@ class Ensemble:
 
     def _column(self, values):
         return torch.tensor(values, dtype=self.dtype, device=self.device).unsqueeze(1)
+
+    def _schedules(self):
+        """φ_t, β_t, γ_t of each model, ``[M, k, 3]`` float64, zeros behind its last step."""
+        table = torch.zeros(len(self.trials), self.num_steps, 3, dtype=torch.float64)
+        for row, trial in zip(table, self.trials, strict=True):
+            if trial.algorithm != MINIMIZER:
+                schedule = SCHEDULES[trial.algorithm](trial.num_steps, self.training.step_size)
+                row[: trial.num_steps] = torch.stack(schedule, 1)
+        return table.to(self.device)
 
     # -- parameters: one row of theta for each model, seen through one leaf tensor for each weight
 
@@ -112,7 +123,7 @@ class Ensemble:
             edge = torch.tensor([[L], [MU]], dtype=self.dtype, device=self.device)
             b_edge, y_edge = b_hat[[0, -1]], y_hat[[0, -1]]
             b_edge = b_edge.expand(len(self.trials), -1, -1)
-            y = self._run(edge.expand_as(b_edge), b_edge, self._step_sizes(None))
+            y = self._run(edge.expand_as(b_edge), b_edge, None)
             self.fixed = (y - y_edge).square().sum(1)  # [M, N]
 
     def _training_samples(self):
@@ -136,12 +147,17 @@ class Ensemble:
             return torch.full_like(self.depths, self.training.step_size)
         return self.max_step_size * torch.sigmoid(logit)
 
-    def _run(self, eigenvalues, b, step_size):
+    def _run(self, eigenvalues, b, logit):
         """Each model's own steps, from zero: eigenvalues and b ``[M, *, n]`` to y ``[M, *, n]``."""
-        active = torch.arange(self.num_steps, device=self.device) < self.depths  # [M, k]
-        phi = (step_size * active).unsqueeze(1)
-        beta = (nesterov_momentum(step_size, MU) * self.accelerated * active).unsqueeze(1)
-        return F.momentum(Diagonal(eigenvalues), b, phi, beta, beta, self.num_steps)
+        if self.learned:
+            active = torch.arange(self.num_steps, device=self.device) < self.depths  # [M, k]
+            step_size = self._step_sizes(logit)
+            phi = (step_size * active).unsqueeze(1)
+            beta = gamma = (nesterov_momentum(step_size, MU) * self.accelerated * active).unsqueeze(1)
+        else:
+            phi, beta, gamma = self.schedules.to(self.dtype).unsqueeze(1).unbind(-1)  # [M, 1, k] each
+        y = F.momentum(Diagonal(eigenvalues), b, phi, beta, gamma, self.num_steps)
+        return torch.where(self.minimizers.unsqueeze(2), -b / eigenvalues, y)
 
     def _inner_eigenvalues(self, views, x):
         """x ``[M, 10, n]`` to the learned eigenvalues ``[M, d-2, n]``."""
@@ -163,7 +179,7 @@ class Ensemble:
         if self.learned:
             edge = torch.ones_like(inner[:, :1])
             eigenvalues = torch.cat([L * edge, inner, MU * edge], 1)
-        y = self._run(eigenvalues, b.expand_as(eigenvalues), self._step_sizes(views[-1] if self.learned else None))
+        y = self._run(eigenvalues, b.expand_as(eigenvalues), views[-1] if self.learned else None)
         squared = (y - y_star).square().sum(1)
         return (squared if fixed is None else squared + fixed).sqrt()
 
@@ -203,7 +219,7 @@ class Ensemble:
             self.best_epoch,
             self.seed_of_model,
             orders.contiguous(),
-            self.depths.flatten().long(),
+            torch.where(self.minimizers, -1, self.depths).flatten().long(),
             self.learning_rates.flatten(),
             training.weight_decay,
             self.adam,
@@ -211,10 +227,8 @@ class Ensemble:
             self.epoch,
             self.samples,
             self.fixed_samples,
-            self.accelerated.flatten().bool(),
+            self.schedules,
             self.trials[0].hidden,
-            training.step_size,
-            nesterov_momentum(training.step_size, MU),
             MU,
             L,
         )

@@ -27,7 +27,7 @@ def result_columns(*, epochs, best_epoch, losses, on_train, on_test, init, step_
         on_train, on_test: means over the training samples and over all: the loss of the same layer on Q* (what of the
             gap is which samples were drawn), the spectral and the squared Frobenius norm of Q_θ - Q*.
         init: training and test loss before training.
-        step_size: φ.
+        step_size: φ as it was set or learned.
         seconds: of training and evaluation.
         weights: the kept parameters, a float32 vector: W1, b1, W2, b2 row by row, then the logit of a learned φ.
     """

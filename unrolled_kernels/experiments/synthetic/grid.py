@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unrolled_kernels.experiments.synthetic.data import FIRST_SEED
-from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
+from unrolled_kernels.experiments.synthetic.model import ALGORITHMS, MINIMIZER
 
 OPTIMIZERS = ("adam", "sgd")
 PAPER_DEPTHS = (*range(1, 11), 12, 14, 16, 18, 20, 25, 30)
@@ -65,7 +65,9 @@ class Grid:
             range(FIRST_SEED, FIRST_SEED + self.seeds),
             self.learning_rates,
         )
-        return sorted({Trial(*point) for point in itertools.product(*axes)})
+        trials = {Trial(*point) for point in itertools.product(*axes)}
+        # of which there is one, whatever the depths
+        return sorted({replace(t, num_steps=0) if t.algorithm == MINIMIZER else t for t in trials})
 
 
 PRESETS = {

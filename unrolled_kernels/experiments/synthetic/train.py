@@ -95,7 +95,7 @@ def train_one(task, trial, training, on_epochs=lambda count: None):
         on_train=[x[index].mean().item() for x in others],
         on_test=[x.mean().item() for x in others],
         init=init,
-        step_size=float(torch.as_tensor(model.layer.step_size).detach()),
+        step_size=model.layer.step_size.item() if training.learn_step_size else training.step_size,
         seconds=time.perf_counter() - start,
         weights=torch.cat([p.detach().flatten().float().cpu() for p in _weights(model)]).numpy(),
     )
