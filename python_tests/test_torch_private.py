@@ -25,9 +25,9 @@ class Double(torch.autograd.Function):
         return ctx.factor * grad, None
 
 
-def test_launch_function():
+def test_launcher():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    y = private.launch_function(Double, x, 3)
+    y = private.launcher(Double)(x, 3)
     assert torch.equal(y, Double.apply(x, 3))
     y.sum().backward()
     assert x.grad.tolist() == [3, 3]

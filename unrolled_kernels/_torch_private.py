@@ -11,7 +11,7 @@ __all__ = [
     "below_autograd",
     "constant_of_the_graph",
     "ignore_tensor_subclasses",
-    "launch_function",
+    "launcher",
     "pytree",
     "transforms_are_active",
 ]
@@ -27,13 +27,13 @@ transforms_are_active = torch._C._are_functorch_transforms_active
 ignore_tensor_subclasses = torch._C.DisableTorchFunctionSubclass
 
 
-def launch_function(function, *args):
-    """``function.apply(*args)`` of an autograd Function, where no transform of torch.func is active.
+def launcher(function):
+    """``function.apply`` of an autograd Function, for calls where no transform of torch.func is active.
 
     Function.apply binds default arguments through inspect, several times the cost of a small launch; ours have none.
     The apply of its base is what it ends up calling.
     """
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply
 
 
 def constant_of_the_graph(function):

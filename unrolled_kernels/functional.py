@@ -25,11 +25,6 @@ from unrolled_kernels.schedules import nesterov_momentum
 __all__ = ["gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
 
 
-class _Coefficient(NamedTuple):
-    name: str  # of the argument that messages speak of
-    value: Number
-
-
 def gradient_descent(
     Q: Quadratic,
     b: torch.Tensor,
@@ -63,9 +58,8 @@ def gradient_descent(
             or unavailable backend; the message names the argument, what was got and what was expected.
     """
     num_steps = _check.check_num_steps(num_steps)
-    return _run(
-        Q, b, (_Coefficient("step_size", step_size), None, None, None), num_steps, y0, return_trajectory, backend
-    )
+    names, schedule = ("step_size", None, None, None), (step_size, None, None, None)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend)
 
 
 def nesterov(
@@ -101,13 +95,12 @@ def nesterov(
         mu = smallest_eigenvalue(Q).unsqueeze(-1)
     _check.check_number("mu", mu)
     _check.check_positive("mu", mu)
-    beta = learned = None
     if isinstance(step_size, torch.Tensor) or isinstance(mu, torch.Tensor):
-        learned = _Coefficient("mu", mu)
+        names, schedule = ("step_size", None, None, "mu"), (step_size, None, None, mu)
     else:
-        beta = _Coefficient("mu", nesterov_momentum(step_size, mu))
-    schedule = (_Coefficient("step_size", step_size), beta, beta, learned)
-    return _run(Q, b, schedule, num_steps, y0, return_trajectory, backend)
+        beta = nesterov_momentum(step_size, mu)
+        names, schedule = ("step_size", "mu", "mu", None), (step_size, beta, beta, None)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend)
 
 
 def momentum(
@@ -138,8 +131,8 @@ def momentum(
         TypeError, ValueError: as ``gradient_descent``.
     """
     num_steps = _check.check_num_steps(num_steps)
-    named = zip(("step_sizes", "momentum", "extrapolation"), (step_sizes, momentum, extrapolation), strict=True)
-    return _run(Q, b, (*(_Coefficient(*c) for c in named), None), num_steps, y0, return_trajectory, backend)
+    names, schedule = ("step_sizes", "momentum", "extrapolation", None), (step_sizes, momentum, extrapolation, None)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend)
 
 
 def rnn(
@@ -218,27 +211,31 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
     return -Q.to(work).solve(b.to(work)).to(b.dtype)
 
 
-def _run(Q, b, schedule, num_steps, y0, return_trajectory, backend):
+def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend):
     """Validate, bring the arguments to canonical form, run, and give the result its shape back.
 
     Args:
-        schedule: φ, β, γ and μ, each a ``_Coefficient`` or None.
+        names: which arguments φ, β, γ and μ are; None for what is absent.
+        schedule: φ, β, γ and μ.
     """
     _check.check_flag("return_trajectory", return_trajectory)
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
         # iterating is a reduction over steps: under autocast it runs in float32, as sums do
         with torch.autocast(b.device.type, enabled=False):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
-            return _run(Q, b, schedule, num_steps, y0, return_trajectory, backend)
+            return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend)
     if y0 is None and _is_plain(Q, b):
         # where there is nothing to check or to reshape, checks cost a small call more than its kernel
-        plain = [c if c is None else _plain_coefficient(c.value, b) for c in schedule]
-        if all(c is not NotImplemented for c in plain):
+        plain = _plain_schedule(names, schedule, b)
+        if plain is not None:
             chosen = _backend.resolve(backend, b.device)
             return _momentum_op(chosen, Q, None, None, b, None, *plain, num_steps, return_trajectory)
     shape = _full_shape(Q, b, y0)
     chosen = _backend.resolve(backend, b.device, _multiplies_matrices(Q, shape))
-    schedule = [None if c is None else _check_coefficient(*c, shape[:-1], num_steps, b) for c in schedule]
+    schedule = [
+        None if name is None else _check_coefficient(name, c, shape[:-1], num_steps, b)
+        for name, c in zip(names, schedule, strict=True)
+    ]
     *tensors, batch = _canonical(Q, b, y0, shape, schedule)
     schedule = [None if c is None else _rows(c, batch) for c in schedule]
     y = _momentum_op(chosen, *tensors, *schedule, num_steps, return_trajectory)
@@ -265,13 +262,18 @@ def _is_plain(Q, b):
     return len(q_shape) == 3 and q_shape[:2] == b_shape and q_shape[1] == q_shape[2]
 
 
-def _plain_coefficient(value, b):
-    """A float or 0-dim coefficient in the dtype and on the device of b; NotImplemented where there is more to do."""
-    if type(value) is float:
-        return b.new_full((), value)
-    if isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype == b.dtype and value.device == b.device:
-        return value
-    return NotImplemented
+def _plain_schedule(names, schedule, b):
+    """The coefficients where each is a float or one number in the dtype and on the device of b; else None."""
+    plain, dtype, device = [], b.dtype, b.device
+    for name, c in zip(names, schedule, strict=True):
+        if type(c) is float:
+            c = b.new_full((), c)
+        elif name is not None and not (
+            isinstance(c, torch.Tensor) and c.dim() == 0 and c.dtype == dtype and c.device == device
+        ):
+            return None
+        plain.append(c)
+    return plain
 
 
 def _full_shape(Q, b, y0=None):

@@ -15,11 +15,14 @@ def matvec(matrix, z):
 class Function(torch.autograd.Function):
     """The base of every op's pair of Functions, forward and backward."""
 
+    def __init_subclass__(cls):
+        cls._launch = _torch_private.launcher(cls)
+
     @classmethod
     def apply(cls, *args):
         if _torch_private.transforms_are_active():
             return super().apply(*args)
-        return _torch_private.launch_function(cls, *args)
+        return cls._launch(*args)
 
 
 def is_differentiated():

@@ -9,7 +9,7 @@ from unrolled_kernels.ops.common import Function
 from unrolled_kernels.ops.momentum import manual, native, reference, triton_ops
 
 # each with a forward and a backward; "manual", the derivation that the kernels implement, is for tests
-_LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native, "triton": triton_ops}
+_LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native.Cuda, "triton": triton_ops}
 
 
 def momentum(
@@ -77,7 +77,8 @@ class MomentumFunction(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, *tensors, ctx.num_steps, ctx.trajectory = inputs
+        ctx.backend, *tensors, num_steps, trajectory = inputs
+        ctx.constants = num_steps, trajectory
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -85,7 +86,7 @@ class MomentumFunction(Function):
         # written out: a loop over the nine takes as long as a small kernel
         _, Q, q, x, b, y0, phi, beta, gamma, mu, _, _ = ctx.needs_input_grad
         needs = Q | q << 1 | x << 2 | b << 3 | y0 << 4 | phi << 5 | beta << 6 | gamma << 7 | mu << 8
-        arguments = (grad_y, *ctx.saved_tensors, ctx.num_steps, ctx.trajectory, needs)
+        arguments = (grad_y, *ctx.saved_tensors, *ctx.constants, needs)
         if common.is_differentiated():
             grads = MomentumBackwardFunction.apply(ctx.backend, *arguments)
         else:

@@ -21,18 +21,21 @@ def fake_backward(
     )
 
 
+class Cuda:
+    """The same ops on a GPU, where torch computes what follows from μ."""
+
+    @staticmethod
+    @reference.with_nesterov
+    def forward(*arguments):
+        return forward(*arguments[:8], None, *arguments[8:])
+
+    @staticmethod
+    @manual.with_nesterov
+    def backward(*arguments):
+        return backward(*arguments[:9], None, *arguments[9:])[:8]
+
+
 forward = backward = None  # without the extension
 if _backend.extension() is not None:
-    _forward = common.register("momentum", fake_forward)
-    _backward = common.register("momentum_backward", fake_backward)
-    # on a GPU torch computes what follows from μ
-    _forward_on_gpu = reference.with_nesterov(lambda *x: _forward(*x[:8], None, *x[8:]))
-    _backward_on_gpu = manual.with_nesterov(lambda *x: _backward(*x[:9], None, *x[9:])[:8])
-
-    def forward(*arguments):
-        """The contract of ``reference.forward``."""
-        return (_forward if arguments[3].is_cpu else _forward_on_gpu)(*arguments)
-
-    def backward(*arguments):
-        """The contract of ``manual.backward``."""
-        return (_backward if arguments[4].is_cpu else _backward_on_gpu)(*arguments)
+    forward = common.register("momentum", fake_forward)
+    backward = common.register("momentum_backward", fake_backward)
