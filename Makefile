@@ -10,7 +10,7 @@ PIP  := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # where the machine runs other work too, spinning OpenMP threads collapse
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: build-native demo test test-oldest-triton test-slow fuzz bench docs gpu gpu-test gpu-bench \
+.PHONY: build-native demo test test-oldest-triton test-slow fuzz bench docs wheel gpu gpu-test gpu-bench \
   gpu-sanitize gpu-profile lint build clean
 
 # the extension compiles while the packages install, for this processor alone where none is there yet
@@ -91,6 +91,13 @@ gpu-profile:
 	mkdir -p runs/profile
 	ncu --set full --clock-control none --kernel-name regex:momentum --launch-skip 4 --launch-count 4 \
 	  --export runs/profile/momentum --force-overwrite $(PYTHON) -m benchmarks.momentum --device cuda --only d32-k10 --peers "" --rounds 1
+
+# for PyPI, of this Python: pybind11 has no stable interface over Pythons. torch's libraries are torch's
+wheel: $(VENV)/.dev
+	rm -rf build/wheel && mkdir -p build/wheel
+	UNROLLED_KERNELS_EXTENSION=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	ls -l dist
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
