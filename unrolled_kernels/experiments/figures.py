@@ -31,15 +31,15 @@ def curves(panel, rows, column, *, median=False):
             centre = over_seeds.mean()
             bars = (over_seeds.std(ddof=0),) * 2
         panel.errorbar(
-            centre.index + _OFFSETS[algorithm],
+            centre.index + _OFFSETS.get(algorithm, 0),
             centre,
             yerr=bars,
-            label=NAMES[algorithm],
+            label=NAMES.get(algorithm, algorithm),
             markersize=4,
             linewidth=1.4,
             elinewidth=0.9,
             capsize=2,
-            **STYLES[algorithm],
+            **STYLES.get(algorithm, {}),
         )
     finish(panel)
 
@@ -60,7 +60,8 @@ def name_seeds(figure, rows, what="mean ± standard deviation"):
 
 
 def save(figures, directory):
-    """Write ``{name: figure}`` as PNG files; returns their paths."""
+    """Write ``{name: figure}`` as PNG files into a folder, made where it is not there; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
         path = directory / f"{name}.png"

@@ -11,7 +11,7 @@ import torch
 from unrolled_kernels.experiments import checkpoint, ranks
 from unrolled_kernels.experiments.denoising import distributed, evaluation
 from unrolled_kernels.experiments.denoising.data import TrainingPairs
-from unrolled_kernels.experiments.denoising.model import PLAIN, count_parameters, make_model
+from unrolled_kernels.experiments.denoising.model import count_parameters, make_model
 from unrolled_kernels.experiments.denoising.weights import load_model, load_optimizer, to_tensors
 from unrolled_kernels.experiments.study import trial_columns
 
@@ -38,11 +38,12 @@ class Trainer:
         task: the images.
         trial, training: which model, and how it is trained.
         device, backend: where it runs.
+        model: as in ``train_one``.
     """
 
-    def __init__(self, task, trial, training, device="cpu", backend="auto"):
+    def __init__(self, task, trial, training, device="cpu", backend="auto", model=None):
         self.task, self.trial, self.training, self.device = task, trial, training, torch.device(device)
-        self.model = make_model(trial, training, backend).to(self.device)
+        self.model = (make_model(trial, training, backend) if model is None else model).to(self.device)
         self.parallel = distributed.data_parallel(self.model)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=training.learning_rate, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast == "float16")
@@ -126,7 +127,7 @@ class Trainer:
     @torch.no_grad()
     def _spectrum(self, noisy):
         """What the layer meets on these images: the largest 1 + f², and the mean φ."""
-        if self.trial.case == PLAIN:
+        if not hasattr(self.model, "f"):
             return {"largest_eigenvalue": math.nan, "step_size": math.nan}
         f = torch.cat([self.model.f(part.to(self.device)) for part in noisy.split(20)])
         return {
@@ -135,7 +136,18 @@ class Trainer:
         }
 
 
-def train_one(task, trial, training, *, device="cpu", backend="auto", files=None, checkpoint_seconds=30, on_epoch=None):
+def train_one(
+    task,
+    trial,
+    training,
+    *,
+    device="cpu",
+    backend="auto",
+    model=None,
+    files=None,
+    checkpoint_seconds=30,
+    on_epoch=None,
+):
     """Train one model to the end; a loss that is not finite ends it before.
 
     Args:
@@ -143,6 +155,8 @@ def train_one(task, trial, training, *, device="cpu", backend="auto", files=None
         trial: the model.
         training: what all models share.
         device, backend: where it runs.
+        model: a module that maps noisy images ``[B, 1, H, W]`` to restored ones, in place of the trial's; it is trained
+            in place, and the names in the trial are free.
         files: a ``Files``.
         checkpoint_seconds: how often the state is written.
         on_epoch: called as ``on_epoch(count, loss=…, psnr=…)`` for the epochs done since the last call.
@@ -152,7 +166,7 @@ def train_one(task, trial, training, *, device="cpu", backend="auto", files=None
         ValueError: the checkpoint is damaged or of another model; the message names it.
     """
     files, on_epoch = files or Files(), on_epoch or (lambda count, **shown: None)
-    trainer = Trainer(task, trial, training, device, backend)
+    trainer = Trainer(task, trial, training, device, backend, model)
     first = ranks.rank() == 0
     if ranks.on_first_rank(lambda: files.checkpoint is not None and files.checkpoint.exists()):
         trainer.load(files.checkpoint)

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from unrolled_kernels.experiments import figures
 from unrolled_kernels.experiments.synthetic.claims import controlled_gap, law, prediction
 from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
+from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
 
 TRAINING_ERROR = r"training error  $\|y_k - y^*\|_2$"
 GAP = "generalization gap  (test − train)"
@@ -55,7 +56,7 @@ def _law(best):
         if regime and rows["num_steps"].nunique() > 4:
             c = law(rows, regime)[0].value
             k = np.arange(1, rows["num_steps"].max() + 1)
-            for algorithm in rows["algorithm"].unique():
+            for algorithm in sorted(set(rows["algorithm"]) & set(ALGORITHMS)):
                 line = {"color": figures.STYLES[algorithm]["color"], "linestyle": "--", "linewidth": 1.2}
                 panel.plot(k, c * prediction(algorithm, k, regime), zorder=0, **line)
             title += f"\ndashed: {c:.3g} · " + ("Stab · Cvg" if regime == "about_right" else "Stab")

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 
+import pandas as pd
 import torch
 
 from unrolled_kernels import Spectral
@@ -13,10 +14,10 @@ from unrolled_kernels.experiments.synthetic.data import epoch_blocks
 from unrolled_kernels.experiments.synthetic.model import SpectrumNetwork, SyntheticModel, make_layer
 
 
-def make_model(task, trial, training):
-    """The untrained model of a trial."""
+def make_model(task, trial, training, layer=make_layer):
+    """The untrained model of a trial; ``layer`` makes its layer, see ``train_all``."""
     network = SpectrumNetwork(task.initial_weights(trial.hidden, trial.seed))
-    layer = make_layer(trial.algorithm, trial.num_steps, training.step_size, training.learn_step_size)
+    layer = layer(trial.algorithm, trial.num_steps, training.step_size, training.learn_step_size)
     return SyntheticModel(network, layer).to(task.x.device, task.x.dtype)
 
 
@@ -65,7 +66,23 @@ def fit(model, optimizer, task, seed, everything, training, on_epochs):
     return best_epoch, mean_loss(model, samples), mean_loss(model, everything)
 
 
-def train_one(task, trial, training, on_epochs=lambda count: None):
+def train_all(task, trials, training, *, layer=make_layer):
+    """Train models one after the other.
+
+    Args:
+        task: the data, see ``data.generate``; its ``to`` chooses device and dtype.
+        trials: the models, a list of ``Trial``.
+        training: what all models share.
+        layer: what makes the layer of a model, a function of the trial's algorithm and number of steps, φ, and whether
+            φ is learned. The layer is a module that maps a ``Spectral`` Q and b ``[B, 5]`` to y ``[B, 5]``; the name of
+            its algorithm is free. One with a learned φ has it as ``step_size``.
+    Returns:
+        A DataFrame with a row for each model, what ``select_best`` and ``draw`` take.
+    """
+    return pd.DataFrame([train_one(task, trial, training, layer=layer) for trial in trials])
+
+
+def train_one(task, trial, training, on_epochs=lambda count: None, layer=make_layer):
     """Train one model and evaluate the epoch of lowest training loss.
 
     Args:
@@ -73,11 +90,12 @@ def train_one(task, trial, training, on_epochs=lambda count: None):
         trial: the model.
         training: what all models share.
         on_epochs: called now and then with the number of epochs done since the last call.
+        layer: as in ``train_all``.
     Returns:
         The row of the results table, a dict.
     """
     start = time.perf_counter()
-    model = make_model(task, trial, training)
+    model = make_model(task, trial, training, layer)
     optimizer = make_optimizer(model, trial, training)
     index = task.train_index(trial.seed).to(task.x.device)
     everything = (task.x, task.R, task.b, task.y_star)
