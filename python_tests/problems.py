@@ -229,6 +229,29 @@ def assert_second_order_is_that_of_eager(problem, backend):
         torch.testing.assert_close(actual, expected)
 
 
+def assert_forward_mode_agrees(loss, point):
+    """The derivative along a direction is the gradient's product with it; the Hessian is that of reverse mode."""
+    direction = [torch.randn_like(x) for x in point]
+    along = torch.func.jvp(loss, tuple(point), tuple(direction))[1]
+    gradient = torch.func.grad(loss, tuple(range(len(point))))(*point)
+    torch.testing.assert_close(along, sum((g * v).sum() for g, v in zip(gradient, direction, strict=True)))
+    hessian = torch.func.hessian(loss, 0)(*point)
+    torch.testing.assert_close(hessian, torch.func.jacrev(torch.func.jacrev(loss))(*point))
+
+
+def assert_compiled_transforms_agree(problem, backend):
+    """Transforms of torch.func inside torch.compile, with respect to b."""
+    loss = lambda b: problem.call(backend, problem.leaves | {"b": b}).square().sum()
+    along = lambda b: torch.func.jvp(loss, (b,), (torch.ones_like(b),))[1]
+    for transformed in (torch.func.grad(loss), torch.func.vmap(torch.func.grad(loss)), along, torch.func.hessian(loss)):
+        torch._dynamo.reset()
+        b = problem.leaves["b"]
+        if transformed.__name__ == "vmap":
+            b = torch.stack([b, -b])
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(b), transformed(b))
+
+
 def ties(dtype, count):
     """``count`` numbers above 1 halfway between neighbours in ``dtype``: to nearest even, every other one goes down."""
     return 1 + torch.finfo(dtype).eps * (torch.arange(count, dtype=torch.float64) % 64 + 0.5)

@@ -204,16 +204,36 @@ def test_export_and_compile_of_one_large_matrix(samples):
             torch.testing.assert_close(run(*arguments), layer(*arguments))
 
 
-@pytest.mark.skipif("cpu" not in available_backends(), reason="the extension is not built")
-def test_exported_programs_train_with_the_eager_backend_only():
-    """torch.export keeps what a Function's forward calls and drops its backward: loud, never silently zero."""
-    model = All((name, "dense") for name in MAIN)
-    loss = lambda run, problems: sum(map(weighted_loss, run(problems)))
-    problems = {"dense": problem("dense", 6)}
-    with pytest.raises(RuntimeError, match=r"bypasses the layer's backward .* backend='eager'"):
-        loss(exported(model, problems).module(), problems).backward()
-    losses = [loss(run, problems) for run in (exported(in_eager(model), problems).module(), model)]
-    torch.testing.assert_close(*(torch.autograd.grad(x, problems["dense"]) for x in losses))
+@every_structure
+def test_exported_programs_train(structure):
+    """torch.export drops a Function's backward and keeps what its forward calls: ops with gradients of their own."""
+    model = All((name, structure) for name in MAIN).double()
+    problems = {structure: problem(structure, 6, dtype=torch.float64)}
+    program = exported(model, problems).module()
+    results = []
+    for run, parameters in ((program, dict(program.named_parameters())), (model, dict(model.named_parameters()))):
+        inputs = [*problems[structure], *(parameters[key] for key in sorted(parameters))]
+        first = torch.autograd.grad(sum(map(weighted_loss, run(problems))), inputs)
+        graph = torch.autograd.grad(sum(map(weighted_loss, run(problems))), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in graph), inputs)
+        results.append((first, second))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_onnx(name):
+    """The program of standard operators that ONNX gets is the layer's plain loop."""
+    onnx = pytest.importorskip("onnx", reason="needs onnx and onnxscript")
+    pytest.importorskip("onnxscript", reason="needs onnx and onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model = Model(name, "diagonal")
+    inputs = [x.detach() for x in problem("diagonal")]
+    program = torch.onnx.export(model, tuple(inputs), dynamo=True, verbose=False).model_proto
+    onnx.checker.check_model(program)
+    evaluator = ReferenceEvaluator(program)
+    feed = {name: x.numpy() for name, x in zip(evaluator.input_names, inputs, strict=True)}
+    torch.testing.assert_close(torch.as_tensor(evaluator.run(None, feed)[0]), model(*inputs))
 
 
 def test_ahead_of_time_inductor_package(tmp_path):
@@ -404,7 +424,7 @@ def test_activation_checkpointing(name, structure, use_reentrant):
 @main_layers
 @every_structure
 def test_func_transforms(name, structure):
-    """grad, vmap over grad (gradients of each sample) and jacrev through ``functional_call``; forward mode says no."""
+    """grad, vmap over grad (gradients of each sample), jacrev, and forward mode, through ``functional_call``."""
     model = Model(name, structure)
     inputs = [x.detach() for x in problem(structure)]
     parameters = {key: p.detach() for key, p in model.named_parameters()}
@@ -424,13 +444,12 @@ def test_func_transforms(name, structure):
         )
 
     torch.testing.assert_close(results(model), results(in_eager(model)))
-    if "cpu" in available_backends():
-        along = lambda b: function(model)(parameters, b, *inputs[1:])
-        for transform in (torch.func.jacfwd(along), torch.func.hessian(along)):
-            with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-                transform(inputs[0])
-    along = lambda b: function(in_eager(model))(parameters, b, *inputs[1:])
-    torch.testing.assert_close(torch.func.jacfwd(along)(inputs[0]), torch.func.jacrev(along)(inputs[0]))
+    y = function(model)
+    forward, reverse = (jacobian(y, 1)(parameters, *inputs) for jacobian in (torch.func.jacfwd, torch.func.jacrev))
+    torch.testing.assert_close(forward, reverse)
+    loss = lambda *x: weighted_loss(y(*x))
+    hessian = torch.func.hessian(loss, 1)(parameters, *inputs)
+    torch.testing.assert_close(hessian, torch.func.jacrev(torch.func.jacrev(loss, 1), 1)(parameters, *inputs))
 
 
 @main_layers

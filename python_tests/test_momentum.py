@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
+from unrolled_kernels.ops.momentum import reference
 from unrolled_kernels.testing import (
     STRUCTURES,
     bytes_kept_for_backward,
@@ -198,7 +199,7 @@ raw_methods = pytest.mark.parametrize(
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 def test_opcheck(backend, structure, method, trajectory, permuted):
     grad, arguments = _canonical(structure, method, 4, 3, device_of(backend), permuted=permuted, trajectory=trajectory)
-    # the raw ops refuse autograd by design, which opcheck's autograd tests would report
+    # the op of the backward refuses autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.unrolled_kernels.momentum.default, arguments, test_utils=tests)
     for needs in (511, 0, 1 << 3 | 1 << 5, 1 << 2 | 1 << 4):
@@ -268,11 +269,22 @@ def test_one_number_under_vmap(backend):
 
 
 @native_backends
-def test_raw_ops_refuse_autograd(backend):
-    _, (Q, *rest) = _canonical("dense", "gd", 4, 3, device_of(backend))
-    y = torch.ops.unrolled_kernels.momentum(Q.requires_grad_(), *rest)
-    with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
-        y.sum().backward()
+@structures
+@methods
+def test_gradients_of_the_raw_op(backend, structure, method):
+    """What a program from torch.export calls: gradients of every order, and none of the op of the backward alone."""
+    grad, (*tensors, k, trajectory) = _canonical(structure, method, 4, 3, device_of(backend), trajectory=True)
+    leaves = [x.requires_grad_() for x in tensors if x is not None]
+    ops = torch.ops.unrolled_kernels
+    results = []
+    for run in (ops.momentum, reference.forward):
+        first = torch.autograd.grad(run(*tensors, k, trajectory), leaves, grad)
+        graph = torch.autograd.grad(run(*tensors, k, trajectory), leaves, grad, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in graph), leaves)
+        results.append((first, second))
+    torch.testing.assert_close(*results)
+    with pytest.raises(RuntimeError, match="op of a backward pass is not differentiable by itself"):
+        ops.momentum_backward(grad, *tensors, k, trajectory, 8)[3].sum().backward()
 
 
 @pytest.mark.parametrize("call", ["gradient_descent", "nesterov", "rnn"])
@@ -534,15 +546,10 @@ def test_func_transforms(backend, structure):
         for name in (backend, "eager")
     )
     torch.testing.assert_close(actual, expected)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
-        torch.func.jvp(lambda b: loss(backend, *point[:-2], b, point[-1]), (point[-2],), (point[-2],))
+    problems.assert_forward_mode_agrees(lambda *args: loss(backend, *args), point)
 
 
-@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
-def test_compiled_func_grad_is_loud(backend):
-    (Q,), _, b = random_quadratic("dense", (3,), 4, dtype=torch.float32, device=device_of(backend))
-    gradient = torch.func.grad(lambda b: F.gradient_descent(Q, b, 0.5, 3, backend=backend).square().sum())
-    # torch's own refusal comes first where the transform is traced, ours where it is not
-    refusal = pytest.raises(RuntimeError, match=r"bypasses the layer's backward|functorch transforms")
-    with refusal:
-        torch.compile(gradient, fullgraph=True)(b)
+@native_backends
+def test_compiled_func_transforms(backend):
+    problem = MomentumProblem("dense", (3,), 4, 3, device=device_of(backend))
+    problems.assert_compiled_transforms_agree(problem, backend)

@@ -10,7 +10,7 @@ from problems import DTYPES, RnnProblem, compare, nested, random_weights
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
-from unrolled_kernels.ops.rnn import native
+from unrolled_kernels.ops.rnn import native, reference
 from unrolled_kernels.testing import bytes_kept_for_backward, random_quadratic
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -149,7 +149,7 @@ def _canonical(structure, k, B, device, *, permuted=False, trajectory=False):
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 def test_opcheck(backend, structure, trajectory, permuted):
     grad, arguments = _canonical(structure, 4, 3, device_of(backend), permuted=permuted, trajectory=trajectory)
-    # the raw ops refuse autograd by design, which opcheck's autograd tests would report
+    # the op of the backward refuses autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.unrolled_kernels.rnn.default, arguments, test_utils=tests)
     for needs in (31, 0, 1 << 4, 1 << 2 | 1):
@@ -175,11 +175,21 @@ def test_gradients_that_are_not_needed(backend, structure):
 
 
 @native_backends
-def test_raw_ops_refuse_autograd(backend):
-    _, (Q, *rest) = _canonical("dense", 4, 3, device_of(backend))
-    y = torch.ops.unrolled_kernels.rnn(Q.requires_grad_(), *rest)
-    with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
-        y.sum().backward()
+@structures
+def test_gradients_of_the_raw_op(backend, structure):
+    """What a program from torch.export calls: gradients of every order, and none of the op of the backward alone."""
+    grad, (*tensors, weights, k, trajectory) = _canonical(structure, 4, 3, device_of(backend))
+    leaves = [x.requires_grad_() for x in (*tensors, *weights) if x is not None]
+    ops = torch.ops.unrolled_kernels
+    results = []
+    for run in (ops.rnn, reference.forward):
+        first = torch.autograd.grad(run(*tensors, weights, k, trajectory), leaves, grad)
+        graph = torch.autograd.grad(run(*tensors, weights, k, trajectory), leaves, grad, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in graph), leaves)
+        results.append((first, second))
+    torch.testing.assert_close(*results)
+    with pytest.raises(RuntimeError, match="op of a backward pass is not differentiable by itself"):
+        ops.rnn_backward(grad, *tensors, weights, k, trajectory, 4)[2].sum().backward()
 
 
 @backends
@@ -373,18 +383,13 @@ def test_func_transforms(backend, structure):
     function = lambda name: lambda b: loss(name, point[0], b, *point[2:])
     actual, expected = (torch.func.jacrev(torch.func.jacrev(function(name)))(point[1]) for name in (backend, "eager"))
     torch.testing.assert_close(actual, expected)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
-        torch.func.jvp(function(backend), (point[1],), (point[1],))
+    problems.assert_forward_mode_agrees(lambda *args: loss(backend, *args), point)
 
 
 @native_backends
-def test_compiled_func_grad_is_loud(backend):
+def test_compiled_func_transforms(backend):
     problem = RnnProblem("dense", (3,), 4, 2, (5,), device=device_of(backend))
-    gradient = torch.func.grad(lambda b: problem.call(backend, problem.leaves | {"b": b}).square().sum())
-    # torch's own refusal comes first where the transform is traced, ours where it is not
-    refusal = pytest.raises(RuntimeError, match=r"bypasses the layer's backward|functorch transforms")
-    with refusal:
-        torch.compile(gradient, fullgraph=True)(problem.leaves["b"])
+    problems.assert_compiled_transforms_agree(problem, backend)
 
 
 @pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] == "cpu"])

@@ -47,6 +47,23 @@ def test_transforms_are_active():
     assert seen == [False, True, True, True, False]
 
 
+def test_forward_mode_is_active():
+    seen = []
+
+    def function(x):
+        seen.append(private.forward_mode_is_active())
+        return x.square().sum()
+
+    x = torch.ones(2)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        transform(function)(x)
+    torch.func.jvp(function, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        function(x)
+    function(x)
+    assert seen == [False, False, True, True, True, True, False]
+
+
 def test_below_autograd():
     """An op's autograd is not asked, and is again behind the block."""
     called = []

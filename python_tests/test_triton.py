@@ -20,6 +20,7 @@ from problems import canonical_structure
 import unrolled_kernels
 import unrolled_kernels.functional as F
 from unrolled_kernels import Diagonal, _backend
+from unrolled_kernels.ops.momentum import reference as momentum_reference
 from unrolled_kernels.ops.rnn.reference import weight_shapes
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
@@ -347,7 +348,7 @@ def test_opcheck(structure, trajectory, permuted):
     grad, tensors, schedule, k = _arguments(structure, trajectory, permuted)
     forward = torch.ops.unrolled_kernels.momentum_triton.default
     backward = torch.ops.unrolled_kernels.momentum_triton_backward.default
-    # the raw ops refuse autograd by design, which opcheck's autograd tests would report
+    # the op of the backward refuses autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
     for rest in ((*tensors, *schedule, k, trajectory), (*tensors, schedule[0], None, None, k, trajectory)):
         torch.library.opcheck(forward, rest, test_utils=tests)
@@ -356,11 +357,14 @@ def test_opcheck(structure, trajectory, permuted):
 
 
 @runs
-def test_raw_ops_refuse_autograd():
-    _, (Q, *rest), schedule, k = _arguments("dense", False, False)
-    y = torch.ops.unrolled_kernels.momentum_triton(Q.requires_grad_(), *rest, *schedule, k, False)
-    with pytest.raises(RuntimeError, match="bypasses the layer's backward"):
-        y.sum().backward()
+def test_gradients_of_the_raw_op():
+    """What a program from torch.export calls."""
+    grad, tensors, schedule, k = _arguments("dense", False, False)
+    leaves = [x.requires_grad_() for x in (*tensors, *schedule) if x is not None]
+    results = []
+    for run in (torch.ops.unrolled_kernels.momentum_triton, momentum_reference.forward):
+        results.append(torch.autograd.grad(run(*tensors, *schedule, None, k, False), leaves, grad))
+    torch.testing.assert_close(*results)
 
 
 @runs

@@ -5,11 +5,13 @@ torch that changes it breaks this file and no other.
 """
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 __all__ = [
     "below_autograd",
     "constant_of_the_graph",
+    "forward_mode_is_active",
     "ignore_tensor_subclasses",
     "launcher",
     "pytree",
@@ -22,6 +24,12 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # whether a transform of torch.func is at work
 transforms_are_active = torch._C._are_functorch_transforms_active
+
+
+def forward_mode_is_active():
+    """Whether tangents may be travelling along: within torch.func.jvp, jacfwd, linearize or a dual level."""
+    return forward_ad._current_level >= 0
+
 
 # within it the __torch_function__ of tensor subclasses is not asked
 ignore_tensor_subclasses = torch._C.DisableTorchFunctionSubclass

@@ -3,6 +3,7 @@
 import torch
 
 from unrolled_kernels import _torch_private
+from unrolled_kernels._torch_private import pytree
 
 
 def matvec(matrix, z):
@@ -23,6 +24,17 @@ class Function(torch.autograd.Function):
         if _torch_private.transforms_are_active():
             return super().apply(*args)
         return cls._launch(*args)
+
+
+def runs_in_eager():
+    """Whether the call is differentiated or translated by what has no rule for the Functions and ops here.
+
+    That is forward mode; under torch.compile every transform of torch.func, since tracing looks into a Function and
+    loses its rules; and an export to ONNX. All of them take the plain loop.
+    """
+    if torch.compiler.is_compiling() and (_torch_private.transforms_are_active() or torch.onnx.is_in_onnx_export()):
+        return True
+    return _torch_private.forward_mode_is_active()
 
 
 def is_differentiated():
@@ -141,9 +153,13 @@ def vmap_loop(run, vmap_size, dims, tensors):
     return stacked, (0,) * len(stacked)
 
 
-def register(name, fake):
-    """Give the op ``unrolled_kernels::name`` a fake kernel and a loud autograd.
+def register(name, fake, backward=None, manual_backward=None):
+    """Give the op ``unrolled_kernels::name`` a fake kernel and gradients.
 
+    Args:
+        backward, manual_backward: what computes the gradients, as an op and hand-written in torch, where a program
+            calls the op itself: torch.export keeps what a Function's forward calls, and drops its backward. None: the
+            op is not differentiable.
     Returns:
         The op as it is called inside a Function.
     Raises:
@@ -155,7 +171,11 @@ def register(name, fake):
             "build it again (`make build`, or `pip install .`)"
         )
     torch.library.register_fake(f"unrolled_kernels::{name}", fake)
-    torch.library.register_autograd(f"unrolled_kernels::{name}", _not_differentiable)
+    if backward is None:
+        torch.library.register_autograd(f"unrolled_kernels::{name}", _not_differentiable)
+    else:
+        gradients = lambda ctx, grad_y: _gradients(ctx, grad_y, backward, manual_backward)
+        torch.library.register_autograd(f"unrolled_kernels::{name}", gradients, setup_context=_keep_inputs)
     op = getattr(torch.ops.unrolled_kernels, name).default
 
     def call(*arguments):
@@ -167,6 +187,21 @@ def register(name, fake):
     return call
 
 
+def _keep_inputs(ctx, inputs, output):
+    *tensors, ctx.num_steps, ctx.trajectory = inputs
+    leaves, ctx.structure = pytree.tree_flatten(tensors)  # of which one may be a list
+    ctx.save_for_backward(*leaves)
+
+
+def _gradients(ctx, grad_y, backward, manual_backward):
+    if torch.is_grad_enabled():
+        backward = manual_backward  # which can be differentiated in turn
+    needs = [any(x) if isinstance(x, (list, tuple)) else bool(x) for x in ctx.needs_input_grad[:-2]]
+    tensors = pytree.tree_unflatten(ctx.saved_tensors, ctx.structure)
+    grads = backward(grad_y, *tensors, ctx.num_steps, ctx.trajectory, mask(needs))
+    return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None)
+
+
 def fake_gradients(tensors, needs, like):
     """Shapes and dtypes of the gradients of ``tensors``: empty, and like another tensor, where a bit is not set."""
     return [
@@ -175,8 +210,7 @@ def fake_gradients(tensors, needs, like):
 
 
 def _not_differentiable(ctx, *grads):
-    # torch.compile(torch.func.grad(f)) ignores the backward of an autograd.Function and reaches the raw ops
     raise RuntimeError(
-        "unrolled_kernels: this transform bypasses the layer's backward and would silently give zeros; "
-        "use torch.func outside torch.compile, or backend='eager'"
+        "unrolled_kernels: the op of a backward pass is not differentiable by itself; call the layer or the function "
+        "that it belongs to, with create_graph=True"
     )

@@ -32,7 +32,7 @@ def momentum(
         mu: Nesterov's method for μ, shaped like a coefficient; ``momentum`` and ``extrapolation`` are then None. That
             both follow from it costs no node of autograd's graph.
     """
-    if backend != "eager":
+    if backend != "eager" and not common.runs_in_eager():
         return MomentumFunction.apply(
             backend,
             matrix,

@@ -37,5 +37,5 @@ class Cuda:
 
 forward = backward = None  # without the extension
 if _backend.extension() is not None:
-    forward = common.register("momentum", fake_forward)
     backward = common.register("momentum_backward", fake_backward)
+    forward = common.register("momentum", fake_forward, backward, manual.backward)

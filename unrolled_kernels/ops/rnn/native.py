@@ -34,8 +34,8 @@ class Launcher:
 
     def __init__(self, name, max_width=MAX_WIDTH):
         self.max_width = max_width
-        self._forward = common.register(name, fake_forward)
         self._backward = common.register(f"{name}_backward", fake_backward)
+        self._forward = common.register(name, fake_forward, self._backward, manual.backward)
 
     def forward(self, matrix, eigenvalues, b, y0, weights, num_steps, trajectory):
         """The contract of ``reference.forward``."""
