@@ -50,6 +50,8 @@ class _Unrolled(nn.Module):
                 single = value.numel() == 1 and not value.is_meta
                 value = f"{value.item():.6g} ({kind})" if single else f"{list(value.shape)} ({kind})"
             shown.append(f"{name}={value}")
+        if getattr(self, "stable_region", None) is not None:
+            shown.append(f"stable_region={self.stable_region}")
         return ", ".join([*shown, f"backend={self.backend!r}"])
 
 
