@@ -68,6 +68,14 @@ def interpreted(backend):
     return backend == "triton" and INTERPRETED
 
 
+def pytest_report_header():
+    """Why a run collects fewer cases than another: an installed package beside the clone, for instance."""
+    reasons = {name: _backend.unavailable_reason(name) for name in _backend.NAMES}
+    return [
+        f"backend {name}: {'tested' if reason is None else 'not tested: ' + reason}" for name, reason in reasons.items()
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
