@@ -8,6 +8,9 @@
 //                        [B or 1, k or 1], or [] for one number, in the compute dtype; the last two both or neither,
 //                        which is gradient descent
 //     mu                 instead of these two, for Nesterov's method: like them; on a CPU only
+//     lower, upper       the bounds of a clamp that ends each step, [B, d] in the compute dtype, or
+//     weight             the same of a soft threshold phi_t weight, or
+//     threshold          a soft threshold of its own, like step_sizes
 //     y, grad_y          [B, d], or [k+1, B, d] with trajectory
 //
 // Strides are free, and rows may be expanded. `needs`: bit i for the gradient of forward's argument i; what is not needed
@@ -37,6 +40,10 @@ enum : int64_t {
   need_momentum = 1 << 6,
   need_extrapolation = 1 << 7,
   need_mu = 1 << 8,
+  need_lower = 1 << 9,
+  need_upper = 1 << 10,
+  need_weight = 1 << 11,
+  need_threshold = 1 << 12,
 };
 
 // The tensors of one call, copied where a kernel needs other strides.
@@ -45,11 +52,12 @@ struct Arguments {
   Tensor b;
   OptionalTensor y0;
   Tensor phi;
-  OptionalTensor beta, gamma, mu;
+  OptionalTensor beta, gamma, mu, lower, upper, weight, threshold;
   int64_t k;
   bool trajectory;
   // what check() finds
   Structure structure{};
+  Prox prox{};
   int64_t B = 0, d = 0;
   ScalarType storage{}, compute{};
 
@@ -82,6 +90,15 @@ struct Arguments {
       STD_TORCH_CHECK(!beta && b.is_cpu(), "mu: expected no momentum beside it, and tensors on a CPU");
       check_coefficient("mu", *mu);
     }
+    prox = lower || upper ? Prox::box : weight ? Prox::l1 : threshold ? Prox::soft_threshold : Prox::none;
+    STD_TORCH_CHECK((lower || upper) + weight.has_value() + threshold.has_value() <= 1,
+                    "lower and upper, weight, threshold: expected one kind of proximal map at most");
+    STD_TORCH_CHECK(prox == Prox::none || (structure == Structure::diagonal && b.is_cpu()),
+                    "lower, upper, weight, threshold: only the CPU kernels of a diagonal Q know a proximal map");
+    if (lower) check_bound("lower", *lower);
+    if (upper) check_bound("upper", *upper);
+    if (weight) check_bound("weight", *weight);
+    if (threshold) check_coefficient("threshold", *threshold);
   }
 
   template <typename Storage>
@@ -100,13 +117,20 @@ struct Arguments {
     p.y0 = y0 ? data<Storage>(*y0) : nullptr;
     p.y0_stride = y0 ? batch_stride(*y0) : 0;
     p.phi = coefficient<Storage>(phi);
-    p.beta = beta ? coefficient<Storage>(*beta) : Coefficient<compute_type<Storage>>{};
-    p.gamma = gamma ? coefficient<Storage>(*gamma) : Coefficient<compute_type<Storage>>{};
+    p.beta = coefficient<Storage>(beta);
+    p.gamma = coefficient<Storage>(gamma);
+    p.prox = prox;
+    p.lower = rows<Storage>(lower);
+    p.upper = rows<Storage>(upper);
+    p.weight = rows<Storage>(weight);
+    p.threshold = coefficient<Storage>(threshold);
     p.trajectory = trajectory;
   }
 
   template <typename Storage>
-  static Coefficient<compute_type<Storage>> coefficient(const Tensor& x) {
+  static Coefficient<compute_type<Storage>> coefficient(const OptionalTensor& optional) {
+    if (!optional) return {};
+    const Tensor& x = *optional;
     if (x.dim() == 0) return {data<compute_type<Storage>>(x), 0, 0};
     return {data<compute_type<Storage>>(x), batch_stride(x), x.size(1) == 1 ? 0 : x.stride(1)};
   }
@@ -121,6 +145,12 @@ struct Arguments {
     check_type(name, x, storage);
     make_rows_contiguous(x);
   }
+  void check_bound(const char* name, Tensor& x) const {
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == B && x.size(1) == d, name, ": expected [B, d]");
+    check_type(name, x, compute);
+    if (!is_single(x)) make_rows_contiguous(x);
+  }
+  static bool is_single(const Tensor& x) { return x.stride(0) == 0 && x.stride(1) == 0; }
   void check_coefficient(const char* name, Tensor& x) const {
     check_type(name, x, compute);
     if (x.dim() == 0) return;
@@ -129,6 +159,11 @@ struct Arguments {
     // an expanded dimension has a gradient for each entry, so it must not pass for a shared one
     const bool expanded = (x.size(0) > 1 && x.stride(0) == 0) || (x.size(1) > 1 && x.stride(1) == 0);
     if (expanded) x = torch::stable::contiguous(x);
+  }
+  template <typename Storage>
+  static Rows<compute_type<Storage>> rows(const OptionalTensor& x) {
+    if (!x) return {nullptr, 0, false};
+    return {data<compute_type<Storage>>(*x), batch_stride(*x), is_single(*x)};
   }
 };
 
@@ -147,8 +182,10 @@ void launch(const Tensor& like, Structure structure, const Problem& p) {
 
 Tensor momentum(OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTensor observed, Tensor b, OptionalTensor y0,
                 Tensor step_sizes, OptionalTensor momentum, OptionalTensor extrapolation, OptionalTensor mu,
+                OptionalTensor lower, OptionalTensor upper, OptionalTensor weight, OptionalTensor threshold,
                 int64_t num_steps, bool trajectory) {
-  Arguments args{matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory};
+  Arguments args{matrix, eigenvalues, observed, b,      y0,        step_sizes, momentum,  extrapolation,
+                 mu,     lower,       upper,    weight, threshold, num_steps,  trajectory};
   args.check();
   Tensor y = trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
                         : allocate(b, args.storage, {args.B, args.d});
@@ -166,13 +203,16 @@ Tensor momentum(OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTenso
 }
 
 // of the arguments of forward, in their order
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTensor observed,
                             Tensor b, OptionalTensor y0, Tensor step_sizes, OptionalTensor momentum,
-                            OptionalTensor extrapolation, OptionalTensor mu, int64_t num_steps, bool trajectory,
+                            OptionalTensor extrapolation, OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
+                            OptionalTensor weight, OptionalTensor threshold, int64_t num_steps, bool trajectory,
                             int64_t needs) {
-  Arguments args{matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory};
+  Arguments args{matrix, eigenvalues, observed, b,      y0,        step_sizes, momentum,  extrapolation,
+                 mu,     lower,       upper,    weight, threshold, num_steps,  trajectory};
   args.check();
   STD_TORCH_CHECK(
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
@@ -183,8 +223,11 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   const auto rows = [&](bool needed) {
     return needed ? allocate(b, args.storage, {args.B, args.d}) : nothing(args.storage);
   };
+  const auto bounds = [&](bool needed) {
+    return needed ? allocate(b, args.compute, {args.B, args.d}) : nothing(args.compute);
+  };
   // the kernels have all coefficients' gradients or none
-  const bool schedule = needs & (need_step_sizes | need_momentum | need_extrapolation | need_mu);
+  const bool schedule = needs & (need_step_sizes | need_momentum | need_extrapolation | need_mu | need_threshold);
   const auto columns = [&](const OptionalTensor& x) {
     if (!schedule || !x) return nothing(args.compute);
     Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {}) : allocate(b, args.compute, {x->size(0), x->size(1)});
@@ -197,6 +240,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   Tensor d_eigenvalues = rows(eigenvalues && needs & need_eigenvalues);
   Tensor db = rows(needs_observed || needs & need_b), dy0 = rows(y0 && needs & need_y0);
   Tensor dphi = columns(step_sizes), dbeta = columns(momentum), dgamma = columns(extrapolation), dmu = columns(mu);
+  Tensor d_lower = bounds(lower && needs & need_lower), d_upper = bounds(upper && needs & need_upper);
+  Tensor d_weight = bounds(weight && needs & need_weight), d_threshold = columns(threshold);
   dispatch_storage(args.storage, [&](auto type) {
     using Storage = decltype(type);
     using Compute = compute_type<Storage>;
@@ -207,10 +252,14 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     p.d_eigenvalues = mutable_data<Storage>(d_eigenvalues);
     p.db = mutable_data<Storage>(db);
     p.dy0 = mutable_data<Storage>(dy0);
+    p.d_lower = mutable_data<Compute>(d_lower);
+    p.d_upper = mutable_data<Compute>(d_upper);
+    p.d_weight = mutable_data<Compute>(d_weight);
     if (args.k > 0) {
       p.dphi = mutable_data<Compute>(dphi);
       p.dbeta = mutable_data<Compute>(dbeta);
       p.dgamma = mutable_data<Compute>(dgamma);
+      p.d_threshold = mutable_data<Compute>(d_threshold);
     }
     if (!mu) return launch(b, args.structure, p);
     NesterovMomentum<Compute> nesterov(p, args.coefficient<Storage>(*args.mu));
@@ -229,7 +278,9 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   wanted(need_momentum, dbeta);
   wanted(need_extrapolation, dgamma);
   wanted(need_mu, dmu);
-  return {d_matrix, d_eigenvalues, d_observed, db, dy0, dphi, dbeta, dgamma, dmu};
+  wanted(need_threshold, d_threshold);
+  return {d_matrix, d_eigenvalues, d_observed, db,      dy0,      dphi,       dbeta,
+          dgamma,   dmu,           d_lower,    d_upper, d_weight, d_threshold};
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
@@ -243,11 +294,13 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
   m.def(
       "momentum(Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
-      "Tensor? momentum, Tensor? extrapolation, Tensor? mu, SymInt num_steps, bool trajectory) -> Tensor");
+      "Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, "
+      "Tensor? threshold, SymInt num_steps, bool trajectory) -> Tensor");
   m.def(
       "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, "
-      "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, SymInt num_steps, bool trajectory, "
-      "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, "
+      "Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unrolled_kernels, CPU, m) { unrolled_kernels::register_kernels(m); }

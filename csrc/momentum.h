@@ -8,6 +8,13 @@
 //     dense     Q                         diagonal  Q = diag(q)  spectral  Q = R diag(lambda) R'
 //     tikhonov  Q = diag(1 + f^2), and g - x for b: the energy 1/2 |y - x|^2 + 1/2 |f y|^2 + g'y
 //
+// A proximal map may end the step, y_{t+1} = p_t(v_t) where y_{t+1} is v_t above (dense and diagonal only):
+//
+//     box               lower <= y <= upper: a clamp
+//     soft threshold    p_t(v) = sign(v) max(|v| - tau_t, 0), tau_t = phi_t weight (l1) or a coefficient of its own
+//
+// Backward, a is then the adjoint of v_t; NaN apart, the derivatives are those of torch's clamp and softshrink.
+//
 // spectral runs diagonally in the eigenbasis: bh = R'b, yh_0 = R'y_0, y_t = R yh_t for t >= 1 (y_0 itself is returned as
 // it came, so k = 0 does not touch R). R need not be orthogonal for the gradients to be those of these formulas:
 //     dR = b dbh' + y_0 dyh_0' + sum over t >= 1 of ybar_t^out yh_t'
@@ -28,6 +35,7 @@
 namespace unrolled_kernels {
 
 enum class Structure { dense, diagonal, spectral };
+enum class Prox { none, box, l1, soft_threshold };
 
 // One of phi, beta, gamma: logical shape [B, k], a zero stride where it is shared by samples or by steps.
 template <typename Compute>
@@ -35,6 +43,14 @@ struct Coefficient {
   const Compute* data;  // nullptr: the coefficient is 0 (beta and gamma only, both or neither: gradient descent)
   int64_t batch_stride;
   int64_t step_stride;
+};
+
+// A bound or a weight: logical shape [B, d], in the compute type.
+template <typename Compute>
+struct Rows {
+  const Compute* data;   // rows contiguous; nullptr: absent
+  int64_t batch_stride;  // 0: shared
+  bool single;           // data is one number for all
 };
 
 // What forward and backward read. Nothing is written through these pointers and none may alias an output.
@@ -55,6 +71,10 @@ struct MomentumInputs {
   const Storage* y0;           // rows [d], contiguous; nullptr: y_0 = 0, and its product with Q is skipped
   int64_t y0_stride;
   Coefficient<Compute> phi, beta, gamma;
+  Prox prox;
+  Rows<Compute> lower, upper;      // box: one or both
+  Rows<Compute> weight;            // l1; what is below zero counts as zero
+  Coefficient<Compute> threshold;  // soft_threshold; what is below zero counts as zero
   bool trajectory;  // outputs (and their cotangents) are y_0 ... y_k, [k+1, B, d], instead of y_k, [B, d]
 };
 
@@ -73,7 +93,8 @@ struct MomentumBackward : MomentumInputs<Storage> {
   Storage* db;             // [B, d], also where b_stride is 0. tikhonov: dg = -dx
   Storage* dy0;            // [B, d], also where y0 is nullptr
   // [B or 1, k or 1], summed over what is shared. dbeta, dgamma: nullptr where beta, gamma are 0.
-  Compute *dphi, *dbeta, *dgamma;
+  Compute *dphi, *dbeta, *dgamma, *d_threshold;
+  Compute *d_lower, *d_upper, *d_weight;  // [B, d], also where they are shared or single
 };
 
 }  // namespace unrolled_kernels

@@ -18,7 +18,7 @@ void sum_schedule(const MomentumPlan& plan, const Coefficient<C>& coefficient, i
     std::vector<double> sums(columns, 0.0);
     for (int64_t c = row * chunks_per_row; c < (row + 1) * chunks_per_row; ++c) {
       for (int64_t t = 0; t < plan.schedule_steps; ++t) {
-        sums[columns == 1 ? 0 : t] += partial[c * 3 * plan.schedule_steps + t];
+        sums[columns == 1 ? 0 : t] += partial[c * 4 * plan.schedule_steps + t];
       }
     }
     for (int64_t t = 0; t < columns; ++t) out[row * columns + t] = static_cast<C>(sums[t]);
@@ -128,13 +128,14 @@ void momentum_cpu(Structure structure, const MomentumForward<Storage>& p) {
 // Runs `run(schedule, size)`, which leaves the sums of the schedule's gradients, `size` for each chunk, and adds them up.
 template <typename Storage, typename F>
 void with_schedule_sums(const MomentumBackward<Storage>& p, const MomentumPlan& plan, const F& run) {
-  const int64_t size = p.dphi ? 3 * plan.schedule_steps : 0;
+  const int64_t size = p.dphi ? 4 * plan.schedule_steps : 0;
   std::vector<double> schedule(plan.chunks * size, 0.0);
   run(schedule.data(), size);
   const double* partial = schedule.data();
   sum_schedule(plan, p.phi, p.B, p.k, partial, p.dphi);
   sum_schedule(plan, p.beta, p.B, p.k, partial + plan.schedule_steps, p.dbeta);
   sum_schedule(plan, p.gamma, p.B, p.k, partial + 2 * plan.schedule_steps, p.dgamma);
+  sum_schedule(plan, p.threshold, p.B, p.k, partial + 3 * plan.schedule_steps, p.d_threshold);
 }
 
 template <typename Storage>

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+import unrolled_kernels as uk
 import unrolled_kernels.functional as F
 from unrolled_kernels.ops.rnn.reference import weight_shapes
 from unrolled_kernels.testing import assert_as_close_as_eager, poisoned_memory, random_quadratic
@@ -68,34 +69,48 @@ class Problem:
 
 
 class MomentumProblem(Problem):
-    """Gradient descent or momentum; ``form`` says how the coefficients vary."""
+    """Gradient descent or momentum; ``form`` says how the coefficients vary, ``prox`` which map ends a step."""
 
-    in_compute_dtype = ("phi", "beta", "gamma")
+    in_compute_dtype = ("phi", "beta", "gamma", "lower", "upper", "weight", "threshold")
 
-    def __init__(self, structure, batch, d, k, *, method="momentum", form="both", warm=True, **options):
+    def __init__(self, structure, batch, d, k, *, method="momentum", form="both", warm=True, prox=None, **options):
         super().__init__(structure, batch, d, k, **options)
-        self.method = method
+        self.method, self.prox = method, prox
         shape = {"scalar": (), "step": (k,), "sample": (*batch, 1), "both": (*batch, k)}[form]
         if warm:
             self.add({"y0": self.normal(*batch, d)})
         self.add({"phi": 0.3 + 0.7 * self.uniform(shape)})
         if method == "momentum":
             self.add({"beta": 0.7 * self.uniform(shape), "gamma": 0.7 * self.uniform(shape)})
+        if prox in ("box", "lower"):
+            self.add({"lower": -0.3 * self.uniform(*batch, d)})
+        if prox == "box":
+            self.add({"upper": 0.3 * self.uniform(d)})
+        if prox == "l1":
+            self.add({"weight": 0.2 * self.uniform(*batch, d)})
+        if prox == "soft_threshold":
+            self.add({"threshold": 0.1 * self.uniform(shape)})
 
     def call(self, backend, leaves):
         arguments, options = self.arguments(leaves)
         options["backend"] = backend
+        if self.prox is not None:
+            cls = {"l1": uk.prox.L1, "soft_threshold": uk.prox.SoftThreshold}.get(self.prox, uk.prox.Box)
+            options["prox"] = cls(**{n: leaves[n] for n in cls.__dataclass_fields__ if n in leaves})
         if self.method == "gd":
             return F.gradient_descent(*arguments, leaves["phi"], self.k, **options)
         return F.momentum(*arguments, leaves["phi"], leaves["beta"], leaves["gamma"], self.k, **options)
 
     def scale(self, name, exact):
-        if name not in self.in_compute_dtype:
+        if name not in ("phi", "beta", "gamma", "threshold"):
             return 0.0
         # a coefficient's gradient sums wᵀz + aᵀb over samples and steps, which cancels near the minimizer, where z
         # is up to L/μ = 10 times as long as b, and by chance elsewhere; autograd forms the small Qz + b first.
         # The terms aᵀb are those of b̄ = -Σ φ_t a
         terms = 0.0 if exact.get("b") is None else (exact["b"] * self.leaves["b"]).abs().sum().item()
+        if name == "threshold" and exact.get("b") is not None:
+            # a sum of ± a, as b̄ is one of φ_t a
+            terms = (exact["b"].abs().sum() / self.leaves["phi"].min()).item()
         return max(10 * exact[name].abs().max().item() if exact[name].numel() else 0.0, terms)
 
 
@@ -329,10 +344,10 @@ def assert_nothing_unwritten_is_read(problem, backend):
         assert torch.equal(clean[name], poisoned[name]), name
 
 
-def assert_bad_values_stay_in_their_row(problem, backend, names):
+def assert_bad_values_stay_in_their_row(problem, backend, names, values=(math.nan, math.inf)):
     """NaN and infinity in row 4 of b show in row 4 of y, and in no other row of the tensors ``names``."""
     clean = problem.run(backend, torch.float32)
-    for bad in (math.nan, math.inf):
+    for bad in values:
         problem.leaves["b"][4, 2] = bad
         spoiled = problem.run(backend, torch.float32)
         assert not spoiled["y"][4].isfinite().all()

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
 from unrolled_kernels.ops.momentum import reference
+from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.testing import (
     STRUCTURES,
     bytes_kept_for_backward,
@@ -164,6 +165,10 @@ def test_second_order_needs_no_first_order_copy(backend, structure):
     problems.assert_second_order_is_that_of_eager(problem, backend)
 
 
+# `needs` of the raw op: a gradient of each of its thirteen tensors
+ALL = (1 << 13) - 1
+
+
 def _canonical(structure, method, k, B, device, *, permuted=False, trajectory=False):
     """A cotangent and the arguments of the raw op, optionally with every layout a user's tensors may have."""
     d = 5
@@ -178,7 +183,7 @@ def _canonical(structure, method, k, B, device, *, permuted=False, trajectory=Fa
         tensors = (x if x is None else x.mT.contiguous().mT for x in tensors)
     grad, *tensors = tensors
     mu = torch.rand(B, k, dtype=torch.float64, device=device) if method == "nesterov" else None
-    return grad, (*tensors, mu, k, trajectory)
+    return grad, (*tensors, mu, *NO_PROX, k, trajectory)
 
 
 native_backends = pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] in ("cpu", "cuda")])
@@ -202,7 +207,7 @@ def test_opcheck(backend, structure, method, trajectory, permuted):
     # the op of the backward refuses autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.unrolled_kernels.momentum.default, arguments, test_utils=tests)
-    for needs in (511, 0, 1 << 3 | 1 << 5, 1 << 2 | 1 << 4):
+    for needs in (ALL, 0, 1 << 3 | 1 << 5, 1 << 2 | 1 << 4):
         backward = torch.ops.unrolled_kernels.momentum_backward.default
         torch.library.opcheck(backward, (grad, *arguments, needs), test_utils=tests)
 
@@ -213,10 +218,10 @@ def test_gradients_that_are_not_needed(backend, structure, method):
     """Whatever else is asked for, each gradient is the same to the bit, and what is not asked for is empty."""
     grad, arguments = _canonical(structure, method, 4, 9, device_of(backend), trajectory=True)
     backward = torch.ops.unrolled_kernels.momentum_backward
-    every = backward(grad, *arguments, 511)
+    every = backward(grad, *arguments, ALL)
     for x, g in zip(arguments, every, strict=False):
         assert g.shape == (torch.Size([0]) if x is None else x.shape)
-    present = [1 << i for i, x in enumerate(arguments[:9]) if x is not None]
+    present = [1 << i for i, x in enumerate(arguments[:13]) if x is not None]
     for needs in map(sum, itertools.product(*((0, bit) for bit in present))):
         for i, (g, whole) in enumerate(zip(backward(grad, *arguments, needs), every, strict=True)):
             if needs >> i & 1:

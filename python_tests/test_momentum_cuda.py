@@ -30,6 +30,7 @@ from problems import MomentumProblem, assert_nearest_even, canonical_structure, 
 
 from benchmarks import machine_code
 from unrolled_kernels.ops.momentum import manual
+from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.testing import STRUCTURES
 
 STEMS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
@@ -95,13 +96,13 @@ class Momentum(Emulation):
     sources = (*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "momentum_driver.cpp")
 
     def forward(self, *arguments):
-        *tensors, _, k, trajectory = arguments
+        tensors, (k, trajectory) = arguments[:8], arguments[-2:]
         b = tensors[3]
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
         return self._run(False, *tensors, k, trajectory, [y])[0]
 
     def backward(self, grad_y, *arguments):
-        *tensors, _, k, trajectory, needs = arguments
+        tensors, (k, trajectory, needs) = arguments[:8], arguments[-3:]
         wanted = [x is not None and bool(needs >> i & 1) for i, x in enumerate(tensors)]
         # the kernels have the gradients of a schedule all together, and that of what was observed as that of b
         asked = [*wanted[:2], wanted[2] or wanted[3], wanted[4], *[any(wanted[5:])] * 3]
@@ -111,9 +112,9 @@ class Momentum(Emulation):
         ]
         d_matrix, d_eigenvalues, db, *rest = self._run(True, *tensors, k, trajectory, [grad_y, *outputs])
         grads = (d_matrix, d_eigenvalues, -db if wanted[2] else None, db, *rest)
-        # none of μ, which the kernels know as β and γ
         grads = (g if need else grad_y.new_empty(0) for g, need in zip(grads, wanted, strict=True))
-        return *grads, grad_y.new_empty(0)
+        # none of μ, which the kernels know as β and γ, and of a proximal map, which they do not know
+        return *grads, *(grad_y.new_empty(0) for _ in range(5))
 
     def _run(self, backward, matrix, eigenvalues, observed, b, y0, phi, beta, gamma, k, trajectory, rest):
         # the kernels know tikhonov as a diagonal with something observed
@@ -154,7 +155,7 @@ def _run(implementation, tensors, k, dtype, needs=255):
     """y, and the gradients by name; those of the schedule as one vector, since a single number may cancel by chance."""
     compute = torch.promote_types(dtype, torch.float32)
     grad, *tensors = (x if x is None else x.to(compute if i > 5 else dtype) for i, x in enumerate(tensors))
-    arguments = (*tensors, None, k, grad.dim() == 3)
+    arguments = (*tensors, None, *NO_PROX, k, grad.dim() == 3)
     grads = implementation.backward(grad, *arguments, needs)
     names = ("d_matrix", "d_eigenvalues", "d_observed", "db", "dy0")
     results = {"y": implementation.forward(*arguments)} | dict(zip(names, grads[:5], strict=True))

@@ -195,9 +195,17 @@ def test_auto_takes_what_is_fastest_for_the_work(monkeypatch):
     assert choose("auto", "cuda", True) == "eager"
     assert choose("cuda", "cuda", True) == "cuda"
     assert choose("auto", "cpu", True) == "cpu"
+    assert choose("auto", "cuda", False, True) == "eager"
+    with pytest.raises(ValueError, match="backend: 'triton' has no kernels for prox; use 'auto' or 'eager'"):
+        choose("triton", "cuda", False, True)
     assert choose("auto", "meta", False) == "eager"
     asked = []
-    monkeypatch.setattr(_backend, "resolve", lambda backend, device, products=False: asked.append(products) or "eager")
+
+    def resolve(backend, device, products=False, proximal=False):
+        asked.append(products)
+        return "eager"
+
+    monkeypatch.setattr(_backend, "resolve", resolve)
     for Q_shape, batch in (((130, 130), 200), ((130, 130), 100), ((128, 128), 200), ((200, 130, 130), 200)):
         F.gradient_descent(torch.zeros(Q_shape), torch.zeros(batch, Q_shape[-1]), 0.5, 1)
     assert asked == [True, False, False, False]

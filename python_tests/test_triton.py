@@ -21,6 +21,7 @@ import unrolled_kernels
 import unrolled_kernels.functional as F
 from unrolled_kernels import Diagonal, _backend
 from unrolled_kernels.ops.momentum import reference as momentum_reference
+from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.reference import weight_shapes
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
@@ -350,7 +351,8 @@ def test_opcheck(structure, trajectory, permuted):
     backward = torch.ops.unrolled_kernels.momentum_triton_backward.default
     # the op of the backward refuses autograd by design, which opcheck's autograd tests would report
     tests = ("test_schema", "test_faketensor")
-    for rest in ((*tensors, *schedule, k, trajectory), (*tensors, schedule[0], None, None, k, trajectory)):
+    for coefficients in (schedule, (schedule[0], None, None)):
+        rest = (*tensors, *coefficients, None, *NO_PROX, k, trajectory)
         torch.library.opcheck(forward, rest, test_utils=tests)
         for needs in (255, 0, 1 << 2, 1 << 3 | 1 << 5):
             torch.library.opcheck(backward, (grad, *rest, needs), test_utils=tests)
@@ -363,7 +365,7 @@ def test_gradients_of_the_raw_op():
     leaves = [x.requires_grad_() for x in (*tensors, *schedule) if x is not None]
     results = []
     for run in (torch.ops.unrolled_kernels.momentum_triton, momentum_reference.forward):
-        results.append(torch.autograd.grad(run(*tensors, *schedule, None, k, False), leaves, grad))
+        results.append(torch.autograd.grad(run(*tensors, *schedule, None, *NO_PROX, k, False), leaves, grad))
     torch.testing.assert_close(*results)
 
 

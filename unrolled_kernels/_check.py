@@ -114,6 +114,18 @@ def check_positive(name, value):
         raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
+def check_not_negative(name, value):
+    """A number of zero or more; the values of tensors are not read (that would wait for the device)."""
+    if isinstance(value, (int, float)) and not value >= 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value}")
+
+
+def check_not_nan(name, value):
+    """A number that is one; the values of tensors are not read."""
+    if isinstance(value, float) and value != value:
+        raise ValueError(f"{name}: expected a number, got nan")
+
+
 def check_number(name, value):
     """A float or a floating-point tensor."""
     if isinstance(value, torch.Tensor):

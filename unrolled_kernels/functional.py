@@ -18,7 +18,9 @@ import torch
 from unrolled_kernels import _backend, _check
 from unrolled_kernels.annotations import Number, Quadratic, Weights
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
+from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
+from unrolled_kernels.prox import Prox, SoftThreshold, check_prox
 from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, same_shape, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
@@ -33,6 +35,7 @@ def gradient_descent(
     *,
     y0: torch.Tensor | None = None,
     return_trajectory: bool = False,
+    prox: Prox | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Run ``num_steps`` gradient-descent steps on a batch of quadratic energies.
@@ -47,6 +50,8 @@ def gradient_descent(
         num_steps: k ≥ 0.
         y0: start, broadcastable to ``[*batch, d]``; zero by default.
         return_trajectory: return every iterate instead of the last.
+        prox: a constraint or a sparsity term g of ``unrolled_kernels.prox``: every step ends with its proximal map,
+            y_{t+1} = prox_{φ_t g}(…). A ``Spectral`` then runs as the dense matrix that it is.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; default: ``use_backend``'s, the
             environment variable ``UNROLLED_KERNELS_BACKEND``'s, else the fastest available.
     Returns:
@@ -59,7 +64,7 @@ def gradient_descent(
     """
     num_steps = _check.check_num_steps(num_steps)
     names, schedule = ("step_size", None, None, None), (step_size, None, None, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
 
 
 def nesterov(
@@ -71,6 +76,7 @@ def nesterov(
     *,
     y0: torch.Tensor | None = None,
     return_trajectory: bool = False,
+    prox: Prox | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Run ``num_steps`` of Nesterov's accelerated gradient method on a batch of quadratic energies.
@@ -79,7 +85,7 @@ def nesterov(
         β = (1 - √(μ step_size)) / (1 + √(μ step_size))        (paper, Eq. 9)
 
     Args:
-        Q, b, num_steps, y0, return_trajectory, backend: as in ``gradient_descent``.
+        Q, b, num_steps, y0, return_trajectory, prox, backend: as in ``gradient_descent``.
         step_size: φ, a float or a tensor that broadcasts to ``(*batch, num_steps)``; stable for φ ≤ 4/(μ + 3L).
         mu: strong convexity constant μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the
             smallest eigenvalue of each sample's Q, detached.
@@ -100,7 +106,7 @@ def nesterov(
     else:
         beta = nesterov_momentum(step_size, mu)
         names, schedule = ("step_size", "mu", "mu", None), (step_size, beta, beta, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
 
 
 def momentum(
@@ -113,6 +119,7 @@ def momentum(
     *,
     y0: torch.Tensor | None = None,
     return_trajectory: bool = False,
+    prox: Prox | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Run ``num_steps`` of a first-order method with a free schedule on a batch of quadratic energies.
@@ -122,7 +129,7 @@ def momentum(
     Gradient descent is β = γ = 0, Nesterov's method γ = β, the heavy ball γ = 0; ``schedules`` has the classical ones.
 
     Args:
-        Q, b, num_steps, y0, return_trajectory, backend: as in ``gradient_descent``.
+        Q, b, num_steps, y0, return_trajectory, prox, backend: as in ``gradient_descent``.
         step_sizes, momentum, extrapolation: φ, β, γ, each a float or a tensor that broadcasts to
             ``(*batch, num_steps)``.
     Returns:
@@ -132,7 +139,7 @@ def momentum(
     """
     num_steps = _check.check_num_steps(num_steps)
     names, schedule = ("step_sizes", "momentum", "extrapolation", None), (step_sizes, momentum, extrapolation, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
 
 
 def rnn(
@@ -211,7 +218,7 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
     return -Q.to(work).solve(b.to(work)).to(b.dtype)
 
 
-def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend):
+def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend):
     """Validate, bring the arguments to canonical form, run, and give the result its shape back.
 
     Args:
@@ -219,26 +226,37 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend):
         schedule: φ, β, γ and μ.
     """
     _check.check_flag("return_trajectory", return_trajectory)
+    check_prox(prox)
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
         # iterating is a reduction over steps: under autocast it runs in float32, as sums do
         with torch.autocast(b.device.type, enabled=False):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
-            return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, backend)
-    if y0 is None and _is_plain(Q, b):
+            return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
+    if y0 is None and prox is None and _is_plain(Q, b):
         # where there is nothing to check or to reshape, checks cost a small call more than its kernel
         plain = _plain_schedule(names, schedule, b)
         if plain is not None:
             chosen = _backend.resolve(backend, b.device)
-            return _momentum_op(chosen, Q, None, None, b, None, *plain, num_steps, return_trajectory)
+            return _momentum_op(chosen, Q, None, None, b, None, *plain, *NO_PROX, num_steps, return_trajectory)
     shape = _full_shape(Q, b, y0)
-    chosen = _backend.resolve(backend, b.device, _multiplies_matrices(Q, shape))
+    chosen = _backend.resolve(backend, b.device, _multiplies_matrices(Q, shape), prox is not None)
     schedule = [
         None if name is None else _check_coefficient(name, c, shape[:-1], num_steps, b)
         for name, c in zip(names, schedule, strict=True)
     ]
-    *tensors, batch = _canonical(Q, b, y0, shape, schedule)
+    if prox is None:
+        *tensors, batch = _canonical(Q, b, y0, shape, schedule)
+        prox = NO_PROX
+    else:
+        if isinstance(Q, Spectral):
+            # the map is not diagonal in the eigenbasis: two products a step there and back, where Q itself takes one
+            Q = Q.to_dense()
+        rows, threshold = _check_prox_tensors(prox, shape, num_steps, b)
+        *tensors, batch = _canonical(Q, b, y0, shape, (*schedule, threshold), rows)
+        flat = tuple(tensors[3].shape)
+        prox = (*(_reshape(x, shape, flat) for x in rows), None if threshold is None else _rows(threshold, batch))
     schedule = [None if c is None else _rows(c, batch) for c in schedule]
-    y = _momentum_op(chosen, *tensors, *schedule, num_steps, return_trajectory)
+    y = _momentum_op(chosen, *tensors, *schedule, *prox, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if same_shape(y.shape, final_shape) else y.reshape(final_shape)
 
@@ -331,11 +349,36 @@ class _Batch(NamedTuple):
     dims: int  # how many batch dimensions a coefficient may have
 
 
-def _canonical(Q, b, y0, shape, schedule):
+def _check_prox_tensors(prox, shape, num_steps, b):
+    """The bounds and the weight of ``prox``, which broadcast to ``(*batch, d)``, and its threshold."""
+    if isinstance(prox, SoftThreshold):
+        return (None, None, None), _check_coefficient("threshold", prox.threshold, shape[:-1], num_steps, b)
+    names = ("lower", "upper", "weight")
+    values = (getattr(prox, name, None) for name in names)
+    return tuple(
+        None if x is None else _check_rows(name, x, shape, b) for name, x in zip(names, values, strict=True)
+    ), None
+
+
+def _check_rows(name, value, shape, b):
+    """``value`` as a tensor in the compute dtype that broadcasts to ``(*batch, d)``."""
+    compute = torch.promote_types(b.dtype, torch.float32)
+    if not isinstance(value, torch.Tensor):
+        return b.new_full((), value, dtype=compute)
+    if value.device != b.device:
+        if value.dim() > 0:
+            raise ValueError(f"device: b is on {b.device} but {name} is on {value.device}; move one of them")
+        value = value.to(b.device)
+    _check.check_broadcast(name, value.shape, shape, "(*batch, d)")
+    return value if value.dtype == compute else value.to(compute)
+
+
+def _canonical(Q, b, y0, shape, schedule, bounds=()):
     """Matrix, eigenvalues, observed, b, y0 as the ops take them, and the batch to flatten the coefficients to."""
     matrix, eigenvalues, observed = (Q, None, None) if isinstance(Q, torch.Tensor) else Q.operands
     leading = rows = len(shape) - 1
-    if matrix is None and all(x is None or same_shape(x.shape, shape) for x in (eigenvalues, observed, b, y0)):
+    whole = [x for x in (*bounds, eigenvalues, observed, b, y0) if x is not None and x.dim() > 0]
+    if matrix is None and all(same_shape(x.shape, shape) for x in whole):
         # elementwise: as few rows as the schedule can tell apart, as long as nothing is broadcast
         rows = max(_varying_dims(c, leading) for c in schedule if c is not None)
     batch, flat = shape[:rows], (math.prod(shape[:rows]), math.prod(shape[rows:]))

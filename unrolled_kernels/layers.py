@@ -1,6 +1,6 @@
 """The layers: modules that run k steps of an algorithm on the energy 1/2 yᵀQy + bᵀy that a network puts out."""
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -8,9 +8,18 @@ from torch import nn
 from unrolled_kernels import _backend, _check, _torch_private, schedules
 from unrolled_kernels import functional as F
 from unrolled_kernels.annotations import Number, Quadratic
+from unrolled_kernels.prox import Prox, check_prox, rebuild
 from unrolled_kernels.regions import largest_stable_step
 
 __all__ = ["UnrolledGD", "UnrolledMomentum", "UnrolledNAG"]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that the layers share."""
+
+    prox: Prox | None
+    learn_prox: bool
+    backend: str
 
 
 class _Unrolled(nn.Module):
@@ -24,11 +33,28 @@ class _Unrolled(nn.Module):
             self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
         ) -> torch.Tensor: ...
 
-    def __init__(self, num_steps, backend):
+    def __init__(self, num_steps, backend, prox=None, learn_prox=False):
         super().__init__()
         self.num_steps = _check.check_num_steps(num_steps)
         _backend.check_name(backend)
         self.backend = backend
+        check_prox(prox)
+        if learn_prox and prox is None:
+            raise ValueError("learn_prox: there is nothing to learn, got prox=None; give a prox, L1(0.1) for instance")
+        self._prox_class = None if prox is None else type(prox)
+        for name, value in {} if prox is None else vars(prox).items():
+            if value is None:
+                setattr(self, f"prox_{name}", None)
+            else:
+                self._coefficient(f"prox_{name}", value, learn_prox)
+
+    @property
+    def prox(self) -> Prox | None:
+        """The proximal map that ends a step, of the parameters, buffers and numbers that the layer holds; or None."""
+        cls = self._prox_class
+        if cls is None:
+            return None
+        return rebuild(cls, [getattr(self, f"prox_{name}") for name in cls.__dataclass_fields__])
 
     def _coefficient(self, name, value, learn):
         """Register ``value``: a parameter if learned, a buffer if a fixed tensor, else the exact float."""
@@ -41,18 +67,26 @@ class _Unrolled(nn.Module):
         else:
             setattr(self, name, float(value))
 
+    def _options(self):
+        """What the functions take besides the problem and the schedule."""
+        return {"prox": self.prox, "backend": self.backend}
+
     def extra_repr(self) -> str:
-        shown = [f"num_steps={self.num_steps}"]
-        for name in self._shown:
-            value = getattr(self, name)
-            if isinstance(value, torch.Tensor):
-                kind = "fixed" if name in self._buffers else "learned"
-                single = value.numel() == 1 and not value.is_meta
-                value = f"{value.item():.6g} ({kind})" if single else f"{list(value.shape)} ({kind})"
-            shown.append(f"{name}={value}")
+        shown = [f"num_steps={self.num_steps}", *(f"{name}={self._show(name)}" for name in self._shown)]
         if getattr(self, "stable_region", None) is not None:
             shown.append(f"stable_region={self.stable_region}")
+        if self._prox_class is not None:
+            fields = ", ".join(f"{name}={self._show(f'prox_{name}')}" for name in self._prox_class.__dataclass_fields__)
+            shown.append(f"prox={self._prox_class.__name__}({fields})")
         return ", ".join([*shown, f"backend={self.backend!r}"])
+
+    def _show(self, name):
+        value = getattr(self, name)
+        if not isinstance(value, torch.Tensor):
+            return str(value)
+        kind = "fixed" if name in self._buffers else "learned"
+        single = value.numel() == 1 and not value.is_meta
+        return f"{value.item():.6g} ({kind})" if single else f"{list(value.shape)} ({kind})"
 
 
 class _Computed(torch.Tensor):
@@ -83,8 +117,8 @@ class _StepSize(_Unrolled):
 
     step_size: Number
 
-    def __init__(self, num_steps, step_size, learn_step_size, per_step, stable_region, backend):
-        super().__init__(num_steps, backend)
+    def __init__(self, num_steps, step_size, learn_step_size, per_step, stable_region, backend, prox, learn_prox):
+        super().__init__(num_steps, backend, prox, learn_prox)
         _check.check_number("step_size", step_size)
         if per_step and not (isinstance(step_size, torch.Tensor) and step_size.dim() > 0):
             step_size = torch.as_tensor(step_size, dtype=torch.get_default_dtype()).expand(self.num_steps)
@@ -153,6 +187,9 @@ class UnrolledGD(_StepSize):
         per_step: one φ for each step, ``[num_steps]``, all starting at ``step_size``.
         stable_region: ``(mu, L)``, bounds of the spectrum of Q: keeps a learned φ inside (0, 2/(μ+L)), the paper's
             stable region (Table 1), by φ = 2/(μ+L) · sigmoid(logit), and refuses a start outside it.
+        prox: a constraint or a sparsity term of ``unrolled_kernels.prox``, whose proximal map ends every step. Its
+            tensors are buffers of the layer, ``prox_lower``, ``prox_upper``, ``prox_weight`` or ``prox_threshold``.
+        learn_prox: make them, and its numbers, ``nn.Parameter``s.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
@@ -168,9 +205,11 @@ class UnrolledGD(_StepSize):
         learn_step_size: bool = False,
         per_step: bool = False,
         stable_region: tuple[float, float] | None = None,
+        prox: Prox | None = None,
+        learn_prox: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend)
+        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend, prox, learn_prox)
 
     @staticmethod
     def largest_stable_step(mu: Number, L: Number) -> Number:
@@ -188,7 +227,7 @@ class UnrolledGD(_StepSize):
             self.num_steps,
             y0=y0,
             return_trajectory=return_trajectory,
-            backend=self.backend,
+            **self._options(),
         )
 
 
@@ -199,7 +238,7 @@ class UnrolledNAG(_StepSize):
         β = (1 - √(μ step_size)) / (1 + √(μ step_size))        (paper, Eq. 9)
 
     Args:
-        num_steps, step_size, learn_step_size, per_step, backend: as in ``UnrolledGD``.
+        num_steps, step_size, learn_step_size, per_step, prox, learn_prox, backend: as in ``UnrolledGD``.
         mu: μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the smallest eigenvalue of
             each sample's Q, detached.
         learn_mu: learn μ, held as its logarithm so that it stays positive.
@@ -221,9 +260,11 @@ class UnrolledNAG(_StepSize):
         learn_mu: bool = False,
         per_step: bool = False,
         stable_region: tuple[float, float] | None = None,
+        prox: Prox | None = None,
+        learn_prox: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend)
+        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend, prox, learn_prox)
         if mu is None:
             if learn_mu:
                 raise ValueError("mu: learn_mu=True needs a number to start from, got mu=None")
@@ -256,7 +297,7 @@ class UnrolledNAG(_StepSize):
             self.num_steps,
             y0=y0,
             return_trajectory=return_trajectory,
-            backend=self.backend,
+            **self._options(),
         )
 
 
@@ -270,7 +311,7 @@ class UnrolledMomentum(_Unrolled):
         step_sizes, momentum, extrapolation: φ, β, γ, each a float or a tensor that broadcasts to
             ``(*batch, num_steps)``. A float becomes a schedule ``[num_steps]`` if learnable.
         learnable: make the three ``nn.Parameter``s.
-        backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
+        prox, learn_prox, backend: as in ``UnrolledGD``.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
     """
@@ -288,9 +329,11 @@ class UnrolledMomentum(_Unrolled):
         extrapolation: Number,
         *,
         learnable: bool = True,
+        prox: Prox | None = None,
+        learn_prox: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(num_steps, backend)
+        super().__init__(num_steps, backend, prox, learn_prox)
         for name, value in (("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation)):
             _check.check_number(name, value)
             if learnable and not isinstance(value, torch.Tensor):
@@ -298,38 +341,42 @@ class UnrolledMomentum(_Unrolled):
             self._coefficient(name, value, learnable)
 
     @classmethod
-    def _start(cls, schedule, learnable, backend):
+    def _start(cls, schedule, learnable, options):
         if learnable:
             schedule = (x.to(torch.get_default_dtype()) for x in schedule)
         phi, beta, gamma = schedule
-        return cls(len(phi), phi, beta, gamma, learnable=learnable, backend=backend)
+        return cls(len(phi), phi, beta, gamma, learnable=learnable, **options)
 
     @classmethod
-    def gd(cls, num_steps: int, step_size: float, *, learnable: bool = True, backend: str = "auto") -> Self:
-        """Start as gradient descent; see ``schedules.gd``."""
-        return cls._start(schedules.gd(num_steps, step_size), learnable, backend)
+    def gd(cls, num_steps: int, step_size: float, *, learnable: bool = True, **options: Unpack[Options]) -> Self:
+        """Start as gradient descent; see ``schedules.gd``. ``options``: the layer's other keyword arguments."""
+        return cls._start(schedules.gd(num_steps, step_size), learnable, options)
 
     @classmethod
-    def nag(cls, num_steps: int, step_size: float, mu: float, *, learnable: bool = True, backend: str = "auto") -> Self:
-        """Start as Nesterov's method; see ``schedules.nag``."""
-        return cls._start(schedules.nag(num_steps, step_size, mu), learnable, backend)
+    def nag(
+        cls, num_steps: int, step_size: float, mu: float, *, learnable: bool = True, **options: Unpack[Options]
+    ) -> Self:
+        """Start as Nesterov's method; see ``schedules.nag`` and ``gd``."""
+        return cls._start(schedules.nag(num_steps, step_size, mu), learnable, options)
 
     @classmethod
     def heavy_ball(
-        cls, num_steps: int, step_size: float, momentum: float, *, learnable: bool = True, backend: str = "auto"
+        cls, num_steps: int, step_size: float, momentum: float, *, learnable: bool = True, **options: Unpack[Options]
     ) -> Self:
-        """Start as Polyak's heavy ball; see ``schedules.heavy_ball``."""
-        return cls._start(schedules.heavy_ball(num_steps, step_size, momentum), learnable, backend)
+        """Start as Polyak's heavy ball; see ``schedules.heavy_ball`` and ``gd``."""
+        return cls._start(schedules.heavy_ball(num_steps, step_size, momentum), learnable, options)
 
     @classmethod
-    def fista(cls, num_steps: int, step_size: float, *, learnable: bool = True, backend: str = "auto") -> Self:
-        """Start with FISTA's momentum; see ``schedules.fista``."""
-        return cls._start(schedules.fista(num_steps, step_size), learnable, backend)
+    def fista(cls, num_steps: int, step_size: float, *, learnable: bool = True, **options: Unpack[Options]) -> Self:
+        """Start with FISTA's momentum; see ``schedules.fista`` and ``gd``."""
+        return cls._start(schedules.fista(num_steps, step_size), learnable, options)
 
     @classmethod
-    def chebyshev(cls, num_steps: int, mu: float, L: float, *, learnable: bool = True, backend: str = "auto") -> Self:
-        """Start as the Chebyshev semi-iteration on the spectrum [mu, L]; see ``schedules.chebyshev``."""
-        return cls._start(schedules.chebyshev(num_steps, mu, L), learnable, backend)
+    def chebyshev(
+        cls, num_steps: int, mu: float, L: float, *, learnable: bool = True, **options: Unpack[Options]
+    ) -> Self:
+        """Start as the Chebyshev semi-iteration on the spectrum [mu, L]; see ``schedules.chebyshev`` and ``gd``."""
+        return cls._start(schedules.chebyshev(num_steps, mu, L), learnable, options)
 
     def forward(
         self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
@@ -344,7 +391,7 @@ class UnrolledMomentum(_Unrolled):
             self.num_steps,
             y0=y0,
             return_trajectory=return_trajectory,
-            backend=self.backend,
+            **self._options(),
         )
 
 

@@ -162,7 +162,7 @@ class DenseTile {
       : p_(p),
         tile_{p.B, p.d, 0, 0},
         row_(tile_.size() * W),
-        schedule_(arena, p.phi, p.beta, p.gamma, steps),
+        schedule_(arena, p, steps),
         gradient_(arena, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
         Q_(arena, p, tile_.size()),
         b_(arena.take<C>(row_)),

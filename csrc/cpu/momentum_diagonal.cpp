@@ -38,7 +38,8 @@ struct StripLanes {
 
 template <typename Storage>
 bool schedule_per_sample(const MomentumInputs<Storage>& p) {
-  return p.phi.batch_stride != 0 || (p.beta.data && (p.beta.batch_stride != 0 || p.gamma.batch_stride != 0));
+  return p.phi.batch_stride != 0 || p.beta.batch_stride != 0 || p.gamma.batch_stride != 0 ||
+         p.threshold.batch_stride != 0;
 }
 
 template <typename Storage>
@@ -57,7 +58,7 @@ class DiagonalTiles {
       : p_(p),
         plan_(plan),
         arena_(scratch),
-        schedule_(arena_, p.phi, p.beta, p.gamma, plan.schedule_steps),
+        schedule_(arena_, p, plan.schedule_steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? plan.schedule_steps : 0,
                   plan.tiles_per_sample > 1),
         row_(samples_in_lanes(p) ? p.d * W : min(strip_elements, ceil_div(p.d, W) * W)) {
@@ -71,7 +72,9 @@ class DiagonalTiles {
     dq_ = arena_.take<C>(row_);
     db_ = arena_.take<C>(row_);
     dy0_ = arena_.take<C>(row_);
-    trace_ = backward ? arena_.take<C>(2 * p.k * vectors_at_once * W) : nullptr;
+    trace_ = backward ? arena_.take<C>((p.prox == Prox::none ? 2 : 3) * p.k * vectors_at_once * W) : nullptr;
+    for (C*& bound : bounds_) bound = p.prox != Prox::none ? arena_.take<C>(row_) : nullptr;
+    for (C*& sum : bound_sums_) sum = backward && p.prox != Prox::none ? arena_.take<C>(row_) : nullptr;
   }
 
   size_t scratch_bytes() const { return arena_.used(); }
@@ -164,6 +167,24 @@ class DiagonalTiles {
     e.b = b_;
   }
 
+  // The bounds or the weight of a proximal map; one number for all is staged like a row.
+  template <typename Part>
+  const C* bound(const Part& part, const Rows<C>& x, C* staged) const {
+    if (!x.data) return nullptr;
+    if (x.single) {
+      for (int64_t i = 0; i < part.size() * W; i += W) store(staged + i, broadcast(*x.data));
+    } else {
+      part.load_state(x.data, x.batch_stride, staged);
+    }
+    return staged;
+  }
+  template <typename Part, typename Elementwise>
+  void set_prox(const Part& part, Elementwise& e) const {
+    e.map.lower = bound(part, p_.lower, bounds_[0]);
+    e.map.upper = bound(part, p_.upper, bounds_[1]);
+    e.map.weight = bound(part, p_.weight, bounds_[2]);
+  }
+
   // tikhonov: df = 2 f dq
   template <typename Part>
   void finish_tikhonov(const Part& part, C* dlambda) const {
@@ -178,6 +199,7 @@ class DiagonalTiles {
   void forward_part(const MomentumForward<Storage>& p, const Part& part) {
     ElementwiseForward<C> e(p, schedule_.view());
     set_energy(part, e);
+    set_prox(part, e);
     e.y0 = input(part, p.y0, p.y0_stride, y0_);
     e.y = output(part, p.y, y_);
     e.row = row(part);
@@ -189,6 +211,14 @@ class DiagonalTiles {
   void backward_part(const MomentumBackward<Storage>& p, const Part& part) {
     ElementwiseBackward<C> e(p, schedule_.view());
     set_energy(part, e);
+    set_prox(part, e);
+    C* const outputs[] = {p.d_lower, p.d_upper, p.d_weight};
+    C** const sums[] = {&e.prox_sums.lower, &e.prox_sums.upper, &e.prox_sums.weight};
+    for (int i = 0; i < 3; ++i) {
+      if (!outputs[i]) continue;
+      fill_zero(bound_sums_[i], part.size() * W);
+      *sums[i] = bound_sums_[i];
+    }
     e.y0 = input(part, p.y0, p.y0_stride, y0_);
     e.grad_y = input(part, p.grad_y, p.d, y_);
     for (int64_t t = 1; t <= (p.trajectory ? p.k : 0); ++t) input(part, p.grad_y + t * p.B * p.d, p.d, y_ + t * row_);
@@ -203,6 +233,9 @@ class DiagonalTiles {
     finish(part, dq_, p.d_eigenvalues);
     finish(part, db_, p.db);
     finish(part, dy0_, p.dy0);
+    for (int i = 0; i < 3; ++i) {
+      if (outputs[i]) part.store_state(bound_sums_[i], outputs[i]);
+    }
   }
 
   const MomentumInputs<Storage>& p_;
@@ -212,6 +245,7 @@ class DiagonalTiles {
   ScheduleGradient<C> gradient_;
   int64_t row_;  // elements of a staged row
   C *f_, *x_, *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
+  C *bounds_[3], *bound_sums_[3];  // lower, upper, weight
 };
 
 template <typename Storage>

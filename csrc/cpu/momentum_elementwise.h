@@ -6,6 +6,9 @@
 //     p = phi lambda    m <- (beta m - phi b) - p z    z <- y + (1 + gamma) m    y <- y + m
 //                       ybar <- ybar - p s             s <- ybar + (beta - gamma p) s
 //
+// A proximal map (momentum_prox.h) ends the step where there is one: m is what y moved by, and s is what the adjoint of v
+// takes from that of y_{t+1}; what it leaves does not reach y_t by m_{t+1} = y_{t+1} - y_t either.
+//
 // Gradient descent with one step size needs no trace for its last iterate. With c = 1 - phi lambda and u = dy/dc
 //
 //     u <- c u + y    y <- c y - phi b                             T <- T + P    P <- c P, from P = ybar
@@ -14,7 +17,7 @@
 // Powers of c alone would serve all b and ybar, but they overflow where states that are zero or small do not.
 #pragma once
 
-#include "cpu/momentum_schedule.h"
+#include "cpu/momentum_prox.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
@@ -22,7 +25,7 @@ namespace UNROLLED_KERNELS_NAMESPACE {
 // gradient descent, one step size for all steps, final iterate only, at least one step
 template <typename Inputs>
 inline bool is_traceless(const Inputs& p) {
-  return !p.beta.data && p.phi.step_stride == 0 && !p.trajectory && p.k > 0;
+  return !p.beta.data && p.phi.step_stride == 0 && !p.trajectory && p.k > 0 && p.prox == Prox::none;
 }
 
 // A strip of vectors; a row of a trajectory is `row` elements behind the one before.
@@ -31,7 +34,9 @@ struct Elementwise {
   ScheduleView<C> schedule;
   int64_t k;
   bool momentum, trajectory, traceless;
-  bool per_step;                                           // whether a coefficient varies over steps
+  bool per_step;  // whether a coefficient varies over steps
+  Prox prox;
+  ProxView<C> map;
   const C *lambda = nullptr, *b = nullptr, *y0 = nullptr;  // y0 may stay nullptr: zeros
   int64_t row = 0;                                         // of y or grad_y
 
@@ -42,7 +47,11 @@ struct Elementwise {
         momentum(p.beta.data),
         trajectory(p.trajectory),
         traceless(is_traceless(p)),
-        per_step(!constant_schedule(p)) {}
+        per_step(!constant_schedule(p)),
+        prox(p.prox) {
+    map.threshold = schedule.threshold;
+    map.step = schedule.step;
+  }
 };
 
 template <typename C>
@@ -57,7 +66,8 @@ struct ElementwiseBackward : Elementwise<C> {
   const C* grad_y = nullptr;
   C *dlambda = nullptr, *db = nullptr, *dy0 = nullptr;  // nullptr: not wanted
   ScheduleSums<C> sums{};
-  C* trace = nullptr;  // [2, k, vectors_at_once] vectors
+  ProxSums<C> prox_sums{};  // filled with zeros
+  C* trace = nullptr;       // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
 };
 
 // vectors in registers at once
@@ -65,10 +75,16 @@ constexpr int vectors_at_once = 3;
 
 // One step of one vector: y_t, z_t, m_t -> t + 1. `lambda` and `b` are phi lambda and phi b where the schedule is
 // constant. The shortest way from z to the next z is two operations.
-template <bool momentum, bool per_step, typename C>
+// `map(v)` is the proximal map of a step, if there is one.
+template <bool momentum, bool per_step, bool proximal, typename C, typename Map>
 UNROLLED_KERNELS_INLINE void elementwise_step(const StepCoefficients<C>& c, Vector<C> gamma_next, Vector<C> lambda,
-                                              Vector<C> b, Vector<C>& y, Vector<C>& z, Vector<C>& m) {
-  if constexpr (!momentum) {
+                                              Vector<C> b, Vector<C>& y, Vector<C>& z, Vector<C>& m, Map map) {
+  if constexpr (proximal) {
+    const Vector<C> to = map(y + (momentum ? c.beta * m : Vector<C>{}) - c.phi * (lambda * z + b));
+    m = to - y;
+    y = to;
+    z = momentum ? y + gamma_next * m : y;
+  } else if constexpr (!momentum) {
     y -= per_step ? c.phi * (lambda * y + b) : lambda * y + b;
     z = y;
   } else {
@@ -78,9 +94,11 @@ UNROLLED_KERNELS_INLINE void elementwise_step(const StepCoefficients<C>& c, Vect
   }
 }
 
-template <bool momentum, bool per_step, int N, typename C>
+template <bool momentum, bool per_step, Prox prox, int N, typename C>
 UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p, int64_t offset) {
   constexpr int64_t W = lanes<C>;
+  constexpr bool proximal = prox != Prox::none;
+  static_assert(per_step || !proximal);
   const ScheduleView<C> schedule = p.schedule;
   const bool trajectory = p.trajectory;
   const int64_t row = p.row;
@@ -103,7 +121,9 @@ UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p,
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       if (trajectory) store(out + t * row + n * W, y[n]);
-      elementwise_step<momentum, per_step>(c, next.gamma, lambda[n], b[n], y[n], z[n], m[n]);
+      elementwise_step<momentum, per_step, proximal>(
+          c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
+          [&](Vector<C> v) { return proximal_map<prox>(p.map, t, c.phi, offset + n * W, v); });
     }
     c = next;
   }
@@ -131,9 +151,12 @@ UNROLLED_KERNELS_INLINE void traceless_forward(const ElementwiseForward<C>& p, i
   for (int n = 0; n < N; ++n) store(p.y + offset + n * W, y[n]);
 }
 
-template <bool momentum, bool per_step, int N, typename C>
+template <bool momentum, bool per_step, Prox prox, int N, typename C>
 UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& p, int64_t offset) {
   constexpr int64_t W = lanes<C>;
+  constexpr bool proximal = prox != Prox::none;
+  constexpr int64_t slots = proximal ? 3 : 2;
+  static_assert(per_step || !proximal);
   const ScheduleView<C> schedule = p.schedule;
   const ScheduleSums<C> sums = p.sums;
   const bool trajectory = p.trajectory;
@@ -153,15 +176,19 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
       y[n] = z[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
       m[n] = Vector<C>{};
     }
-    // the trace: z_t and, with momentum, m_t
+    // the trace: z_t, with momentum m_t, with a proximal map v_t
     C* trace = p.trace;
-    for (int64_t t = 0; t < k; ++t, trace += 2 * N * W) {
+    for (int64_t t = 0; t < k; ++t, trace += slots * N * W) {
       const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         store(trace + n * W, z[n]);
         if constexpr (momentum) store(trace + (N + n) * W, m[n]);
-        elementwise_step<momentum, per_step>(c, next.gamma, lambda[n], b[n], y[n], z[n], m[n]);
+        elementwise_step<momentum, per_step, proximal>(c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
+                                                       [&](Vector<C> v) {
+                                                         store(trace + (2 * N + n) * W, v);
+                                                         return proximal_map<prox>(p.map, t, c.phi, offset + n * W, v);
+                                                       });
       }
       c = next;
     }
@@ -173,14 +200,21 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     ybar[n] = s[n] = load(cotangent + n * W);
     s_sum[n] = sz_sum[n] = sm_sum[n] = Vector<C>{};
   }
-  const C* trace = p.trace + k * 2 * N * W;
+  const C* trace = p.trace + k * slots * N * W;
   for (int64_t t = k - 1; t >= 0; --t) {
-    trace -= 2 * N * W;
+    trace -= slots * N * W;
     if constexpr (per_step) c = schedule.template at<momentum>(t);
     if (trajectory) cotangent -= row;
-    Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
+    Vector<C> phi_sum{}, beta_sum{}, gamma_sum{}, threshold_sum{};
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
+      if constexpr (proximal) {
+        const Vector<C> v = load(trace + (2 * N + n) * W);
+        const Vector<C> a =
+            prox_adjoint<prox>(p.map, p.prox_sums, t, c.phi, offset + n * W, v, s[n], phi_sum, threshold_sum);
+        ybar[n] -= s[n] - a;
+        s[n] = a;
+      }
       const Vector<C> z = load(trace + n * W), m = momentum ? load(trace + (N + n) * W) : Vector<C>{};
       const Vector<C> weighted = per_step ? c.phi * s[n] : s[n];
       Vector<C> v = lambda[n] * weighted;
@@ -203,6 +237,7 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     if (per_step && sums.phi) {
       sums.add_phi(t, -phi_sum);
       sums.template add_momentum<momentum>(t, beta_sum, -gamma_sum);
+      sums.add_threshold(t, -threshold_sum);
     }
   }
   const Vector<C> scale = per_step || k == 0 ? broadcast(C(-1)) : -c.phi;
@@ -283,13 +318,19 @@ template <typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, int64_t vectors) {
   for_vectors<C>(vectors, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
-    if (p.traceless) {
-      traceless_forward<n>(p, offset);
-    } else if (p.momentum) {
-      p.per_step ? elementwise_forward<true, true, n>(p, offset) : elementwise_forward<true, false, n>(p, offset);
-    } else {
-      p.per_step ? elementwise_forward<false, true, n>(p, offset) : elementwise_forward<false, false, n>(p, offset);
-    }
+    if (p.traceless) return traceless_forward<n>(p, offset);
+    with_prox(p.prox, [&](auto prox) {
+      constexpr Prox map = decltype(prox)::value;
+      constexpr bool proximal = map != Prox::none;
+      // one form serves all schedules of a proximal map
+      if (p.momentum) {
+        p.per_step || proximal ? elementwise_forward<true, true, map, n>(p, offset)
+                               : elementwise_forward<true, proximal, map, n>(p, offset);
+      } else {
+        p.per_step || proximal ? elementwise_forward<false, true, map, n>(p, offset)
+                               : elementwise_forward<false, proximal, map, n>(p, offset);
+      }
+    });
   });
 }
 
@@ -297,13 +338,19 @@ template <typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseBackward<C>& p, int64_t vectors) {
   for_vectors<C>(vectors, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
-    if (p.traceless) {
-      traceless_backward<n>(p, offset);
-    } else if (p.momentum) {
-      p.per_step ? elementwise_backward<true, true, n>(p, offset) : elementwise_backward<true, false, n>(p, offset);
-    } else {
-      p.per_step ? elementwise_backward<false, true, n>(p, offset) : elementwise_backward<false, false, n>(p, offset);
-    }
+    if (p.traceless) return traceless_backward<n>(p, offset);
+    with_prox(p.prox, [&](auto prox) {
+      constexpr Prox map = decltype(prox)::value;
+      constexpr bool proximal = map != Prox::none;
+      // one form serves all schedules of a proximal map
+      if (p.momentum) {
+        p.per_step || proximal ? elementwise_backward<true, true, map, n>(p, offset)
+                               : elementwise_backward<true, proximal, map, n>(p, offset);
+      } else {
+        p.per_step || proximal ? elementwise_backward<false, true, map, n>(p, offset)
+                               : elementwise_backward<false, proximal, map, n>(p, offset);
+      }
+    });
   });
 }
 

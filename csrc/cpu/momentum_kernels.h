@@ -31,9 +31,10 @@ template <typename Compute>
 struct MomentumChunk {
   int64_t begin, end;  // tiles
   void* scratch;       // 64-byte aligned
-  double* schedule;    // [3, schedule_steps]: dphi, dbeta, dgamma of the samples in the chunk, of coefficients that
-                       // are shared by samples or where samples are cut; nullptr if the schedule's are not wanted
-  Compute* d_matrix;   // [d, d], where the matrix is shared and its gradient wanted
+  // [4, schedule_steps]: dphi, dbeta, dgamma, d_threshold of the samples in the chunk, of coefficients that are shared by
+  // samples or where samples are cut; nullptr if the schedule's are not wanted
+  double* schedule;
+  Compute* d_matrix;  // [d, d], where the matrix is shared and its gradient wanted
 };
 
 template <typename Storage>

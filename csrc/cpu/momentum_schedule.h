@@ -1,4 +1,5 @@
-// The schedule phi, beta, gamma of one tile as vectors, and the sums that become its gradient.
+// The schedule phi, beta, gamma of one tile as vectors, with the threshold of a proximal map, and the sums that become
+// its gradient.
 #pragma once
 
 #include "cpu/simd/arena.h"
@@ -11,7 +12,7 @@ namespace UNROLLED_KERNELS_NAMESPACE {
 // phi, beta and gamma are the same at every step.
 template <typename Inputs>
 inline bool constant_schedule(const Inputs& p) {
-  return p.phi.step_stride == 0 && (!p.beta.data || (p.beta.step_stride == 0 && p.gamma.step_stride == 0));
+  return p.phi.step_stride == 0 && p.beta.step_stride == 0 && p.gamma.step_stride == 0 && p.threshold.step_stride == 0;
 }
 
 template <typename C>
@@ -22,8 +23,8 @@ struct StepCoefficients {
 // What the recurrences read. Copied to where its members stay in registers.
 template <typename C>
 struct ScheduleView {
-  const C *phi, *beta, *gamma;  // [steps] vectors
-  int64_t step;                 // elements from step to step, 0 where nothing varies
+  const C *phi, *beta, *gamma, *threshold;  // [steps] vectors
+  int64_t step;                             // elements from step to step, 0 where nothing varies
 
   template <bool momentum>
   UNROLLED_KERNELS_INLINE StepCoefficients<C> at(int64_t t) const {
@@ -35,10 +36,14 @@ struct ScheduleView {
 // The sums that they add to.
 template <typename C>
 struct ScheduleSums {
-  C *phi, *beta, *gamma;  // [steps] vectors; phi is nullptr where the gradient is not wanted
+  C *phi, *beta, *gamma, *threshold;  // [steps] vectors; nullptr where a gradient is not wanted, as that of phi is with
+                                      // all others
   int64_t step;
 
   UNROLLED_KERNELS_INLINE void add_phi(int64_t t, Vector<C> v) const { add(phi + t * step, v); }
+  UNROLLED_KERNELS_INLINE void add_threshold(int64_t t, Vector<C> v) const {
+    if (threshold) add(threshold + t * step, v);
+  }
   template <bool momentum>
   UNROLLED_KERNELS_INLINE void add_momentum(int64_t t, Vector<C> dbeta, Vector<C> dgamma) const {
     if constexpr (momentum) {
@@ -55,16 +60,16 @@ template <typename C>
 class Schedule {
  public:
   // `steps` columns: k, or 1 for a constant schedule
-  Schedule(Arena& arena, const Coefficient<C>& phi, const Coefficient<C>& beta, const Coefficient<C>& gamma,
-           int64_t steps)
-      : coefficients_{phi, beta, gamma}, steps_(steps), step_(steps == 1 ? 0 : lanes<C>) {
+  template <typename Inputs>
+  Schedule(Arena& arena, const Inputs& p, int64_t steps)
+      : coefficients_{p.phi, p.beta, p.gamma, p.threshold}, steps_(steps), step_(steps == 1 ? 0 : lanes<C>) {
     for (C*& staged : staged_) staged = arena.take<C>(steps * lanes<C>);
   }
 
   // Stage what the tile needs; `fresh`: nothing is staged yet, else what samples share still is.
   template <typename Layout>
   UNROLLED_KERNELS_NOINLINE void stage(const Layout& tile, bool fresh) {
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const Coefficient<C>& c = coefficients_[i];
       if (!c.data || (c.batch_stride == 0 && !fresh)) continue;
       for (int64_t t = 0; t < steps_; ++t) {
@@ -74,12 +79,12 @@ class Schedule {
     }
   }
 
-  ScheduleView<C> view() const { return {staged_[0], staged_[1], staged_[2], step_}; }
+  ScheduleView<C> view() const { return {staged_[0], staged_[1], staged_[2], staged_[3], step_}; }
 
  private:
-  Coefficient<C> coefficients_[3];
+  Coefficient<C> coefficients_[4];
   int64_t steps_, step_;
-  C* staged_[3];  // [steps] vectors
+  C* staged_[4];  // [steps] vectors
 };
 
 template <typename C>
@@ -88,8 +93,8 @@ class ScheduleGradient {
   // `cut`: a tile holds part of a sample only, so that every sum goes to the chunk's partial result
   template <typename Backward>
   ScheduleGradient(Arena& arena, const Backward& p, int64_t steps, bool cut)
-      : outputs_{p.dphi, p.dbeta, p.dgamma},
-        coefficients_{p.phi, p.beta, p.gamma},
+      : outputs_{p.dphi, p.dbeta, p.dgamma, p.d_threshold},
+        coefficients_{p.phi, p.beta, p.gamma, p.threshold},
         k_(p.k),
         steps_(steps),
         step_(steps == 1 ? 0 : lanes<C>),
@@ -100,16 +105,18 @@ class ScheduleGradient {
   bool wanted() const { return outputs_[0] != nullptr; }
 
   UNROLLED_KERNELS_NOINLINE void begin_tile(bool first_of_chunk) {
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       if (outputs_[i] && (first_of_chunk || own(i))) fill_zero(sums_[i], steps_ * lanes<C>);
     }
   }
 
-  ScheduleSums<C> sums() const { return {wanted() ? sums_[0] : nullptr, sums_[1], sums_[2], step_}; }
+  ScheduleSums<C> sums() const {
+    return {wanted() ? sums_[0] : nullptr, sums_[1], sums_[2], outputs_[3] ? sums_[3] : nullptr, step_};
+  }
 
   template <typename Layout>
   UNROLLED_KERNELS_NOINLINE void end_tile(const Layout& tile) {
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       if (!outputs_[i] || !own(i)) continue;
       const bool per_step = coefficients_[i].step_stride != 0;
       Vector<C> total{};
@@ -122,9 +129,9 @@ class ScheduleGradient {
     }
   }
 
-  // adds to out [3, steps]
+  // adds to out [4, steps]
   UNROLLED_KERNELS_NOINLINE void end_chunk(double* out) const {
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       if (!outputs_[i] || own(i)) continue;
       for (int64_t t = 0; t < steps_; ++t) {
         double sum = 0;
@@ -137,11 +144,11 @@ class ScheduleGradient {
  private:
   bool own(int i) const { return coefficients_[i].batch_stride != 0 && !cut_; }
 
-  C* outputs_[3];
-  Coefficient<C> coefficients_[3];
+  C* outputs_[4];
+  Coefficient<C> coefficients_[4];
   int64_t k_, steps_, step_;
   bool cut_;
-  C* sums_[3];  // [steps] vectors
+  C* sums_[4];  // [steps] vectors
 };
 
 }  // namespace UNROLLED_KERNELS_NAMESPACE

@@ -214,7 +214,7 @@ class SpectralRows {
         arena_(scratch),
         panels_(plan.panels),
         states_(plan.terms - 2),
-        schedule_(arena_, p.phi, p.beta, p.gamma, plan.schedule_steps),
+        schedule_(arena_, p, plan.schedule_steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? plan.schedule_steps : 0,
                   false) {
     // of each sample: b, y_0 and the outputs or their cotangents, and the same rotated

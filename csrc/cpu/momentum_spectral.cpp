@@ -40,7 +40,7 @@ class SpectralTiles {
         tile_{p.B, p.d, 0, 0},
         row_(tile_.size() * W),
         states_(p.trajectory ? p.k + 1 : 1),
-        schedule_(arena_, p.phi, p.beta, p.gamma, steps),
+        schedule_(arena_, p, steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
         R_(arena_, p, tile_.size()) {
     for (C** x : {&lambda_, &bh_, &y0h_, &state_}) *x = arena_.template take<C>(row_);

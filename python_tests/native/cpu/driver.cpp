@@ -485,7 +485,7 @@ std::vector<char> last_of_momentum(Structure structure, bool tikhonov, int64_t B
   call.run(plan, [&](int64_t begin, int64_t end, void* scratch) {
     kernels.forward(forward, plan, {begin, end, scratch, nullptr, nullptr});
   });
-  std::vector<double> schedule(3 * p.k);
+  std::vector<double> schedule(4 * p.k);
   call.run(backward_plan, [&](int64_t begin, int64_t end, void* scratch) {
     kernels.backward(p, backward_plan, {begin, end, scratch, schedule.data(), nullptr});
   });

@@ -42,8 +42,11 @@ const char* run(const Header& h, void* const* pointers) {
   in.matrix = storage(0), in.eigenvalues = storage(1), in.b = storage(2), in.y0 = storage(3), in.observed = storage(4);
   in.phi = coefficient(0), in.beta = coefficient(1), in.gamma = coefficient(2);
   if (!h.backward) return run(h.structure, MomentumForward<Storage>{in, storage(8)});
-  return run(h.structure, MomentumBackward<Storage>{in, storage(8), storage(9), storage(10), storage(11), storage(12),
-                                                    compute(13), compute(14), compute(15)});
+  MomentumBackward<Storage> p{};
+  static_cast<MomentumInputs<Storage>&>(p) = in;
+  p.grad_y = storage(8), p.d_matrix = storage(9), p.d_eigenvalues = storage(10), p.db = storage(11);
+  p.dy0 = storage(12), p.dphi = compute(13), p.dbeta = compute(14), p.dgamma = compute(15);
+  return run(h.structure, p);
 }
 
 }  // namespace

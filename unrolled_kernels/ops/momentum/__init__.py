@@ -12,6 +12,9 @@ Every module here takes the *canonical* arguments that ``functional`` prepares:
                    ``momentum=extrapolation=None`` means gradient descent
     mu             None, or for Nesterov's method μ, shaped like a coefficient; the two before it are then None, and
                    both follow from φ and μ
+    lower, upper   the bounds of a clamp that ends each step, or
+    weight         that of a soft threshold φ_t weight, ``[B, d]`` in the compute dtype, or
+    threshold      a soft threshold of its own, like φ; all four None: neither
 
 and returns y_k, ``[B, d]``, or with ``trajectory`` all of y_0 … y_k, ``[num_steps + 1, B, d]``, in the dtype of b.
 """

@@ -23,6 +23,10 @@ def momentum(
     momentum,
     extrapolation,
     mu,
+    lower,
+    upper,
+    weight,
+    threshold,
     num_steps,
     trajectory,
 ):
@@ -32,6 +36,9 @@ def momentum(
         mu: Nesterov's method for μ, shaped like a coefficient; ``momentum`` and ``extrapolation`` are then None. That
             both follow from it costs no node of autograd's graph.
     """
+    if backend == "cpu" and matrix is not None and (lower, upper, weight, threshold) != (None,) * 4:
+        # those kernels know no proximal map
+        backend = "manual"
     if backend != "eager" and not common.runs_in_eager():
         return MomentumFunction.apply(
             backend,
@@ -44,12 +51,15 @@ def momentum(
             momentum,
             extrapolation,
             mu,
+            lower,
+            upper,
+            weight,
+            threshold,
             num_steps,
             trajectory,
         )
-    return reference.forward(
-        matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory
-    )
+    tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
+    return reference.forward(*tensors, lower, upper, weight, threshold, num_steps, trajectory)
 
 
 class MomentumFunction(Function):
@@ -68,12 +78,15 @@ class MomentumFunction(Function):
         momentum,
         extrapolation,
         mu,
+        lower,
+        upper,
+        weight,
+        threshold,
         num_steps,
         trajectory,
     ):
-        return _LAUNCHERS[backend].forward(
-            matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory
-        )
+        tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
+        return _LAUNCHERS[backend].forward(*tensors, lower, upper, weight, threshold, num_steps, trajectory)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -83,16 +96,18 @@ class MomentumFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        # written out: a loop over the nine takes as long as a small kernel
-        _, Q, q, x, b, y0, phi, beta, gamma, mu, _, _ = ctx.needs_input_grad
+        # written out: a loop over the thirteen takes as long as a small kernel
+        _, Q, q, x, b, y0, phi, beta, gamma, mu, lower, upper, weight, tau, _, _ = ctx.needs_input_grad
         needs = Q | q << 1 | x << 2 | b << 3 | y0 << 4 | phi << 5 | beta << 6 | gamma << 7 | mu << 8
+        needs |= lower << 9 | upper << 10 | weight << 11 | tau << 12
         arguments = (grad_y, *ctx.saved_tensors, *ctx.constants, needs)
         if common.is_differentiated():
             grads = MomentumBackwardFunction.apply(ctx.backend, *arguments)
         else:
             # nothing will differentiate this backward: straight to the launcher
             grads = _LAUNCHERS[ctx.backend].backward(*arguments)
-        d_matrix, d_eigenvalues, d_observed, db, dy0, d_phi, d_beta, d_gamma, d_mu = grads
+        d_matrix, d_eigenvalues, d_observed, db, dy0, d_phi, d_beta, d_gamma, d_mu, *d_prox = grads
+        d_lower, d_upper, d_weight, d_tau = d_prox
         return (
             None,
             d_matrix if Q else None,
@@ -104,6 +119,10 @@ class MomentumFunction(Function):
             d_beta if beta else None,
             d_gamma if gamma else None,
             d_mu if mu else None,
+            d_lower if lower else None,
+            d_upper if upper else None,
+            d_weight if weight else None,
+            d_tau if tau else None,
             None,
             None,
         )
@@ -112,7 +131,7 @@ class MomentumFunction(Function):
     def vmap(info, in_dims, backend, *arguments):
         *tensors, num_steps, trajectory = arguments
         run = lambda *tensors: MomentumFunction.apply(backend, *tensors, num_steps, trajectory)
-        return common.vmap_forward(run, info.batch_size, in_dims[1:10], tensors, trajectory, b=3)
+        return common.vmap_forward(run, info.batch_size, in_dims[1:14], tensors, trajectory, b=3)
 
 
 class MomentumBackwardFunction(Function):
@@ -131,12 +150,17 @@ class MomentumBackwardFunction(Function):
         momentum,
         extrapolation,
         mu,
+        lower,
+        upper,
+        weight,
+        threshold,
         num_steps,
         trajectory,
         needs,
     ):
         tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
-        return _LAUNCHERS[backend].backward(grad_y, *tensors, num_steps, trajectory, needs)
+        prox = (lower, upper, weight, threshold)
+        return _LAUNCHERS[backend].backward(grad_y, *tensors, *prox, num_steps, trajectory, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -152,4 +176,4 @@ class MomentumBackwardFunction(Function):
     def vmap(info, in_dims, backend, *arguments):
         *tensors, num_steps, trajectory, needs = arguments
         run = lambda *tensors: MomentumBackwardFunction.apply(backend, *tensors, num_steps, trajectory, needs)
-        return common.vmap_backward(run, info.batch_size, in_dims[1:11], tensors, trajectory, b=3)
+        return common.vmap_backward(run, info.batch_size, in_dims[1:15], tensors, trajectory, b=3)

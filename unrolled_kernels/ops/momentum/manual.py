@@ -22,6 +22,19 @@ Q = diag(1 + f²) and g - x for b (tikhonov): the same, then f̄ = 2 f q̄, ḡ 
 Q = R diag(λ) Rᵀ: the diagonal case in the eigenbasis, b̂ = Rᵀb, ŷ_0 = Rᵀy_0, y_t = R ŷ_t for t ≥ 1. Through the
 rotations, b̄ = R b̂̄, ȳ_0 += R ŷ̄_0, and R̄ = b b̂̄ᵀ + y_0 ŷ̄_0ᵀ + Σ_{t≥1} ȳ_t^out ŷ_tᵀ.
 
+A proximal map, y_{t+1} = p_t(v_t) where y_{t+1} was v_t, leaves all of this as it is with the adjoint of v_t for a:
+
+    a = D_t ȳ_{t+1},     D_t the derivative of p_t at v_t, diagonal, of zeros and ones
+
+    box              D_t = 1[lower ≤ v_t ≤ upper]; what it stops belongs to the bound that was met,
+                     lower̄ += 1[v_t < lower < upper] ȳ_{t+1},     upper̄ += 1[v_t > upper or upper < lower] ȳ_{t+1}
+    soft threshold   p_t(v) = sign(v) max(|v| - τ_t, 0), D_t = 1[|v_t| > τ_t], and τ̄_t = -sign(v_t) a elementwise:
+                     τ_t = φ_t weight:  weight̄ += φ_t τ̄_t,  φ̄_t += weightᵀ τ̄_t
+                     τ_t = threshold_t: threshold̄_t is the sum of τ̄_t
+
+Weights and thresholds below zero count as zero and have no gradient. D_t is constant where p_t is differentiable, so
+second-order gradients go through the same formulas.
+
 The functions below use no in-place operation, so they can be differentiated in turn: that is how second-order
 gradients of every backend are computed.
 """
@@ -30,34 +43,58 @@ import torch
 
 from unrolled_kernels.ops.common import matvec
 from unrolled_kernels.ops.momentum import reference
-from unrolled_kernels.ops.momentum.reference import columns, iterates, nesterov_momentum
+from unrolled_kernels.ops.momentum.reference import NO_PROX, Prox, columns, iterates, nesterov_momentum, thresholds
 
 forward = reference.forward
 
 
-def with_nesterov(backward):
-    """A backward that takes μ too and returns its gradient last, beside one that takes β and γ only."""
+# bits of `needs`
+_SCHEDULE, _MU = 0b111 << 5, 1 << 8
 
-    def run(grad_y, matrix, eigenvalues, observed, b, y0, phi, beta, gamma, mu, num_steps, trajectory, needs):
-        tensors, constants = (grad_y, matrix, eigenvalues, observed, b, y0, phi), (num_steps, trajectory)
+
+def with_nesterov(backward):
+    """A backward that takes μ too and returns its gradient, beside one that takes β and γ only.
+
+    That one has the same bits of ``needs`` without that of μ, and returns an empty tensor in the place of μ's gradient.
+    """
+
+    def run(grad_y, matrix, eigenvalues, observed, b, y0, phi, beta, gamma, mu, *rest):
+        tensors, (*constants, needs) = (grad_y, matrix, eigenvalues, observed, b, y0, phi), rest
         nothing = phi.new_empty(0)
         if mu is None:
-            return (*backward(*tensors, beta, gamma, *constants, needs), nothing)
+            return backward(*tensors, beta, gamma, *constants, needs & ~_MU)
         beta = nesterov_momentum(phi, mu)
-        wanted = 0b111 << 5 if needs >> 5 else 0
-        *grads, d_phi, d_beta, d_gamma = backward(*tensors, beta, beta, *constants, needs & 0b11111 | wanted)
+        wanted = _SCHEDULE if needs & (_SCHEDULE | _MU) else 0
+        grads = backward(*tensors, beta, beta, *constants, needs & ~(_SCHEDULE | _MU) | wanted)
+        d_phi, d_beta, d_gamma = grads[5:8]
         d_mu = nothing
         if wanted:
             quarter = (d_beta + d_gamma) * (1 - beta * beta) / -4
             d_phi, d_mu = (d_phi + (quarter / phi).sum_to_size(phi.shape), (quarter / mu).sum_to_size(mu.shape))
-        return (*grads, d_phi if needs & 1 << 5 else nothing, nothing, nothing, d_mu if needs & 1 << 8 else nothing)
+        d_phi, d_mu = d_phi if needs & 1 << 5 else nothing, d_mu if needs & _MU else nothing
+        return (*grads[:5], d_phi, nothing, nothing, d_mu, *grads[9:])
 
     return run
 
 
 @with_nesterov
 def backward(
-    grad_y, matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory, needs
+    grad_y,
+    matrix,
+    eigenvalues,
+    observed,
+    b,
+    y0,
+    step_sizes,
+    momentum,
+    extrapolation,
+    lower,
+    upper,
+    weight,
+    threshold,
+    num_steps,
+    trajectory,
+    needs,
 ):
     """Gradients of the canonical arguments for the cotangent ``grad_y`` (shape of the forward's output).
 
@@ -65,12 +102,13 @@ def backward(
         needs: bit i for the gradient of tensor i, in the order of forward's arguments.
     Returns:
         ``(d_matrix like matrix, d_eigenvalues, d_observed, db, dy0 [B, d], d_step_sizes, d_momentum,
-        d_extrapolation)``, the last three shaped like their inputs; what is not needed, or absent, is a tensor of
-        shape ``[0]``. With ``observed`` the second is f̄.
+        d_extrapolation, d_mu, d_lower, d_upper, d_weight [B, d], d_threshold)``, those of the schedule and of the
+        threshold shaped like their inputs; what is not needed, or absent, is a tensor of shape ``[0]``, and so is
+        d_mu. With ``observed`` the second is f̄.
     """
     storage, compute = b.dtype, step_sizes.dtype
-    schedule = (step_sizes, momentum, extrapolation)
-    tensors = (matrix, eigenvalues, observed, b, y0, *schedule)
+    schedule, prox = (step_sizes, momentum, extrapolation), Prox(lower, upper, weight, threshold)
+    tensors = (matrix, eigenvalues, observed, b, y0, *schedule, None, *prox)
     needed = [x is not None and bool(needs >> i & 1) for i, x in enumerate(tensors)]
     grad_y, matrix, eigenvalues, observed, b, y0 = (
         x if x is None else x.to(compute) for x in (grad_y, matrix, eigenvalues, observed, b, y0)
@@ -83,16 +121,15 @@ def backward(
     cotangents = list(grad_y.unbind(0)) if trajectory else [zero] * num_steps + [grad_y]
 
     if eigenvalues is None:
-        d_y0, a, z, d_schedule = _adjoint_sweep(
-            lambda x: matvec(matrix, x), lambda x: matvec(matrix.mT, x), b, y0, schedule, num_steps, cotangents
-        )
+        apply_Q, apply_Qt = lambda x: matvec(matrix, x), lambda x: matvec(matrix.mT, x)
+        d_y0, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, prox)
         db = a.sum(0)
         d_eigenvalues = None
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, a, z).reshape(matrix.shape) if needed[0] else None
     elif matrix is None:
         apply_Q = lambda x: eigenvalues * x
-        d_y0, a, z, d_schedule = _adjoint_sweep(apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents)
+        d_y0, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents, prox)
         db = a.sum(0)
         d_eigenvalues = (a * z).sum(0)
         if observed is not None:
@@ -102,52 +139,86 @@ def backward(
         apply_Q = lambda x: eigenvalues * x
         b_hat, y0_hat = matvec(matrix.mT, b), matvec(matrix.mT, y0)
         hat = [zero] + [matvec(matrix.mT, c) for c in cotangents[1:]]
-        d_y0_hat, a, z, d_schedule = _adjoint_sweep(apply_Q, apply_Q, b_hat, y0_hat, schedule, num_steps, hat)
+        d_y0_hat, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Q, b_hat, y0_hat, schedule, num_steps, hat)
         db_hat = a.sum(0)
         db = matvec(matrix, db_hat)
         d_y0 = cotangents[0] + matvec(matrix, d_y0_hat)
         d_eigenvalues = (a * z).sum(0)
         d_matrix = None
         if needed[0]:
-            y_hat = iterates(apply_Q, b_hat, y0_hat, *schedule, num_steps)
+            y_hat, _ = iterates(apply_Q, b_hat, y0_hat, schedule, num_steps)
             left = torch.stack([b, y0, *cotangents[1:]])
             right = torch.stack([db_hat, d_y0_hat, *y_hat[1:]])
             equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
             d_matrix = torch.einsum(equation, left, right).reshape(matrix.shape)
 
     d_observed = None if observed is None else -db
-    d_schedule = [x if c is None else x.sum_to_size(c.shape) for x, c in zip(d_schedule, schedule, strict=True)]
-    grads = (d_matrix, d_eigenvalues, d_observed, db, d_y0, *d_schedule)
-    dtypes = [storage] * 5 + [compute] * 3
+    shared = (*d_schedule, d_prox.threshold)
+    shared = [x if c is None else x.sum_to_size(c.shape) for x, c in zip(shared, (*schedule, threshold), strict=True)]
+    grads = (d_matrix, d_eigenvalues, d_observed, db, d_y0, *shared[:3], None, *d_prox[:3], shared[3])
+    dtypes = [storage] * 5 + [compute] * 8
     return tuple(
         (g if wanted else b.new_empty(0)).to(dtype) for g, wanted, dtype in zip(grads, needed, dtypes, strict=True)
     )
 
 
-def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents):
+def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, prox=NO_PROX):
     """Replay the iterates, then run the adjoint down.
 
-    Returns ȳ_0, the stacks A_t = -φ_t ȳ_{t+1} and Z_t = z_t (``[k, B, d]``), and φ̄, β̄, γ̄ (``[B, k]``).
+    Returns ȳ_0, the stacks A_t = -φ_t a_t and Z_t = z_t (``[k, B, d]``), φ̄, β̄, γ̄ (``[B, k]``), and the gradients of
+    ``prox``: of its bounds and weight ``[B, d]``, of its threshold ``[B, k]``, None for what it has not.
     """
-    ys = iterates(apply_Q, b, y0, *schedule, num_steps)
+    ys, vs = iterates(apply_Q, b, y0, schedule, num_steps, prox)
     gradient_descent = schedule[1] is None
     zero = torch.zeros((1, 1), dtype=b.dtype, device=b.device)
     phi, beta, gamma = ([zero] * num_steps if c is None else columns(c, num_steps) for c in schedule)
-    a_stack, z_stack, d_phi, d_beta, d_gamma = [], [], [], [], []
-    a, carry = cotangents[num_steps], torch.zeros_like(b)
+    taus = thresholds(prox, phi, num_steps)
+    free = columns(prox.threshold, num_steps) or [None] * num_steps
+    a_stack, z_stack, d_phi, d_beta, d_gamma, d_prox = [], [], [], [], [], []
+    y_bar, carry = cotangents[num_steps], torch.zeros_like(b)
     for t in reversed(range(num_steps)):
+        a, *d_prox_t = _through_prox(vs[t], y_bar, prox, taus[t], free[t], phi[t])
         m = ys[t] - ys[max(t - 1, 0)]
         z = ys[t] if gradient_descent else ys[t] + gamma[t] * m
         w = apply_Qt(a)
         a_stack.append(-phi[t] * a)
         z_stack.append(z)
-        d_phi.append(-(w * z + a * b).sum(-1))
+        d_phi.append(-(w * z + a * b).sum(-1) + d_prox_t.pop())
+        d_prox.append(d_prox_t)
         d_beta.append((a * m).sum(-1))
         d_gamma.append(-phi[t].reshape(-1) * (w * m).sum(-1))
         y_bar = cotangents[t] + carry + (1 + beta[t]) * a - phi[t] * (1 + gamma[t]) * w
         carry = -beta[t] * a + phi[t] * gamma[t] * w
-        a = y_bar
     empty = b.new_zeros((0, *b.shape))
     a_stack, z_stack = (torch.stack(x) if num_steps else empty for x in (a_stack, z_stack))
-    d_schedule = tuple(torch.stack(x[::-1], 1) if num_steps else empty.sum(-1).mT for x in (d_phi, d_beta, d_gamma))
-    return a + carry, a_stack, z_stack, d_schedule
+    per_step = lambda rows: torch.stack(rows[::-1], 1) if num_steps else empty.sum(-1).mT
+    d_schedule = tuple(map(per_step, (d_phi, d_beta, d_gamma)))
+    d_lower, d_upper, d_weight, d_threshold = zip(*d_prox, strict=True) if num_steps else [()] * 4
+    total = lambda x, rows: None if x is None else sum(rows, torch.zeros_like(b))
+    d_prox = Prox(
+        total(prox.lower, d_lower),
+        total(prox.upper, d_upper),
+        total(prox.weight, d_weight),
+        None if prox.threshold is None else per_step(list(d_threshold)),
+    )
+    return y_bar + carry, a_stack, z_stack, d_schedule, d_prox
+
+
+def _through_prox(v, y_bar, prox, tau, threshold, phi):
+    """The adjoint a of v = v_t, and what lower, upper, weight, threshold and φ of that step get from its map."""
+    if tau is not None:
+        a = y_bar * (v.abs() > tau)
+        d_tau = -v.sign() * a
+        if prox.weight is None:
+            return a, None, None, None, (d_tau * (threshold >= 0)).sum(-1), 0
+        d_tau = d_tau * (phi >= 0)
+        return a, None, None, phi * d_tau * (prox.weight >= 0), None, (prox.weight.clamp(min=0) * d_tau).sum(-1)
+    lower, upper = prox.lower, prox.upper
+    if lower is None and upper is None:
+        return y_bar, None, None, None, None, 0
+    if upper is None:
+        return y_bar * (v >= lower), y_bar * (v < lower), None, None, None, 0
+    if lower is None:
+        return y_bar * (v <= upper), None, y_bar * (v > upper), None, None, 0
+    below, above = (v < lower) & (lower < upper), (v > upper) | (upper < lower)
+    return y_bar * ((v >= lower) & (v <= upper)), y_bar * below, y_bar * above, None, None, 0

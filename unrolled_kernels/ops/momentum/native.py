@@ -5,19 +5,19 @@ from unrolled_kernels.ops import common
 from unrolled_kernels.ops.momentum import manual, reference
 
 
-def fake_forward(matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory):
+def fake_forward(matrix, eigenvalues, observed, b, *rest):
     """Shape and dtype of y."""
+    *_, num_steps, trajectory = rest
     return b.new_empty((num_steps + 1, *b.shape) if trajectory else b.shape)
 
 
-def fake_backward(
-    grad_y, matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, num_steps, trajectory, needs
-):
+def fake_backward(grad_y, matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, *rest):
     """Shapes and dtypes of the gradients."""
-    schedule = (step_sizes, momentum, extrapolation, mu)
+    *prox, _, _, needs = rest
+    compute = (step_sizes, momentum, extrapolation, mu, *prox)
     return (
         *common.fake_gradients((matrix, eigenvalues, observed, b, y0), needs, like=b),
-        *common.fake_gradients(schedule, needs >> 5, like=step_sizes),
+        *common.fake_gradients(compute, needs >> 5, like=step_sizes),
     )
 
 
@@ -32,7 +32,7 @@ class Cuda:
     @staticmethod
     @manual.with_nesterov
     def backward(*arguments):
-        return backward(*arguments[:9], None, *arguments[9:])[:8]
+        return backward(*arguments[:9], None, *arguments[9:])
 
 
 forward = backward = None  # without the extension

@@ -12,12 +12,14 @@ from unrolled_kernels.ops.momentum import manual, native, reference
 _library = torch.library.Library("unrolled_kernels", "FRAGMENT")
 _library.define(
     "momentum_triton(Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
-    "Tensor? momentum, Tensor? extrapolation, Tensor? mu, SymInt num_steps, bool trajectory) -> Tensor"
+    "Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, "
+    "Tensor? threshold, SymInt num_steps, bool trajectory) -> Tensor"
 )
 _library.define(
     "momentum_triton_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, "
-    "Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, SymInt num_steps, "
-    "bool trajectory, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, "
+    "Tensor? upper, Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -27,15 +29,18 @@ def _kernels(structure):
     return importlib.import_module(f"unrolled_kernels.ops.momentum.triton_{structure}")
 
 
-def _with_columns(y0, *rest):
-    """φ, β, γ of the rest of the arguments as ``[B or 1, num_steps or 1]``, one number too."""
-    schedule = (c if c is None or c.dim() == 2 else c.reshape(1, 1) for c in rest[:3])
-    return (y0, *schedule, *rest[3:])
+def _arguments(rest):
+    """y0, φ, β, γ, num_steps, trajectory; the coefficients as ``[B or 1, num_steps or 1]``, one number too."""
+    y0, *schedule, lower, upper, weight, threshold, num_steps, trajectory = rest
+    if (lower, upper, weight, threshold) != (None,) * 4:
+        raise RuntimeError("unrolled_kernels: the Triton kernels know no proximal map")
+    schedule = (c if c is None or c.dim() == 2 else c.reshape(1, 1) for c in schedule)
+    return y0, *schedule, num_steps, trajectory
 
 
 @reference.with_nesterov
 def _forward(matrix, eigenvalues, observed, b, *rest):
-    rest = _with_columns(*rest)
+    rest = _arguments(rest)
     if eigenvalues is None:
         return _kernels("dense").forward(matrix, b, *rest)
     if matrix is None:
@@ -46,7 +51,7 @@ def _forward(matrix, eigenvalues, observed, b, *rest):
 @manual.with_nesterov
 def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
     *rest, needs = rest
-    coefficients, rest = rest[1:4], _with_columns(*rest)
+    coefficients, rest = rest[1:4], _arguments(rest)
     needs_matrix, needs_eigenvalues, needs_observed, needs_b, needs_y0, *needs_schedule = (
         bool(needs >> i & 1) for i in range(8)
     )
@@ -72,6 +77,7 @@ def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
             g.reshape(c.shape) if needed and c is not None else g.new_empty(0)
             for g, c, needed in zip(d_schedule, coefficients, needs_schedule, strict=True)
         ),
+        *(coefficients[0].new_empty(0) for _ in range(5)),
     )
 
 
