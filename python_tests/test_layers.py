@@ -151,10 +151,10 @@ def test_chebyshev_reaches_its_optimal_factor():
 
 
 def test_fista_momentum_is_the_published_sequence():
-    _, beta, gamma = schedules.fista(4, 1.0)
-    # s = 1, 1.6180, 2.1935, 2.7498, 3.2949
+    _, beta, gamma = schedules.fista(5, 1.0)
+    # s_1 ... s_5 = 1, 1.6180, 2.1935, 2.7498, 3.2949: there is no y_0 - y_(-1) for β_0, and β_1 = (s_1 - 1)/s_2
     torch.testing.assert_close(
-        beta, torch.tensor([0.0, 0.28175, 0.43402, 0.53106], dtype=torch.float64), rtol=1e-4, atol=0
+        beta, torch.tensor([0.0, 0.0, 0.28175, 0.43402, 0.53106], dtype=torch.float64), rtol=1e-4, atol=0
     )
     torch.testing.assert_close(beta, gamma)
 

@@ -30,13 +30,17 @@ def heavy_ball(num_steps: int, step_size: float, momentum: float) -> Schedule:
 
 
 def fista(num_steps: int, step_size: float) -> Schedule:
-    """FISTA's momentum (Beck, Teboulle 2009): β_t = γ_t = (s_t - 1)/s_{t+1}, s_0 = 1, s_{t+1} = (1+√(1+4s_t²))/2."""
-    beta, s = [], 1.0
-    for _ in range(num_steps):
+    """FISTA's momentum: β_t = γ_t = (s_t - 1)/s_{t+1}, s_1 = 1, s_{t+1} = (1+√(1+4s_t²))/2, and β_0 = 0.
+
+    Step t + 1 of Beck, Teboulle (2009), A fast iterative shrinkage-thresholding algorithm, (4.1)-(4.3), starts from
+    y_t + β_t (y_t - y_{t-1}); its first two steps have no momentum.
+    """
+    beta, s = [0.0], 1.0
+    for _ in range(1, num_steps):
         s_next = (1 + math.sqrt(1 + 4 * s * s)) / 2
         beta.append((s - 1) / s_next)
         s = s_next
-    momentum = torch.tensor(beta, dtype=torch.float64)
+    momentum = torch.tensor(beta[:num_steps], dtype=torch.float64)
     return _constant(num_steps, step_size), momentum, momentum.clone()
 
 
