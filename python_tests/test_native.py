@@ -43,14 +43,16 @@ MODES = {
     "thread": ["-fsanitize=thread"],
     # vectors of the size that AVX-512 has, whatever the level
     "wide": ["-DUNROLLED_KERNELS_VECTOR_BYTES=64"],
+    # vectors of 16 bytes in NEON's registers; emulated code is slow enough as it is
+    "aarch64": ["-O1", "-static"],
 }
 FAMILIES = {
     "address": ["momentum", "rnn", "synthetic_training", "learn_to_optimize", "convolution", "large", "huge"],
     "thread": ["large"],
 }
-# compiling is what takes long: the widest instruction set every time, the others in test-slow
+# compiling is what takes long: addresses in the widest instruction set every time, the others and races in test-slow
 SANITIZED = [
-    pytest.param(level, mode, family, marks=[] if level == _levels()[-1] else pytest.mark.slow)
+    pytest.param(level, mode, family, marks=[] if (level, mode) == (_levels()[-1], "address") else pytest.mark.slow)
     for level, mode in [*((level, "address") for level in _levels()), (_levels()[-1], "thread")]
     for family in FAMILIES[mode]
 ]
@@ -80,7 +82,8 @@ def _driver(level, mode):
     headers = [*CSRC.rglob("*.h"), *(NATIVE / "cpu").rglob("*.h")]
     # what takes longest first
     sources = sorted([*CSRC.rglob("cpu/**/*.cpp"), *CSRC.glob("*_cpu.cpp")], key=lambda path: -path.stat().st_size)
-    return compiled(f"cpu-{mode}-{level}", flags, [*sources, NATIVE / "cpu" / "driver.cpp"], headers)
+    compiler = "aarch64-linux-gnu-g++" if mode == "aarch64" else "g++"
+    return compiled(f"cpu-{mode}-{level}", flags, [*sources, NATIVE / "cpu" / "driver.cpp"], headers, compiler)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
@@ -94,23 +97,39 @@ def test_sanitizers(level, mode, family):
     assert int(run.stdout) > 0
 
 
+def _assert_same_sums(family, *builds):
+    """Two builds, each a program that emulates another processor or none, a level and a mode, compute the same."""
+    sums = []
+    for emulator, level, mode in builds:
+        command = [*emulator, _driver(level, mode), family, "sums"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+        rows = [[float(x) for x in line.split()] for line in run.stdout.splitlines()]
+        sums.append(torch.tensor(rows, dtype=torch.float64))
+    one, other = sums
+    assert one.shape == other.shape
+    assert len(one) > 100
+    assert ((one - other)[:, 0].abs() <= 1e-5 * other[:, 1]).all()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 @pytest.mark.skipif("avx2" not in _levels(), reason="this processor has no AVX2")
 @pytest.mark.parametrize("family", ["momentum", "rnn", "large"])
 def test_vectors_of_64_bytes(family):
     """What is compiled for AVX-512 but its instructions runs on any machine with AVX2, and computes what AVX2 does."""
+    _assert_same_sums(family, ([], "avx2", "wide"), ([], "avx2", "address"))
 
-    def sums(mode):
-        run = subprocess.run(
-            [_driver("avx2", mode), family, "sums"], capture_output=True, text=True, timeout=600, check=True
-        )
-        return torch.tensor([[float(x) for x in line.split()] for line in run.stdout.splitlines()], dtype=torch.float64)
 
-    wide, narrow = sums("wide"), sums("address")
-    assert wide.shape == narrow.shape
-    assert len(wide) > 100
-    assert ((wide - narrow)[:, 0].abs() <= 1e-5 * narrow[:, 1]).all()
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None or shutil.which("qemu-aarch64") is None,
+    reason="Debian's g++-aarch64-linux-gnu and qemu-user are not installed",
+)
+@pytest.mark.parametrize("family", ["momentum", "rnn", "convolution"])
+def test_aarch64(family):
+    """The portable level, compiled for another processor and run by an emulator of it, computes what x86-64 does."""
+    _assert_same_sums(family, (["qemu-aarch64"], "baseline", "aarch64"), ([], "baseline", "address"))
 
 
 # the extension, in processes of their own: a fault or a hang ends them and not the tests

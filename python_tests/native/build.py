@@ -34,14 +34,14 @@ def cached(name, command, sources):
     return output, log.read_text()
 
 
-def compiled(name, flags, sources, headers):
-    """The program that g++ makes of ``sources``, which include ``headers``."""
+def compiled(name, flags, sources, headers, compiler="g++"):
+    """The program that a compiler makes of ``sources``, which include ``headers``."""
 
     def compile_source(source):
-        command = lambda output: ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
+        command = lambda output: [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
         return cached(f"{name}-{source.stem}", command, [*headers, source])[0]
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_source, sources))
-    command = lambda output: ["g++", *flags, *map(str, objects), "-o", str(output)]
+    command = lambda output: [compiler, *flags, *map(str, objects), "-o", str(output)]
     return cached(name, command, objects)[0]
