@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/interpreter.h"
 #include "cpu/simd/isa.h"
 #include "cpu/momentum_launch.h"
 #include "cpu/rnn_launch.h"
@@ -157,6 +158,7 @@ py::dict kernel_plan(const std::string& structure, int64_t B, int64_t d, int64_t
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of unrolled_kernels.";
+  unrolled_kernels::answer_for_python();
   m.def("build_info", &unrolled_kernels::build_info,
         "Compiler, instruction sets built and in use, CUDA (None if not built), torch target, hash of the sources.");
   m.def("kernel_plan", &unrolled_kernels::kernel_plan, py::arg("structure"), py::arg("B"), py::arg("d"),

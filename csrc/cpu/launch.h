@@ -3,15 +3,19 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
+#include <thread>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "common/host.h"
 #include "common/types.h"
 
 namespace unrolled_kernels {
@@ -20,20 +24,50 @@ struct FreeAligned {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
+// Asks the host about signals, at most every 20 ms and not before the second call.
+class SignalWatch {
+ public:
+  void check() {
+    using namespace std::chrono_literals;
+    if (!host.check_signals) return;
+    const auto now = std::chrono::steady_clock::now();
+    if (next_ == Time{}) next_ = now + 20ms;
+    if (now < next_) return;
+    next_ = now + 20ms;
+    host.check_signals();
+  }
+
+ private:
+  using Time = std::chrono::steady_clock::time_point;
+  Time next_{};
+};
+
 // Calls f(chunk, scratch) for every chunk, with one scratch a thread. A thread takes the next chunk when it is done with
-// one, so that one that is held up takes fewer; results do not depend on who took which.
+// one, so that one that is held up takes fewer; results do not depend on who took which. What one throws ends it for all.
 template <typename F>
 void for_chunks(int64_t chunks, size_t scratch_bytes, const F& f) {
   const int64_t threads = std::min<int64_t>(chunks, torch::stable::get_num_threads());
+  const std::thread::id caller = std::this_thread::get_id();
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const std::unique_ptr<void, FreeAligned> scratch(::operator new(scratch_bytes, std::align_val_t(64)));
-    while (true) {
-      const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= chunks) return;
-      f(chunk, scratch.get());
+    const bool is_caller = std::this_thread::get_id() == caller;
+    SignalWatch signals;
+    try {
+      const std::unique_ptr<void, FreeAligned> scratch(::operator new(scratch_bytes, std::align_val_t(64)));
+      while (true) {
+        const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= chunks) return;
+        if (is_caller && chunk > 0) signals.check();
+        f(chunk, scratch.get());
+      }
+    } catch (...) {
+      next = chunks;
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 // Calls f(chunk, begin, end, scratch) for every chunk of a plan, which takes the tiles from `begin` to `end`.
