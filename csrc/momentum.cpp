@@ -158,7 +158,7 @@ struct Arguments {
                     ": expected [B or 1, num_steps or 1] or one number");
     // an expanded dimension has a gradient for each entry, so it must not pass for a shared one
     const bool expanded = (x.size(0) > 1 && x.stride(0) == 0) || (x.size(1) > 1 && x.stride(1) == 0);
-    if (expanded) x = torch::stable::contiguous(x);
+    if (expanded) x = as_contiguous(x);
   }
   template <typename Storage>
   static Rows<compute_type<Storage>> rows(const OptionalTensor& x) {
@@ -217,7 +217,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   STD_TORCH_CHECK(
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
       "grad_y: expected the shape and dtype of y");
-  if (!grad_y.is_contiguous()) grad_y = torch::stable::contiguous(grad_y);
+  if (!grad_y.is_contiguous()) grad_y = as_contiguous(grad_y);
 
   const auto nothing = [&](ScalarType type) { return allocate(b, type, {0}); };
   const auto rows = [&](bool needed) {

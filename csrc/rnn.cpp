@@ -86,8 +86,8 @@ struct Arguments {
     packed = allocate(b, compute, {size});
     int64_t first = 0;
     for (const Tensor& W : weights) {
-      const Tensor contiguous = W.is_contiguous() ? W : torch::stable::contiguous(W);
-      copy_elements(contiguous, 0, *packed, first, W.numel(), compute_size());
+      const Tensor whole = W.is_contiguous() ? W : as_contiguous(W);
+      copy_elements(whole, 0, *packed, first, W.numel(), compute_size());
       first += W.numel();
     }
   }
@@ -176,7 +176,7 @@ Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eige
   STD_TORCH_CHECK(
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
       "grad_y: expected the shape and dtype of y");
-  if (!grad_y.is_contiguous()) grad_y = torch::stable::contiguous(grad_y);
+  if (!grad_y.is_contiguous()) grad_y = as_contiguous(grad_y);
 
   const auto nothing = [&] { return allocate(b, args.storage, {0}); };
   const auto rows = [&](bool needed) { return needed ? allocate(b, args.storage, {args.B, args.d}) : nothing(); };

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <initializer_list>
+#include <new>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +13,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/macros/Macros.h>
 
+#include "common/host.h"
 #include "common/types.h"
+
+// The text of the last error behind the stable ABI, which torch keeps from 2.13 on; an older one lacks the symbol.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace unrolled_kernels {
 
@@ -21,17 +28,48 @@ using OptionalTensor = std::optional<Tensor>;
 // Calls f(Storage()) for the storage type of a tensor.
 template <typename F>
 void dispatch_storage(ScalarType type, F f) {
-  switch (type) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::Half: return f(half());
-    case ScalarType::BFloat16: return f(bfloat16());
-    default: STD_TORCH_CHECK(false, "unrolled_kernels: no kernels for dtype ", torch::headeronly::toString(type));
+  try {
+    switch (type) {
+      case ScalarType::Float: return f(float());
+      case ScalarType::Double: return f(double());
+      case ScalarType::Half: return f(half());
+      case ScalarType::BFloat16: return f(bfloat16());
+      default: STD_TORCH_CHECK(false, "unrolled_kernels: no kernels for dtype ", torch::headeronly::toString(type));
+    }
+  } catch (const std::bad_alloc&) {
+    // of scratch; in the words of torch's own allocator, which programs look for
+    throw std::runtime_error(
+        "DefaultCPUAllocator: can't allocate memory: there is too little for the kernel's scratch");
   }
+}
+
+inline size_t element_size(ScalarType type) {
+  return type == ScalarType::Double ? sizeof(double) : type == ScalarType::Float ? sizeof(float) : sizeof(half);
 }
 
 inline ScalarType compute_scalar_type(ScalarType storage) {
   return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Throws the error of torch behind a call that failed, with its text, or with `otherwise` where torch does not keep it.
+[[noreturn]] inline void throw_torch_error(const std::string& otherwise) {
+  const auto what = &torch_exception_get_what_without_backtrace;
+  const std::string message = what ? what() : otherwise;
+  // "CUDA out of memory. Tried to allocate"; that of a CPU is an ordinary RuntimeError in torch too
+  if (host.out_of_memory && message.find("out of memory") != std::string::npos) host.out_of_memory(message.c_str());
+  throw std::runtime_error(message);
+}
+
+inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, size_t bytes,
+                            int32_t device_type, int32_t device_index) {
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle) != TORCH_SUCCESS) {
+    const bool cpu = device_type == aoti_torch_device_type_cpu();
+    const char* const text = cpu ? "DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                                 : "CUDA out of memory. Tried to allocate ";
+    throw_torch_error(text + std::to_string(bytes) + " bytes");
+  }
+  return Tensor(handle);
 }
 
 // An uninitialised contiguous tensor on the device of `like`, without the detour through the dispatcher.
@@ -47,10 +85,16 @@ inline Tensor allocate(const Tensor& like, ScalarType type, std::initializer_lis
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                                                  device_type, device_index, &handle));
-  return Tensor(handle);
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, stride * element_size(type),
+                       device_type, device_index);
+}
+
+inline Tensor as_contiguous(const Tensor& x) {
+  try {
+    return torch::stable::contiguous(x);
+  } catch (const std::runtime_error& error) {
+    throw_torch_error(error.what());
+  }
 }
 
 // Copies x unless every sample is contiguous and the batch is not expanded. A size of 1 is a shared sample.
@@ -59,17 +103,18 @@ inline void make_samples_contiguous(Tensor& x) {
   int64_t expected = 1;
   bool contiguous = sizes[0] <= 1 || strides[0] != 0;
   for (size_t i = sizes.size(); i-- > 1; expected *= sizes[i]) contiguous &= sizes[i] == 1 || strides[i] == expected;
-  if (!contiguous) x = torch::stable::contiguous(x);
+  if (!contiguous) x = as_contiguous(x);
 }
 
-// The same, but an expanded batch is left as it is: samples that are the same in memory are read, not written.
+// Copies x unless rows are contiguous. An expanded batch is left as it is: rows that are the same in memory are read, not
+// written.
 inline void make_rows_contiguous(Tensor& x) {
-  if (x.size(1) != 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
+  if (x.size(1) != 1 && x.stride(1) != 1) x = as_contiguous(x);
 }
 
 inline Tensor negative(const Tensor& x) {
   StableIValue stack[] = {torch::stable::detail::from(x)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", stack, TORCH_ABI_VERSION));
+  if (torch_call_dispatcher("aten::neg", "", stack, TORCH_ABI_VERSION) != TORCH_SUCCESS) throw_torch_error("aten::neg");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -29,10 +29,7 @@ inline void* current_stream(int32_t device) {
 // kernels that use them are still to run.
 inline Tensor allocate_workspace(size_t bytes, int32_t device) {
   const int64_t size = static_cast<int64_t>(bytes), stride = 1;
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                  aoti_torch_device_type_cuda(), device, &handle));
-  return Tensor(handle);
+  return empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), bytes, aoti_torch_device_type_cuda(), device);
 }
 
 inline void check(const char* error) {
