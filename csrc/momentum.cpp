@@ -55,9 +55,11 @@ struct Arguments {
   OptionalTensor beta, gamma, mu, lower, upper, weight, threshold;
   int64_t k;
   bool trajectory;
+  bool needs_matrix = false;
   // what check() finds
   Structure structure{};
   Prox prox{};
+  MatrixLayout layout{};
   int64_t B = 0, d = 0;
   ScalarType storage{}, compute{};
 
@@ -77,7 +79,7 @@ struct Arguments {
                           matrix->size(2) == d,
                       "matrix: expected [B or 1, d, d]");
       check_type("matrix", *matrix, storage);
-      make_samples_contiguous(*matrix);
+      layout = prepare_matrix(*matrix, needs_matrix);
     }
     check_rows("b", b);
     if (eigenvalues) check_rows("eigenvalues", *eigenvalues);
@@ -124,6 +126,8 @@ struct Arguments {
     p.upper = rows<Storage>(upper);
     p.weight = rows<Storage>(weight);
     p.threshold = coefficient<Storage>(threshold);
+    p.transposed = layout.transposed;
+    p.separate = layout.separate;
     p.trajectory = trajectory;
   }
 
@@ -211,8 +215,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
                             OptionalTensor extrapolation, OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
                             OptionalTensor weight, OptionalTensor threshold, int64_t num_steps, bool trajectory,
                             int64_t needs) {
-  Arguments args{matrix, eigenvalues, observed, b,      y0,        step_sizes, momentum,  extrapolation,
-                 mu,     lower,       upper,    weight, threshold, num_steps,  trajectory};
+  Arguments args{matrix, eigenvalues, observed, b,      y0,        step_sizes, momentum,   extrapolation,
+                 mu,     lower,       upper,    weight, threshold, num_steps,  trajectory, (needs & need_matrix) != 0};
   args.check();
   STD_TORCH_CHECK(
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,

@@ -75,6 +75,9 @@ struct MomentumInputs {
   Rows<Compute> lower, upper;      // box: one or both
   Rows<Compute> weight;            // l1; what is below zero counts as zero
   Coefficient<Compute> threshold;  // soft_threshold; what is below zero counts as zero
+  // CPU only. transposed: each sample is the transpose of its matrix; not where one serves the batch. separate: one
+  // matrix serves the batch, and yet each sample has a gradient of its own.
+  bool transposed, separate;
   bool trajectory;  // outputs (and their cotangents) are y_0 ... y_k, [k+1, B, d], instead of y_k, [B, d]
 };
 
@@ -88,7 +91,7 @@ template <typename Storage>
 struct MomentumBackward : MomentumInputs<Storage> {
   using Compute = compute_type<Storage>;
   const Storage* grad_y;   // shape of y, contiguous
-  Storage* d_matrix;       // [B, d, d]; [1, d, d], summed over the batch, where matrix_stride is 0
+  Storage* d_matrix;       // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
   Storage* d_eigenvalues;  // [B, d], also where eigenvalues_stride is 0. tikhonov: df
   Storage* db;             // [B, d], also where b_stride is 0. tikhonov: dg = -dx
   Storage* dy0;            // [B, d], also where y0 is nullptr

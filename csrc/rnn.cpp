@@ -55,7 +55,9 @@ struct Arguments {
   const std::vector<Tensor>& weights;
   int64_t k;
   bool trajectory;
+  bool needs_matrix = false;
   // what check() finds
+  MatrixLayout layout{};
   int64_t B = 0, d = 0;
   ScalarType storage{}, compute{};
   std::vector<std::pair<int64_t, int64_t>> weight_sizes{};  // rows and columns of W1, W2, W^2 ... W^L, V
@@ -78,7 +80,7 @@ struct Arguments {
       STD_TORCH_CHECK(matrix->dim() == 3 && (matrix->size(0) == B || matrix->size(0) == 1) && matrix->size(1) == d &&
                           matrix->size(2) == d && matrix->scalar_type() == storage,
                       "matrix: expected [B or 1, d, d] in the dtype of b");
-      make_samples_contiguous(*matrix);
+      layout = prepare_matrix(*matrix, needs_matrix);
     }
     check_weights();
     int64_t size = 0;
@@ -110,6 +112,8 @@ struct Arguments {
     p.b_stride = batch_stride(b);
     p.y0 = y0 ? data<Storage>(*y0) : nullptr;
     p.y0_stride = y0 ? batch_stride(*y0) : 0;
+    p.transposed = layout.transposed;
+    p.separate = layout.separate;
     p.trajectory = trajectory;
   }
 
@@ -171,7 +175,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>
 
 Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eigenvalues, Tensor b, OptionalTensor y0,
                        std::vector<Tensor> weights, int64_t num_steps, bool trajectory, int64_t needs) {
-  Arguments args{matrix, eigenvalues, b, y0, weights, num_steps, trajectory};
+  Arguments args{matrix, eigenvalues, b, y0, weights, num_steps, trajectory, (needs & need_matrix) != 0};
   args.check();
   STD_TORCH_CHECK(
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,

@@ -43,6 +43,9 @@ struct RnnInputs {
   int64_t b_stride;            // 0: shared
   const Storage* y0;           // rows [d], contiguous; nullptr: y_0 = 0
   int64_t y0_stride;
+  // CPU only. transposed: each sample is the transpose of its matrix; not where one serves the batch. separate: one
+  // matrix serves the batch, and yet each sample has a gradient of its own.
+  bool transposed, separate;
   bool trajectory;  // outputs (and their cotangents) are y_0 ... y_k, [k+1, B, d], not y_k, [B, d]
 };
 
@@ -56,7 +59,7 @@ template <typename Storage>
 struct RnnBackward : RnnInputs<Storage> {
   using Compute = compute_type<Storage>;
   const Storage* grad_y;   // shape of y, contiguous
-  Storage* d_matrix;       // [B, d, d]; [1, d, d], summed over the batch, where matrix_stride is 0
+  Storage* d_matrix;       // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
   Storage* d_eigenvalues;  // [B, d], also where eigenvalues_stride is 0
   Storage* db;             // [B, d], also where b_stride is 0
   Storage* dy0;            // [B, d], also where y0 is nullptr

@@ -9,9 +9,12 @@ import ctypes
 import itertools
 import mmap
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -169,14 +172,16 @@ def _guarded(x, at_end):
 def _touch_guards():
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     sizes = ((1, 1), (3, 5), (9, 7), (17, 3), (5, 17), (2, 33), (1, 66))
-    for structure, dtype, (B, d), at_end, shared in itertools.product(
-        STRUCTURES, dtypes, sizes, (True, False), (True, False)
+    for structure, dtype, (B, d), at_end, matrices in itertools.product(
+        STRUCTURES, dtypes, sizes, (True, False), ("shared", "own", "transposed")
     ):
-        leaves, make_Q, b = random_quadratic(structure, (B,), d, shared=shared, dtype=dtype)
+        leaves, make_Q, b = random_quadratic(structure, (B,), d, shared=matrices == "shared", dtype=dtype)
         y0, g = torch.randn(2, B, d).to(dtype)
         phi, beta = torch.rand(2, B, 3, dtype=torch.promote_types(dtype, torch.float32))
         inputs = [_guarded(x, at_end).requires_grad_() for x in (*leaves, b, y0, phi, beta)]
         *parts, b, y0, phi, beta = inputs
+        if matrices == "transposed":
+            parts = [x.mT if x.dim() == 3 else x for x in parts]
         y = F.momentum(make_Q(*parts), b, phi, beta, beta, 3, y0=y0, backend="cpu")
         torch.autograd.grad(y, inputs, _guarded(g, at_end))
         if structure in ("dense", "diagonal"):
@@ -190,6 +195,113 @@ def _touch_guards():
 @pytest.mark.parametrize("level", _levels())
 def test_nothing_beside_a_tensor_is_read(level):
     _python("_touch_guards()", UNROLLED_KERNELS_CPU_ISA=level)
+
+
+def _peak():
+    """The most memory that this process has held, in bytes."""
+    # not ru_maxrss, which a new process has from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def _read_where_they_are(kind, layout):
+    B, d = 16_000, 64
+    matrix = torch.randn(B if layout == "transposed" else 1, d, d) * 0.05
+    matrix = matrix.mT if layout == "transposed" else matrix.expand(B, d, d)
+    b, size = torch.randn(B, d), 4 * matrix.numel()
+    weights = [0.1 * torch.randn(*s) for s in ((4, d), (4, d), (d, 4))]
+    calls = {
+        "dense": lambda: F.nesterov(matrix, b, 0.3, 0.1, 3),
+        "spectral": lambda: F.nesterov(uk.Spectral(torch.rand(d), matrix), b, 0.3, 0.1, 3),
+        "rnn": lambda: F.rnn(matrix, b, (*weights[:2], [], weights[2]), 3),
+    }
+    before = _peak()
+    calls[kind]()
+    b.requires_grad_()
+    calls[kind]().sum().backward()
+    held = _peak() - before
+    assert held < size / 3, f"{held / 1e6:.0f} MB"
+    # a gradient of each sample's matrix, and nothing else of that size
+    matrix.requires_grad_()
+    calls[kind]().sum().backward()
+    held = _peak() - before
+    assert size < held < 1.4 * size, f"{held / 1e6:.0f} MB"
+
+
+@needs_extension
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+@pytest.mark.parametrize("kind", ["dense", "spectral", "rnn"])
+def test_matrices_are_read_where_they_are(kind, layout):
+    """No copy of what is expanded or transposed, 262 MB here."""
+    _python(f"_read_where_they_are({kind!r}, {layout!r})")
+
+
+def _out_of_memory():
+    Q, b, k = torch.eye(1), torch.ones(1, requires_grad=True), 2**44
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(k + 1)
+    trajectory = lambda b: F.gradient_descent(Q, b, 0.3, k, return_trajectory=True)
+    calls = [
+        lambda: trajectory(b),
+        lambda: F.gradient_descent(uk.Diagonal(Q[0]), b, 0.3, k, return_trajectory=True),
+        lambda: F.gradient_descent(uk.Spectral(Q[0], Q), b, 0.3, k, return_trajectory=True),
+        lambda: F.rnn(Q, b, (Q, Q, [], Q), k, return_trajectory=True),
+    ]
+    keeps_the_text = torch.__version__ >= "2.13"
+    for call in calls:
+        with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory: you tried to") as error:
+            call()
+        assert type(error.value) is type(of_torch.value)
+        if keeps_the_text:
+            assert str(error.value) == str(of_torch.value)
+    # of the scratch of a kernel
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
+        F.momentum(Q, b, torch.ones(()).expand(k), 0.1, 0.1, k)
+
+
+@needs_extension
+def test_memory_that_runs_out_is_reported_as_torch_does():
+    """In the words that accelerate and others look for, to go on with a smaller batch."""
+    _python("_out_of_memory()")
+
+
+def _interrupt(kind):
+    torch.set_num_threads(2)
+    B, d = 8000, 32
+    Q, b = 0.5 * torch.eye(d).repeat(B, 1, 1), torch.randn(B, d)
+    weights = [0.1 * torch.randn(*s) for s in ((20, d), (20, d), (d, 20))]
+    leaf = b.clone().requires_grad_()
+    # each takes five seconds or more, on two idle cores
+    calls = {
+        "dense": lambda: F.gradient_descent(Q, b, 0.3, 50_000),
+        "shared": lambda: F.gradient_descent(Q[0], b, 0.3, 50_000),
+        "diagonal": lambda: F.gradient_descent(uk.Diagonal(torch.rand(B, d)), b, 0.3, 500_000),
+        "rnn": lambda: F.rnn(Q[0], b, (*weights[:2], [], weights[2]), 50_000),
+        "backward": lambda: F.gradient_descent(Q, leaf, 0.3, 2_000).sum().backward(),
+    }
+    for _ in range(2):
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            calls[kind]()
+        assert time.monotonic() - began < 4
+    # one that goes on, and gets what it would have got
+    seen = []
+    signal.signal(signal.SIGALRM, lambda *_: seen.append(time.monotonic()))
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    y = F.gradient_descent(Q, b, 0.3, 2_000)
+    ended = time.monotonic()
+    assert seen
+    assert seen[0] < ended - 0.1
+    assert torch.equal(y, F.gradient_descent(Q, b, 0.3, 2_000))
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", ["dense", "shared", "diagonal", "rnn", "backward"])
+def test_a_signal_ends_a_long_call(kind):
+    """As Ctrl-C does: the handler runs while the kernel does, and what it raises ends the call."""
+    _python(f"_interrupt({kind!r})")
 
 
 def _gradients(seed):

@@ -97,13 +97,27 @@ inline Tensor as_contiguous(const Tensor& x) {
   }
 }
 
-// Copies x unless every sample is contiguous and the batch is not expanded. A size of 1 is a shared sample.
-inline void make_samples_contiguous(Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  int64_t expected = 1;
-  bool contiguous = sizes[0] <= 1 || strides[0] != 0;
-  for (size_t i = sizes.size(); i-- > 1; expected *= sizes[i]) contiguous &= sizes[i] == 1 || strides[i] == expected;
-  if (!contiguous) x = as_contiguous(x);
+// How the kernels find the matrices of a batch, see MomentumInputs.
+struct MatrixLayout {
+  bool transposed = false, separate = false;
+};
+
+// Brings matrices [B or 1, d, d] to a layout that the kernels read, by a copy only where there is no other way: samples
+// are contiguous, or on a CPU their transposes are. An expanded batch becomes the one matrix that it is; where each
+// sample is to have a gradient, a CPU's kernels still do not need it more than once.
+inline MatrixLayout prepare_matrix(Tensor& x, bool needs_gradient) {
+  const int64_t d = x.size(2);
+  MatrixLayout layout;
+  if (x.size(0) > 1 && x.stride(0) == 0 && (x.is_cpu() || !needs_gradient)) {
+    layout.separate = needs_gradient;
+    x = torch::stable::narrow(x, 0, 0, 1);
+  }
+  const bool repeated = x.size(0) > 1 && x.stride(0) == 0;
+  if (!repeated && (d <= 1 || (x.stride(1) == d && x.stride(2) == 1))) return layout;
+  // one matrix for all is not worth another way of reading it
+  layout.transposed = x.is_cpu() && x.size(0) > 1 && x.stride(1) == 1 && x.stride(2) == d;
+  if (!layout.transposed) x = as_contiguous(x);
+  return layout;
 }
 
 // Copies x unless rows are contiguous. An expanded batch is left as it is: rows that are the same in memory are read, not

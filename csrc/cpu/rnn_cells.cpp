@@ -275,7 +275,8 @@ class Tile {
       // neighbours in a block of rows: columns of Q, rows of Q'
       panel_product<S>(SharedMatrix<C>{transposed ? matrix_ : transposed_, d}, d, Panel<const C>(y), d, end, out);
     } else {
-      const OwnMatrix<C> Q{matrix_, transposed ? W : d * W, transposed ? d * W : W, d * d * W};
+      const bool by_columns = transposed != p_.transposed;
+      const OwnMatrix<C> Q{matrix_, by_columns ? W : d * W, by_columns ? d * W : W, d * d * W};
       panel_product<S>(Q, d, Panel<const C>(y), d, end, out);
     }
   }

@@ -40,6 +40,24 @@ UNROLLED_KERNELS_NOINLINE void load_lanes(const Storage* rows, int64_t stride, i
   }
 }
 
+// out[e step] = element e of `rows`, which lie anywhere; zero for nullptr
+template <typename Storage, typename C = compute_type<Storage>>
+UNROLLED_KERNELS_NOINLINE void load_lanes(const Storage* const* rows, int64_t n, const Storage* end, C* out,
+                                          int64_t step) {
+  constexpr int W = lanes<C>;
+  for (int64_t e = 0; e < n; e += W) {
+    const int64_t valid = min(n - e, W);
+    Vector<C> r[W];
+#pragma GCC unroll 1
+    for (int l = 0; l < W; ++l) r[l] = rows[l] ? load_first(rows[l] + e, valid, end) : Vector<C>{};
+    transpose<C>(r);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) {
+      if (j < valid) store(out + (e + j) * step, r[j]);
+    }
+  }
+}
+
 // The inverse. A vector may reach into the rows behind its own, which are stored later, but never past `end`.
 template <typename Storage, typename C = compute_type<Storage>>
 UNROLLED_KERNELS_NOINLINE void store_lanes(const C* in, int64_t n, int64_t count, Storage* rows, int64_t stride,

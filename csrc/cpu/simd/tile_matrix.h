@@ -33,11 +33,12 @@ class TileMatrix {
     if (p_.matrix_stride == 0 && !first_of_chunk) return;
     const int64_t d = p_.d, elements = d * d, stride = p_.matrix_stride;
     const Storage* matrix = p_.matrix + tile.first * stride;
-    if (in_place()) {
+    if (in_place() && !p_.transposed) {
       data_ = reinterpret_cast<const C*>(matrix);
       return;
     }
     data_ = matrix_;
+    if (p_.transposed) return stage_transposed(tile, first_of_chunk);
     if constexpr (scalars) {
       load_row(matrix, elements, matrix + elements, matrix_);
     } else if constexpr (E == 1) {
@@ -101,6 +102,21 @@ class TileMatrix {
   }
 
  private:
+  // A vector of the image holds, from E rows of each transposed sample, the elements of one column.
+  UNROLLED_KERNELS_NOINLINE void stage_transposed(const Layout<C>& tile, bool first_of_chunk) {
+    const int64_t d = p_.d;
+    const Storage* end = p_.matrix + (p_.B - 1) * p_.matrix_stride + d * d;
+    if (E != 1 && first_of_chunk) fill_zero(matrix_ + d * row_, image_size() - d * row_);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const Storage* rows[W] = {};
+      for (int64_t l = 0; l < tile.count * E; ++l) {
+        const int64_t j = g * E + l % E;
+        if (j < d) rows[l] = p_.matrix + (tile.first + l / E) * p_.matrix_stride + j * d;
+      }
+      load_lanes(rows, d, end, matrix_ + g * W, row_);
+    }
+  }
+
   // rows that need no padding and no conversion are read and written where they are
   bool in_place() const { return E == W && std::is_same_v<Storage, C> && p_.d == groups_ * W; }
   // f(row, elements): the rows, all at once where none is padded

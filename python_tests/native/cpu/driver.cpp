@@ -176,6 +176,8 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
   const int64_t matrices = elementwise ? 0 : shared ? 1 : B;
   const Array<Storage> matrix(matrices * d * d, 0, 0.5 / static_cast<double>(d));
   if (!elementwise) in.matrix = matrix.data(), in.matrix_stride = matrices == 1 ? 0 : d * d;
+  in.transposed = matrices > 1 && flip();
+  in.separate = shared && B > 1 && flip();
 
   // [B, d], or one row for all; the rows of some lie apart
   std::vector<Array<Storage>> rows;
@@ -211,7 +213,7 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
     MomentumBackward<Storage> p{};
     static_cast<MomentumInputs<Storage>&>(p) = in;
     p.grad_y = grad_y.data();
-    if (!elementwise && flip()) outputs.add(p.d_matrix, matrices * d * d);
+    if (!elementwise && flip()) outputs.add(p.d_matrix, (in.separate ? B : matrices) * d * d);
     if (!dense && flip()) outputs.add(p.d_eigenvalues, B * d);
     outputs.add(p.db, B * d);
     outputs.add(p.dy0, B * d);
@@ -235,6 +237,8 @@ void rnn(int kind, int64_t B, int64_t d, int64_t k, std::initializer_list<int64_
   const int64_t matrices = kind == 0 ? B : kind == 1 ? 1 : 0;
   const Array<Storage> matrix(matrices * d * d, 0, 0.5 / static_cast<double>(d));
   if (kind < 2) in.matrix = matrix.data(), in.matrix_stride = matrices == 1 ? 0 : d * d;
+  in.transposed = matrices > 1 && flip();
+  in.separate = kind == 1 && B > 1 && flip();
   const Array<Storage> q(B * d, 0.1, 0.9), b(B * d, 0.1, 0.9), y0(B * d, 0.1, 0.9);
   if (kind == 2) in.eigenvalues = q.data(), in.eigenvalues_stride = B == 1 ? 0 : d;
   in.b = b.data(), in.b_stride = flip() || B == 1 ? 0 : d;
@@ -251,7 +255,7 @@ void rnn(int kind, int64_t B, int64_t d, int64_t k, std::initializer_list<int64_
     RnnBackward<Storage> p{};
     static_cast<RnnInputs<Storage>&>(p) = in;
     p.grad_y = grad_y.data();
-    if (kind < 2 && flip()) outputs.add(p.d_matrix, matrices * d * d);
+    if (kind < 2 && flip()) outputs.add(p.d_matrix, (in.separate ? B : matrices) * d * d);
     if (kind == 2 && flip()) outputs.add(p.d_eigenvalues, B * d);
     outputs.add(p.db, B * d);
     outputs.add(p.dy0, B * d);
