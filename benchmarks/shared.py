@@ -15,7 +15,7 @@ from unrolled_kernels.experiments.timing import in_turns
 from unrolled_kernels.testing import random_quadratic
 
 MODE = "forward+backward"
-SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+SIZES = (8, 16, 17, 24, 32, 64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 10, 100, 1000, 10000)
 _CHECKED_AT_MOST = 5e8  # flops; beyond, a check against float64 takes longer than the timing
 
@@ -38,8 +38,8 @@ class SharedMomentum(Momentum):
 
 
 def steps(B, d):
-    """20 steps, fewer where a call would take minutes."""
-    return max(2, min(20, int(2e11 / (8 * B * d * d))))
+    """20 steps, fewer where a call would take half a second and more."""
+    return max(2, min(20, int(3e10 / (8 * B * d * d))))
 
 
 def main(arguments=None):

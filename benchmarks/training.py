@@ -20,6 +20,7 @@ from unrolled_kernels.experiments.synthetic.data import FIRST_SEED, generate
 from unrolled_kernels.experiments.synthetic.ensemble import Ensemble
 from unrolled_kernels.experiments.synthetic.grid import PRESETS, Training, Trial
 from unrolled_kernels.experiments.timing import in_turns
+from unrolled_kernels.testing import assert_as_close_as_eager
 
 # fmt: off
 COLUMNS = (
@@ -47,6 +48,7 @@ def model_epochs(task, device):
     torch.set_num_threads(1)
     for hidden in (0, 16, 32):
         trials = [Trial(hidden, "adam", name, k, FIRST_SEED, 1e-2) for k in depths for name in ("gd", "nag")]
+        check_epoch(task, trials)
         calls, ensembles = {}, {}
         for backend in ("eager", "auto"):
             ensembles[backend] = ensemble = Ensemble(task, trials, Training(epochs=0))
@@ -74,6 +76,17 @@ def model_epochs(task, device):
             "percent_of_roof": f"{100 * flops / max(peaks) / fused:.1f}",
         }
     torch.set_num_threads(threads)
+
+
+def check_epoch(task, trials):
+    """What is timed is right: the training losses after one epoch are as close to float64's as the eager loop's."""
+    losses = {}
+    for backend, dtype in (("auto", torch.float32), ("eager", torch.float64), ("eager", torch.float32)):
+        with use_backend(backend):
+            ensemble = Ensemble(task.to(dtype), trials, Training(epochs=0))
+            ensemble.train(ensemble.minibatch_orders(0)[:1])
+            losses[backend, dtype] = ensemble.training_loss()
+    assert_as_close_as_eager(*losses.values(), what="training losses after one epoch")
 
 
 def measure(device, directory=None):

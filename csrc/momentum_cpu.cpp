@@ -60,11 +60,12 @@ class SharedMomentum {
   void run(const MomentumBackward<Storage>& p, double* schedule, int64_t size) const {
     // without steps there are no terms, but still a row of z
     const int64_t sample_size = std::max<int64_t>(plan_.terms, 1) * plan_.row;
-    const int64_t slab = std::min(plan_.slab_tiles * plan_.tile_rows, p.B) * sample_size;
+    const int64_t slab_tiles = std::max<int64_t>(plan_.slab_tiles, torch::stable::get_num_threads());
+    const int64_t slab = std::min(slab_tiles * plan_.tile_rows, p.B) * sample_size;
     const auto a = allocate_aligned<C>(slab), z = allocate_aligned<C>(slab);
     const auto sum = allocate_aligned<C>(p.d_matrix ? p.d * plan_.row : 0);
-    for (int64_t first = 0; first < plan_.tiles; first += plan_.slab_tiles) {
-      std::vector<SharedMomentumTile<C>> tiles(std::min(plan_.slab_tiles, plan_.tiles - first));
+    for (int64_t first = 0; first < plan_.tiles; first += slab_tiles) {
+      std::vector<SharedMomentumTile<C>> tiles(std::min(slab_tiles, plan_.tiles - first));
       for (size_t i = 0; i < tiles.size(); ++i) {
         auto& tile = tiles[i] = this->tile(p, first + i);
         const int64_t offset = (tile.begin - tiles[0].begin) * sample_size;
@@ -79,7 +80,7 @@ class SharedMomentum {
       if (!p.d_matrix) continue;
       // rows of dQ: many where its factors come from far away
       const int64_t panels = std::max<int64_t>(1, (p.d < 512 ? 32 : 128) / plan_.lanes);
-      const bool last = first + plan_.slab_tiles >= plan_.tiles;
+      const bool last = first + slab_tiles >= plan_.tiles;
       for_chunks((plan_.panels + panels - 1) / panels, 0, [&](int64_t i, void*) {
         kernels_.outer(p, plan_, tiles.data(), tiles.size(), i * panels, std::min((i + 1) * panels, plan_.panels),
                        first > 0, last, sum.get());

@@ -1,6 +1,7 @@
 """What the benchmarks rest on: peers that compute the same, a roof that nothing exceeds, and a report of their rows."""
 
 import dataclasses
+import math
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,10 @@ import torch
 
 pytest.importorskip("pandas")
 
+import pandas as pd
+
 from benchmarks import figures, momentum, peers, report, rnn, roofs, suite
+from unrolled_kernels import _backend
 from unrolled_kernels.experiments.timing import in_turns
 from unrolled_kernels.testing import STRUCTURES
 
@@ -63,6 +67,27 @@ def test_a_wrong_peer_is_not_timed(name, what):
     suite.check(case, "cpu", ["right"])
     with pytest.raises(AssertionError, match=f"{name} k=4: {what}"):
         suite.check(case, "cpu", [name])
+
+
+RECORDED = sorted((ROOT / "benchmarks" / "results").glob("c*/*.csv"))
+
+
+@pytest.mark.parametrize("file", RECORDED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_auto_takes_no_path_that_was_slower(file):
+    """No recorded row has the eager loop before the backend that "auto" takes for it."""
+    rows = pd.read_csv(file)
+    if "backend" not in rows:
+        pytest.skip("rows of another kind")
+    device = "cpu" if file.parent.name.startswith("cpu") else "cuda"
+    keys = ["structure", "method", "mode", "dtype", "B", "d", "k"]
+    for key, group in rows.groupby(keys):
+        times = group.set_index("backend").p50_us
+        case = dict(zip(keys, key, strict=True))
+        products = file.stem.startswith("shared_dense") and min(case["B"], case["d"]) > 128
+        taken = next((name for name in _backend.AUTO[device, products] if name in times), "eager")
+        assert times[taken] <= times.get("eager", math.inf), (
+            f"{case}: {taken} {times[taken]} µs, eager {times.eager} µs"
+        )
 
 
 def test_rows_of_a_case(one_thread):

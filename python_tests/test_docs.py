@@ -191,6 +191,24 @@ def test_benchmarks_run_as_the_readme_says(tmp_path):
         assert ("(NOW)" in result.stdout) == (i == 1), result.stdout
 
 
+def test_transcript_of_the_first_ten_minutes(tmp_path):
+    """Each command prints what the page shows; ``…`` is anything, several lines where it stands alone."""
+    pytest.importorskip("pandas")
+    if "cpu" not in uk.available_backends():
+        pytest.skip("the extension is not built")
+    page = (ROOT / "docs/quick_start.md").read_text(encoding="utf-8")
+    (transcript,) = (block.code for block in blocks(page) if block.language == "console")
+    for turn in re.split(r"^\$ ", transcript, flags=re.MULTILINE)[1:]:
+        command, _, shown = turn.partition("\n")
+        result = literally(
+            command.replace("unrolled-kernels", "python -m unrolled_kernels.experiments.cli", 1), tmp_path
+        )
+        errors = [line for line in result.stderr.split("\n") if line.startswith("unrolled-kernels")]
+        printed = result.stdout + "".join(f"{line}\n" for line in errors)
+        pattern = re.escape(shown.strip("\n")).replace("\\\n…\\\n", r"\n(?:.*\n)*").replace("…", ".*")
+        assert re.fullmatch(pattern, printed.strip("\n")), f"$ {command}\n{printed}\n{result.stderr}"
+
+
 SHORT = ["python -m unrolled_kernels.info", "python -m benchmarks.momentum --help", "python -m benchmarks.freshness"]
 MODULES = ["compare", "roofs", "scaling", "training"]  # those of the ops share a parser, which SHORT calls
 

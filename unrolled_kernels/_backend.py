@@ -114,9 +114,9 @@ def check_name(name):
 
 
 # What "auto" takes, by device and by whether the steps are products of one large matrix with many vectors: the first
-# that is available, else eager. On a CPU by benchmarks/results/cpu-*. On a GPU by what the kernels issue, nothing being
-# measured yet: beyond d = 128 a block reads Q from L2 at each step, where a library's product takes it once for a
-# hundred samples.
+# that is available, else eager. No row of benchmarks/results has the eager loop before it (test_benchmarks.py). On a
+# GPU by what the kernels issue, nothing being measured yet: beyond d = 128 a block reads Q from L2 at each step, where
+# a library's product takes it once for a hundred samples.
 AUTO = {
     ("cpu", False): ("cpu",),
     ("cpu", True): ("cpu",),

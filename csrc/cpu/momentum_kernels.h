@@ -52,7 +52,7 @@ struct SharedMomentumPlan : MomentumPlan {
   int64_t panels, row;  // it is packed as [panels, d, lanes], a state takes `row` elements
   int64_t terms;        // of a sample in the sum that is the matrix' gradient
   int64_t tile_rows;    // samples of the largest tile
-  int64_t slab_tiles;   // tiles whose terms are in memory at once
+  int64_t slab_tiles;  // tiles whose terms fit the second-level cache; sums do not depend on how many are taken at once
 };
 
 template <typename Compute>
@@ -79,11 +79,12 @@ struct SharedMomentumKernels {
                 int64_t count, int64_t begin, int64_t end, bool accumulate, bool last, Compute* sum);
 };
 
-// Whether these kernels take the problem: with smaller matrices, samples in lanes need no packing. An empty batch has no
-// rows.
+// Whether these kernels take the problem. Samples in lanes need no packing and leave no lane empty that belongs to a d,
+// so that they are faster with small matrices where there are samples enough. An empty batch has no rows.
 template <typename Storage>
 bool is_shared(Structure structure, const MomentumInputs<Storage>& p) {
-  return structure != Structure::diagonal && shares_matrix(p) && p.B > 0 && p.d > 16;
+  if (structure == Structure::diagonal || !shares_matrix(p) || p.B == 0) return false;
+  return p.d > (structure == Structure::dense && p.B >= 32 ? 40 : 16);
 }
 
 #define UNROLLED_KERNELS_DECLARE(isa)                        \

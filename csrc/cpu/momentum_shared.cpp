@@ -373,7 +373,7 @@ SharedMomentumPlan shared_plan(const MomentumInputs<Storage>& p, int64_t terms) 
   plan.tiles = plan.chunks = ceil_div(p.B, rows);
   plan.tile_rows = ceil_div(p.B, max(plan.tiles, 1));
   const int64_t tile_bytes = 2 * plan.tile_rows * terms * plan.row * static_cast<int64_t>(sizeof(C));
-  plan.slab_tiles = max(8, (int64_t(16) << 20) / max(tile_bytes, 1));
+  plan.slab_tiles = max(1, (int64_t(1) << 20) / max(tile_bytes, 1));
   return plan;
 }
 
