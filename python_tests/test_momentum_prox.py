@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import problems
 import pytest
@@ -178,6 +180,36 @@ def test_fixed_points_are_solutions(backend):
     assert (y == 0).any()
 
 
+def test_solutions_are_those_of_a_solver_of_quadratic_programs():
+    quadprog = pytest.importorskip("quadprog")
+    (Q,), _, b = random_quadratic("dense", (8,), 12, dtype=torch.float64)
+    lower, upper = torch.full((12,), -0.5, dtype=torch.float64), torch.linspace(0.1, 1, 12, dtype=torch.float64)
+    y = F.nesterov(Q, 3 * b, 1.0, 0.1, 500, prox=Box(lower, upper))
+    assert ((y == lower) | (y == upper)).any()
+    eye = torch.eye(12, dtype=torch.float64)
+    constraints = torch.cat([eye, -eye], 1).numpy(), torch.cat([lower, -upper]).numpy()
+    for Q_i, b_i, y_i in zip(Q, b, y, strict=True):
+        expected = torch.from_numpy(quadprog.solve_qp(Q_i.numpy(), -3 * b_i.numpy(), *constraints)[0])
+        torch.testing.assert_close(y_i, expected, rtol=0, atol=1e-8)
+
+
+def test_solutions_are_those_of_a_lasso_solver():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(0)
+    X, target = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((40, 20), (40,)))
+    Q, b = X.mT @ X / 40, -X.mT @ target / 40
+    solver = linear_model.Lasso(alpha=0.05, fit_intercept=False, tol=1e-14, max_iter=100_000)
+    expected = torch.from_numpy(solver.fit(X.numpy(), target.numpy()).coef_)
+    assert 0 < (expected == 0).sum() < 20
+    step_size = 1 / torch.linalg.matrix_norm(Q, 2).item()
+    for layer in (
+        uk.UnrolledGD(3000, step_size, prox=L1(0.05)),
+        uk.UnrolledNAG(1000, step_size, None, prox=L1(0.05)),
+        uk.UnrolledMomentum.fista(3000, step_size, prox=L1(torch.full((20,), 0.05)), learnable=False),
+    ):
+        torch.testing.assert_close(layer(Q, b), expected, rtol=0, atol=1e-8)
+
+
 def test_a_step_of_every_method_is_the_papers_with_the_map():
     """FISTA as published: y_{t+1} = prox(z_t - φ ∇E(z_t)), z_{t+1} = y_{t+1} + (s_t - 1)/s_{t+1} (y_{t+1} - y_t)."""
     (Q,), _, b = random_quadratic("dense", (4,), 6, dtype=torch.float64)
@@ -250,6 +282,39 @@ def test_refusals():
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] == "cpu"])
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "tikhonov"])
+@maps
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_opcheck(backend, structure, prox, permuted):
+    problem = MomentumProblem(structure, (3,), 5, 4, prox=prox, trajectory=True)
+    operands = [x for n, x in problem.leaves.items() if n.startswith("Q")]
+    names = ("b", "y0", "phi", "beta", "gamma", "mu", "lower", "upper", "weight", "threshold")
+    leaves = {n: x.expand(3, 5) if n == "upper" else x for n, x in problem.leaves.items()}
+    tensors = [*problems.canonical_structure(structure, operands), *(leaves.get(n) for n in names)]
+    turn = lambda x: x if x is None or not permuted else x.mT.contiguous().mT
+    arguments = (*map(turn, tensors), 4, True)
+    grad = turn(problem.normal(5, 3, 5))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.unrolled_kernels.momentum.default, arguments, test_utils=tests)
+    backward = torch.ops.unrolled_kernels.momentum_backward
+    every = backward(grad, *arguments, (1 << 13) - 1)
+    for needs in ((1 << 13) - 1, 0, 1 << 9, 1 << 10 | 1, 1 << 11 | 1 << 3, 1 << 12):
+        torch.library.opcheck(backward.default, (grad, *arguments, needs), test_utils=tests)
+        for i, (g, whole) in enumerate(zip(backward(grad, *arguments, needs), every, strict=True)):
+            assert torch.equal(g, whole if needs >> i & 1 else whole.new_empty(0)), i
+
+
+@pytest.mark.parametrize("example", ["lista", "box_qp"])
+def test_examples(example):
+    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{example}.py"))["main"]
+    if example == "box_qp":
+        assert main(d=8, steps=60, batch=64) < 0.05
+    else:
+        nmse = main(n=60, m=30, num_steps=6, steps=150, batch=64)
+        assert nmse["LISTA"] < nmse["ISTA"] - 2
 
 
 def test_compile_export_and_vmap():

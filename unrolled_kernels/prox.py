@@ -7,8 +7,8 @@ With it the layers solve min 1/2 yᵀQy + bᵀy + g(y): projected gradient desce
 with ``Box``, ISTA and FISTA with ``L1``, LISTA with ``SoftThreshold``. A proximal map is non-expansive, so the stable
 regions of the step sizes stay what they are.
 
-The CPU kernels of ``Diagonal`` and ``Tikhonov`` know these maps. Everything else runs in eager torch with the backward
-by hand: exact, with a memory that does not grow with k, and not fused yet.
+A map is not diagonal in the eigenbasis of a ``Spectral``, which runs as the dense matrix that it is: one product a step
+instead of the two there and back. The CPU kernels know these maps; on a GPU the eager loop takes them.
 """
 
 from dataclasses import dataclass

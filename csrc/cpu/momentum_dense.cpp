@@ -5,7 +5,8 @@
 //     adjoint   s_t for every t, schedule gradients      k products with Q'
 //     outer     dQ = -sum_t phi_t s_{t+1} z_t'           one product over t
 //
-// With one phi for all steps, dphi = -(<sum_t s z', Q> + (sum_t s)'b) falls out of the last pass.
+// With one phi for all steps, dphi = -(<sum_t s z', Q> + (sum_t s)'b) falls out of the last pass, unless a proximal map
+// ends the steps: it takes one product more in the replay, which keeps v_t too.
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -85,13 +86,23 @@ struct Trace {
   bool y0_is_zero, trajectory;
   ScheduleView<C> schedule;
   ScheduleSums<C> sums;
+  Prox prox;
+  ProxRows<C> map;
+  ProxSums<C> map_sums;
+  States<C> v;  // backward
+
+  // of step t
+  UNROLLED_KERNELS_INLINE StepMap<C> step_map(int64_t t, Vector<C> phi) const {
+    return {prox, map, phi, prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{},
+            v.data ? v.at(t) : nullptr};
+  }
 };
 
 // How many tiles take turns is known to the compiler, and their traces are copied to where nothing else can write: what
 // they point to is worked out once and not in every step.
 
 // From y_0 on, `products` of the k steps. k - 1 give every z_t.
-template <bool momentum, int groups, typename Matrix, typename C>
+template <bool momentum, bool proximal, int groups, typename Matrix, typename C>
 UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k,
                                       int64_t products) {
   constexpr int64_t W = lanes<C>;
@@ -105,13 +116,44 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matri
       const auto c = s.schedule.template at<momentum>(t);
       const Vector<C> gamma_next = momentum ? s.schedule.template at<momentum>(min(t + 1, k - 1)).gamma : Vector<C>{};
       const ForwardRows<C> rows{s.b, s.y.at(t), s.m.at(t), s.y.at(t + 1), s.m.at(t + 1), s.z.at(t + 1)};
-      const auto step = [=](int64_t n, Vector<C> Qz) { forward_step<momentum>(rows, c, gamma_next, n * W, Qz); };
+      const auto map = [&] {
+        if constexpr (proximal) {
+          return s.step_map(t, c.phi);
+        } else {
+          return NoMap();
+        }
+      }();
+      const auto step = [=](int64_t n, Vector<C> Qz) { forward_step<momentum>(rows, c, gamma_next, n * W, Qz, map); };
       if (t == 0 && s.y0_is_zero) {
         for (int64_t n = 0; n < matrices[g].size(); ++n) step(n, Vector<C>{});
       } else {
         multiply(matrices[g], static_cast<const C*>(s.z.at(t)), t % 2 != 0, step);
       }
     }
+  }
+}
+
+template <typename Inputs, int groups, typename Matrix, typename C>
+void replay(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t products) {
+  if (p.prox == Prox::none) {
+    p.beta.data ? replay<true, false>(traces, matrices, p.k, products)
+                : replay<false, false>(traces, matrices, p.k, products);
+  } else {
+    p.beta.data ? replay<true, true>(traces, matrices, p.k, products)
+                : replay<false, true>(traces, matrices, p.k, products);
+  }
+}
+
+template <typename C>
+UNROLLED_KERNELS_NOINLINE void adjoint_map(const Trace<C>& trace, int64_t t, Vector<C> phi, int64_t row, C* ybar) {
+  ProxTerms<C> terms;
+  const StepMap<C> map = trace.step_map(t, phi);
+  for (int64_t n = 0; n < row; n += lanes<C>) {
+    adjoint_map(map, trace.map_sums, n, trace.s + (t + 1) * row, ybar, terms);
+  }
+  if (trace.sums.phi) {
+    trace.sums.add_phi(t, -terms.phi);
+    trace.sums.add_threshold(t, -terms.threshold);
   }
 }
 
@@ -127,6 +169,7 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matr
     for (int g = 0; g < groups; ++g) {
       const Trace<C>& trace = traces[g];
       auto c = trace.schedule.template at<momentum>(t);
+      if (per_step && trace.prox != Prox::none) adjoint_map(all[g], t, c.phi, row, momentum ? trace.ybar : nullptr);
       if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
       C* const s = trace.s + (t + 1) * row;
       const AdjointRows<C> rows{trace.b, trace.m.at(t), trace.z.at(t), s, trace.s + t * row, trace.ybar};
@@ -173,7 +216,14 @@ class DenseTile {
         s_(backward ? arena.take<C>((p.k + 1) * row_) : nullptr),
         ybar_(backward ? arena.take<C>(row_) : nullptr),
         db_(backward ? arena.take<C>(row_) : nullptr),
-        dQ_(backward ? arena.take<C>(Q_.image_size()) : nullptr) {}
+        dQ_(backward ? arena.take<C>(Q_.image_size()) : nullptr) {
+    if (p.prox == Prox::none) return;
+    if (backward) v_ = states(arena, keep_all);
+    const auto take = [&](bool present) { return present ? arena.take<C>(row_) : nullptr; };
+    lower_ = take(p.lower.data), upper_ = take(p.upper.data), weight_ = take(p.weight.data);
+    if (!backward) return;
+    map_sums_ = {take(backward->d_lower), take(backward->d_upper), take(backward->d_weight)};
+  }
 
   UNROLLED_KERNELS_NOINLINE void stage(int64_t index, bool first_of_chunk) {
     tile_.first = index * tile_.samples;
@@ -181,6 +231,9 @@ class DenseTile {
     schedule_.stage(tile_, first_of_chunk);
     Q_.stage(tile_, first_of_chunk);
     tile_.load_state(p_.b, p_.b_stride, b_);
+    stage(p_.lower, lower_);
+    stage(p_.upper, upper_);
+    stage(p_.weight, weight_);
     if (p_.y0) {
       tile_.load_state(p_.y0, p_.y0_stride, y_.data);
     } else {
@@ -194,7 +247,20 @@ class DenseTile {
   const TileMatrix<Storage, Layout, Operand>& Q() const { return Q_; }
 
   Trace<C> trace() const {
-    return {b_, y_, m_, z_, s_, ybar_, p_.y0 == nullptr, p_.trajectory, schedule_.view(), gradient_.sums()};
+    return {b_,
+            y_,
+            m_,
+            z_,
+            s_,
+            ybar_,
+            p_.y0 == nullptr,
+            p_.trajectory,
+            schedule_.view(),
+            gradient_.sums(),
+            p_.prox,
+            {lower_, upper_, weight_},
+            map_sums_,
+            v_};
   }
 
   void store_forward(Storage* y) const {
@@ -210,6 +276,9 @@ class DenseTile {
       tile_.load_state(p.grad_y + (p.trajectory ? t * p.B * p.d : 0), p.d, s_ + t * row_);
     }
     copy_vectors(s_ + p.k * row_, row_, ybar_);
+    for (C* sums : {map_sums_.lower, map_sums_.upper, map_sums_.weight}) {
+      if (sums) fill_zero(sums, row_);
+    }
   }
 
   UNROLLED_KERNELS_NOINLINE void store_backward(const MomentumBackward<Storage>& p, bool per_step) {
@@ -240,6 +309,9 @@ class DenseTile {
       gradient_.end_tile(tile_);
     }
     if (p.dy0) tile_.store_state(s_, p.dy0);
+    if (p.d_lower) tile_.store_state(map_sums_.lower, p.d_lower);
+    if (p.d_upper) tile_.store_state(map_sums_.upper, p.d_upper);
+    if (p.d_weight) tile_.store_state(map_sums_.weight, p.d_weight);
   }
 
   void end_chunk(const MomentumChunk<C>& chunk) const {
@@ -253,6 +325,13 @@ class DenseTile {
     return {arena.take<C>(rows * row_), row_, mask};
   }
 
+  void stage(const Rows<C>& x, C* out) const {
+    if (!out) return;
+    if (!x.single) return tile_.load_state(x.data, x.batch_stride, out);
+    const Vector<C> number = tile_.coefficient(x.data, 0);
+    for (int64_t n = 0; n < row_; n += W) store(out + n, number);
+  }
+
   const MomentumInputs<Storage>& p_;
   Layout<C> tile_;
   int64_t row_;  // elements of a state
@@ -262,6 +341,10 @@ class DenseTile {
   C* b_;
   States<C> z_, y_, m_;
   C *s_, *ybar_, *db_, *dQ_;
+  // of a proximal map
+  C *lower_ = nullptr, *upper_ = nullptr, *weight_ = nullptr;
+  ProxSums<C> map_sums_;
+  States<C> v_;
 };
 
 // Tiles that take turns in every step: with few rows one tile alone would wait for its own results.
@@ -333,13 +416,8 @@ class DenseTiles {
     for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
       const int active = static_cast<int>(min(groups_, chunk.end - i));
       for (int g = 0; g < active; ++g) tiles_[g]->stage(i + g, i == chunk.begin);
-      with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
-        if (p.beta.data) {
-          replay<true>(traces, matrices, p.k, p.k);
-        } else {
-          replay<false>(traces, matrices, p.k, p.k);
-        }
-      });
+      with_matrices<C>(first_, second_, active, p.d,
+                       [&](const auto& traces, const auto& matrices) { replay(p, traces, matrices, p.k); });
       for (int g = 0; g < active; ++g) tiles_[g]->store_forward(p.y);
     }
   }
@@ -352,11 +430,10 @@ class DenseTiles {
         tiles_[g]->stage_cotangents(p, i == chunk.begin);
       }
       with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
+        replay(p, traces, matrices, p.prox == Prox::none ? p.k - 1 : p.k);
         if (p.beta.data) {
-          replay<true>(traces, matrices, p.k, p.k - 1);
           per_step ? adjoint<true, true>(traces, matrices, p.k) : adjoint<true, false>(traces, matrices, p.k);
         } else {
-          replay<false>(traces, matrices, p.k, p.k - 1);
           per_step ? adjoint<false, true>(traces, matrices, p.k) : adjoint<false, false>(traces, matrices, p.k);
         }
       });
@@ -372,10 +449,10 @@ class DenseTiles {
   Tile* const tiles_[max_groups] = {&first_, &second_};
 };
 
-// one phi, beta and gamma for all steps, and dQ at hand for dphi
+// one phi, beta and gamma for all steps, and dQ at hand for dphi, which then comes of nothing else
 template <typename Storage>
 bool constant_in_backward(const MomentumBackward<Storage>& p) {
-  return constant_schedule(p) && (p.d_matrix || !p.dphi);
+  return constant_schedule(p) && (p.d_matrix || !p.dphi) && p.prox == Prox::none;
 }
 
 template <typename Storage>

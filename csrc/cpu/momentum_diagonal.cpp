@@ -203,7 +203,7 @@ class DiagonalTiles {
     e.y0 = input(part, p.y0, p.y0_stride, y0_);
     e.y = output(part, p.y, y_);
     e.row = row(part);
-    run_elementwise(e, part.size());
+    run_elementwise<true>(e, part.size());
     for (int64_t t = 0; t <= (p.trajectory ? p.k : 0); ++t) finish(part, y_ + t * row_, p.y + t * p.B * p.d);
   }
 
@@ -213,7 +213,7 @@ class DiagonalTiles {
     set_energy(part, e);
     set_prox(part, e);
     C* const outputs[] = {p.d_lower, p.d_upper, p.d_weight};
-    C** const sums[] = {&e.prox_sums.lower, &e.prox_sums.upper, &e.prox_sums.weight};
+    C** const sums[] = {&e.map_sums.lower, &e.map_sums.upper, &e.map_sums.weight};
     for (int i = 0; i < 3; ++i) {
       if (!outputs[i]) continue;
       fill_zero(bound_sums_[i], part.size() * W);
@@ -228,7 +228,7 @@ class DiagonalTiles {
     e.dy0 = output(part, p.dy0, dy0_);
     e.sums = gradient_.sums();
     e.trace = trace_;
-    run_elementwise(e, part.size());
+    run_elementwise<true>(e, part.size());
     finish_tikhonov(part, e.dlambda);
     finish(part, dq_, p.d_eigenvalues);
     finish(part, db_, p.db);

@@ -36,7 +36,7 @@ struct Elementwise {
   bool momentum, trajectory, traceless;
   bool per_step;  // whether a coefficient varies over steps
   Prox prox;
-  ProxView<C> map;
+  ProxRows<C> map;
   const C *lambda = nullptr, *b = nullptr, *y0 = nullptr;  // y0 may stay nullptr: zeros
   int64_t row = 0;                                         // of y or grad_y
 
@@ -48,10 +48,7 @@ struct Elementwise {
         trajectory(p.trajectory),
         traceless(is_traceless(p)),
         per_step(!constant_schedule(p)),
-        prox(p.prox) {
-    map.threshold = schedule.threshold;
-    map.step = schedule.step;
-  }
+        prox(p.prox) {}
 };
 
 template <typename C>
@@ -66,8 +63,8 @@ struct ElementwiseBackward : Elementwise<C> {
   const C* grad_y = nullptr;
   C *dlambda = nullptr, *db = nullptr, *dy0 = nullptr;  // nullptr: not wanted
   ScheduleSums<C> sums{};
-  ProxSums<C> prox_sums{};  // filled with zeros
-  C* trace = nullptr;       // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
+  ProxSums<C> map_sums{};  // filled with zeros
+  C* trace = nullptr;      // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
 };
 
 // vectors in registers at once
@@ -118,12 +115,13 @@ UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p,
   C* out = p.y + offset;
   for (int64_t t = 0, k = p.k; t < k; ++t) {
     const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
+    const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       if (trajectory) store(out + t * row + n * W, y[n]);
       elementwise_step<momentum, per_step, proximal>(
           c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
-          [&](Vector<C> v) { return proximal_map<prox>(p.map, t, c.phi, offset + n * W, v); });
+          [&](Vector<C> v) { return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v); });
     }
     c = next;
   }
@@ -180,15 +178,16 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     C* trace = p.trace;
     for (int64_t t = 0; t < k; ++t, trace += slots * N * W) {
       const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
+      const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         store(trace + n * W, z[n]);
         if constexpr (momentum) store(trace + (N + n) * W, m[n]);
-        elementwise_step<momentum, per_step, proximal>(c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
-                                                       [&](Vector<C> v) {
-                                                         store(trace + (2 * N + n) * W, v);
-                                                         return proximal_map<prox>(p.map, t, c.phi, offset + n * W, v);
-                                                       });
+        elementwise_step<momentum, per_step, proximal>(
+            c, next.gamma, lambda[n], b[n], y[n], z[n], m[n], [&](Vector<C> v) {
+              store(trace + (2 * N + n) * W, v);
+              return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v);
+            });
       }
       c = next;
     }
@@ -205,13 +204,14 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     trace -= slots * N * W;
     if constexpr (per_step) c = schedule.template at<momentum>(t);
     if (trajectory) cotangent -= row;
-    Vector<C> phi_sum{}, beta_sum{}, gamma_sum{}, threshold_sum{};
+    const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
+    Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
+    ProxTerms<C> terms;
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       if constexpr (proximal) {
         const Vector<C> v = load(trace + (2 * N + n) * W);
-        const Vector<C> a =
-            prox_adjoint<prox>(p.map, p.prox_sums, t, c.phi, offset + n * W, v, s[n], phi_sum, threshold_sum);
+        const Vector<C> a = proximal_adjoint<prox>(p.map, p.map_sums, c.phi, threshold, offset + n * W, v, s[n], terms);
         ybar[n] -= s[n] - a;
         s[n] = a;
       }
@@ -235,9 +235,10 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
       }
     }
     if (per_step && sums.phi) {
+      if constexpr (proximal) phi_sum += terms.phi;
       sums.add_phi(t, -phi_sum);
       sums.template add_momentum<momentum>(t, beta_sum, -gamma_sum);
-      sums.add_threshold(t, -threshold_sum);
+      if constexpr (prox == Prox::soft_threshold) sums.add_threshold(t, -terms.threshold);
     }
   }
   const Vector<C> scale = per_step || k == 0 ? broadcast(C(-1)) : -c.phi;
@@ -314,43 +315,55 @@ UNROLLED_KERNELS_INLINE void for_vectors(int64_t vectors, F f) {
   for (; n < vectors; ++n) f(std::integral_constant<int, 1>(), n * lanes<C>);
 }
 
-template <typename C>
+template <bool may_end_with_prox = false, typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, int64_t vectors) {
   for_vectors<C>(vectors, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
     if (p.traceless) return traceless_forward<n>(p, offset);
-    with_prox(p.prox, [&](auto prox) {
-      constexpr Prox map = decltype(prox)::value;
-      constexpr bool proximal = map != Prox::none;
-      // one form serves all schedules of a proximal map
-      if (p.momentum) {
-        p.per_step || proximal ? elementwise_forward<true, true, map, n>(p, offset)
-                               : elementwise_forward<true, proximal, map, n>(p, offset);
-      } else {
-        p.per_step || proximal ? elementwise_forward<false, true, map, n>(p, offset)
-                               : elementwise_forward<false, proximal, map, n>(p, offset);
+    if constexpr (may_end_with_prox) {
+      if (p.prox != Prox::none) {
+        // one form serves all schedules
+        return with_prox(p.prox, [&](auto prox) {
+          constexpr Prox map = decltype(prox)::value;
+          p.momentum ? elementwise_forward<true, true, map, n>(p, offset)
+                     : elementwise_forward<false, true, map, n>(p, offset);
+        });
       }
-    });
+    }
+    constexpr Prox none = Prox::none;
+    if (p.momentum) {
+      p.per_step ? elementwise_forward<true, true, none, n>(p, offset)
+                 : elementwise_forward<true, false, none, n>(p, offset);
+    } else {
+      p.per_step ? elementwise_forward<false, true, none, n>(p, offset)
+                 : elementwise_forward<false, false, none, n>(p, offset);
+    }
   });
 }
 
-template <typename C>
+template <bool may_end_with_prox = false, typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseBackward<C>& p, int64_t vectors) {
   for_vectors<C>(vectors, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
     if (p.traceless) return traceless_backward<n>(p, offset);
-    with_prox(p.prox, [&](auto prox) {
-      constexpr Prox map = decltype(prox)::value;
-      constexpr bool proximal = map != Prox::none;
-      // one form serves all schedules of a proximal map
-      if (p.momentum) {
-        p.per_step || proximal ? elementwise_backward<true, true, map, n>(p, offset)
-                               : elementwise_backward<true, proximal, map, n>(p, offset);
-      } else {
-        p.per_step || proximal ? elementwise_backward<false, true, map, n>(p, offset)
-                               : elementwise_backward<false, proximal, map, n>(p, offset);
+    if constexpr (may_end_with_prox) {
+      if (p.prox != Prox::none) {
+        // one form serves all schedules
+        return with_prox(p.prox, [&](auto prox) {
+          constexpr Prox map = decltype(prox)::value;
+          p.momentum ? elementwise_backward<true, true, map, n>(p, offset)
+                     : elementwise_backward<false, true, map, n>(p, offset);
+        });
       }
-    });
+    }
+    constexpr Prox none = Prox::none;
+    if (p.momentum) {
+      p.per_step ? elementwise_backward<true, true, none, n>(p, offset)
+                 : elementwise_backward<true, false, none, n>(p, offset);
+    } else {
+      p.per_step ? elementwise_backward<false, true, none, n>(p, offset)
+                 : elementwise_backward<false, false, none, n>(p, offset);
+    }
   });
 }
 

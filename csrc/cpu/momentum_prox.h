@@ -6,18 +6,22 @@
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
 
-// What the map of a tile reads: rows of vectors as b has them, and thresholds as phi has them.
+// What the map of a tile reads: vectors as b has them. nullptr: absent.
 template <typename C>
-struct ProxView {
-  const C *lower = nullptr, *upper = nullptr, *weight = nullptr;  // nullptr: absent
-  const C* threshold = nullptr;                                   // [steps] vectors, `step` elements apart
-  int64_t step = 0;
+struct ProxRows {
+  const C *lower = nullptr, *upper = nullptr, *weight = nullptr;
 };
 
 // What its adjoint adds to; nullptr where a gradient is not wanted.
 template <typename C>
 struct ProxSums {
   C *lower = nullptr, *upper = nullptr, *weight = nullptr;
+};
+
+// Terms of -dphi_t and -dthreshold_t.
+template <typename C>
+struct ProxTerms {
+  Vector<C> phi{}, threshold{};
 };
 
 // the lanes of v where the comparison holds; zeros elsewhere
@@ -33,14 +37,15 @@ UNROLLED_KERNELS_INLINE Vector<C> above_zero(Vector<C> v) {
 
 // tau_t of vector n
 template <Prox prox, typename C>
-UNROLLED_KERNELS_INLINE Vector<C> prox_threshold(const ProxView<C>& p, int64_t t, Vector<C> phi, int64_t n) {
+UNROLLED_KERNELS_INLINE Vector<C> soft_threshold(const ProxRows<C>& p, Vector<C> phi, Vector<C> threshold, int64_t n) {
   if constexpr (prox == Prox::l1) return above_zero<C>(phi * above_zero<C>(load(p.weight + n)));
-  return above_zero<C>(load(p.threshold + t * p.step));
+  return above_zero<C>(threshold);
 }
 
-// p_t(v); a NaN stays one
+// p_t(v) of vector n; a NaN stays one
 template <Prox prox, typename C>
-UNROLLED_KERNELS_INLINE Vector<C> proximal_map(const ProxView<C>& p, int64_t t, Vector<C> phi, int64_t n, Vector<C> v) {
+UNROLLED_KERNELS_INLINE Vector<C> proximal_map(const ProxRows<C>& p, Vector<C> phi, Vector<C> threshold, int64_t n,
+                                               Vector<C> v) {
   if constexpr (prox == Prox::box) {
     if (p.lower) {
       const Vector<C> lower = load(p.lower + n);
@@ -51,36 +56,33 @@ UNROLLED_KERNELS_INLINE Vector<C> proximal_map(const ProxView<C>& p, int64_t t, 
       v = v > upper ? upper : v;
     }
   } else if constexpr (prox != Prox::none) {
-    const Vector<C> tau = prox_threshold<prox>(p, t, phi, n);
+    const Vector<C> tau = soft_threshold<prox>(p, phi, threshold, n);
     v = v > tau ? v - tau : v < -tau ? v + tau : where<C>(v != v, v);
   }
   return v;
 }
 
-// Turns s, the adjoint of y_{t+1}, into that of v = v_t, and adds what the bounds and the weight get. `phi_sum` and
-// `threshold_sum` add up -dphi_t and -dthreshold_t.
+// The adjoint of v = v_t from s, that of y_{t+1}; what the bounds and the weight get is added to `sums`.
 template <Prox prox, typename C>
-UNROLLED_KERNELS_INLINE Vector<C> prox_adjoint(const ProxView<C>& p, const ProxSums<C>& sums, int64_t t, Vector<C> phi,
-                                               int64_t n, Vector<C> v, Vector<C> s, Vector<C>& phi_sum,
-                                               Vector<C>& threshold_sum) {
+UNROLLED_KERNELS_INLINE Vector<C> proximal_adjoint(const ProxRows<C>& p, const ProxSums<C>& sums, Vector<C> phi,
+                                                   Vector<C> threshold, int64_t n, Vector<C> v, Vector<C> s,
+                                                   ProxTerms<C>& terms) {
   const auto add = [&](C* out, Vector<C> x) { store(out + n, load(out + n) + x); };
   if constexpr (prox == Prox::box) {
-    Vector<C> a = s;
     const Vector<C> lower = p.lower ? load(p.lower + n) : v, upper = p.upper ? load(p.upper + n) : v;
-    a = where<C>((v >= lower) & (v <= upper), a);
     if (sums.lower) add(sums.lower, where<C>((v < lower) & (p.upper ? lower < upper : v < lower), s));
     if (sums.upper) add(sums.upper, where<C>((v > upper) | (p.lower ? upper < lower : v > upper), s));
-    return a;
+    return where<C>((v >= lower) & (v <= upper), s);
   } else if constexpr (prox != Prox::none) {
-    const Vector<C> zero{}, tau = prox_threshold<prox>(p, t, phi, n);
+    const Vector<C> zero{}, tau = soft_threshold<prox>(p, phi, threshold, n);
     s = where<C>((v > tau) | (v < -tau), s);
     const Vector<C> signed_s = v > zero ? s : -s;
     if constexpr (prox == Prox::l1) {
       const Vector<C> weight = load(p.weight + n), counted = where<C>(phi >= zero, signed_s);
-      phi_sum += above_zero<C>(weight) * counted;
+      terms.phi += above_zero<C>(weight) * counted;
       if (sums.weight) add(sums.weight, -phi * where<C>(weight >= zero, counted));
     } else {
-      threshold_sum += where<C>(load(p.threshold + t * p.step) >= zero, signed_s);
+      terms.threshold += where<C>(threshold >= zero, signed_s);
     }
   }
   return s;
@@ -88,13 +90,27 @@ UNROLLED_KERNELS_INLINE Vector<C> prox_adjoint(const ProxView<C>& p, const ProxS
 
 // Calls f(integral_constant<Prox, prox>).
 template <typename F>
-UNROLLED_KERNELS_INLINE void with_prox(Prox prox, F f) {
+UNROLLED_KERNELS_INLINE auto with_prox(Prox prox, F f) {
   switch (prox) {
-    case Prox::none: return f(std::integral_constant<Prox, Prox::none>());
     case Prox::box: return f(std::integral_constant<Prox, Prox::box>());
     case Prox::l1: return f(std::integral_constant<Prox, Prox::l1>());
     case Prox::soft_threshold: return f(std::integral_constant<Prox, Prox::soft_threshold>());
+    default: return f(std::integral_constant<Prox, Prox::none>());
   }
+}
+
+// Both for a map that is known at run time, as beside a product with a matrix it may be.
+template <typename C>
+UNROLLED_KERNELS_INLINE Vector<C> proximal_map(Prox prox, const ProxRows<C>& p, Vector<C> phi, Vector<C> threshold,
+                                               int64_t n, Vector<C> v) {
+  return with_prox(prox, [&](auto map) { return proximal_map<decltype(map)::value>(p, phi, threshold, n, v); });
+}
+template <typename C>
+UNROLLED_KERNELS_INLINE Vector<C> proximal_adjoint(Prox prox, const ProxRows<C>& p, const ProxSums<C>& sums,
+                                                   Vector<C> phi, Vector<C> threshold, int64_t n, Vector<C> v,
+                                                   Vector<C> s, ProxTerms<C>& terms) {
+  return with_prox(
+      prox, [&](auto map) { return proximal_adjoint<decltype(map)::value>(p, sums, phi, threshold, n, v, s, terms); });
 }
 
 }  // namespace UNROLLED_KERNELS_NAMESPACE

@@ -31,6 +31,7 @@ struct ScheduleView {
     if constexpr (!momentum) return {load(phi + t * step), Vector<C>{}, Vector<C>{}};
     return {load(phi + t * step), load(beta + t * step), load(gamma + t * step)};
   }
+  UNROLLED_KERNELS_INLINE Vector<C> threshold_at(int64_t t) const { return load(threshold + t * step); }
 };
 
 // The sums that they add to.

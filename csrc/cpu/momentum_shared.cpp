@@ -34,11 +34,17 @@ class DenseRows {
     b_ = arena_.take<C>(size_);
     z_ = backward ? nullptr : arena_.take<C>(2 * size_);
     y_ = momentum ? arena_.take<C>(size_) : nullptr;
-    m_ = momentum ? arena_.take<C>(size_ * (backward ? max(p.k, 1) : 1)) : nullptr;
+    m_ = momentum ? arena_.take<C>(size_ * (backward ? p.k + 1 : 1)) : nullptr;
     s_ = backward ? arena_.take<C>(2 * size_) : nullptr;
     ybar_ = backward ? arena_.take<C>(size_) : nullptr;
     db_ = backward ? arena_.take<C>(size_) : nullptr;
-    sums_ = backward ? arena_.take<C>(3 * plan.tile_rows * W) : nullptr;
+    sums_ = backward ? arena_.take<C>(4 * plan.tile_rows * W) : nullptr;
+    if (p.prox == Prox::none) return;
+    const auto take = [&](bool present) { return present ? arena_.take<C>(size_) : nullptr; };
+    map_ = {take(p.lower.data), take(p.upper.data), take(p.weight.data)};
+    if (!backward) return;
+    v_ = arena_.take<C>(size_ * p.k);
+    map_sums_ = {take(backward->d_lower), take(backward->d_upper), take(backward->d_weight)};
   }
 
   size_t scratch_bytes() const { return arena_.used(); }
@@ -50,7 +56,7 @@ class DenseRows {
       const Panels<C> z = rows(z_ + t % 2 * size_);
       if (p.trajectory || t == p.k) store_rows(p.beta.data ? rows(y_) : z, p.y + (p.trajectory ? t * p.B * p.d : 0));
       if (t == p.k) return;
-      step(t, tile.packed, z, rows(z_ + (t + 1) % 2 * size_), rows(m_), rows(m_));
+      step(t, tile.packed, z, rows(z_ + (t + 1) % 2 * size_), rows(m_), rows(m_), nullptr);
     }
   }
 
@@ -60,16 +66,24 @@ class DenseRows {
     // of step t: rows t count ... (t + 1) count - 1 of both factors of dQ
     const Panels<C> a{tile.a, max(k, 1) * count_ * W}, z{tile.z, a.plane};
     start(z);
-    for (int64_t t = 0; t + 1 < k; ++t) {
-      step(t, tile.packed, z.from(t * count_), z.from((t + 1) * count_), m(t), m(t + 1));
+    // the last step is taken for v_(k-1) alone
+    for (int64_t t = 0; t + 1 < k || (t < k && v_); ++t) {
+      const Panels<C> z_next = t + 1 < k ? z.from((t + 1) * count_) : rows(ybar_);
+      step(t, tile.packed, z.from(t * count_), z_next, m(t), m(t + 1), v(t));
     }
     load_rows(p.grad_y + (p.trajectory ? k * p.B * p.d : 0), p.d, s(k));
     copy_vectors(s(k).data, count_ * panels_ * W, ybar_);
     fill_zero(db_, count_ * panels_ * W);
+    C* const bounds[] = {map_sums_.lower, map_sums_.upper, map_sums_.weight};
+    for (C* sums : bounds) {
+      if (sums) fill_zero(sums, count_ * panels_ * W);
+    }
     for (int64_t t = k - 1; t >= 0; --t) {
       // Q's_1 is in dy_0 alone if z_0 = 0
       const C* packed = t == 0 && !p.y0 && !p.dy0 ? nullptr : tile.packed_transposed;
       if (p.trajectory) load_rows(p.grad_y + t * p.B * p.d, p.d, s(t));
+      fill_zero(sums_, 4 * count_ * W);
+      if (v_) end_of_step(t);
       if (p.beta.data) {
         p.dphi ? adjoint<true, true>(t, packed, z) : adjoint<true, false>(t, packed, z);
       } else {
@@ -88,6 +102,10 @@ class DenseRows {
     }
     if (p.db) store_rows(rows(db_), p.db);
     if (p.dy0) store_rows(s(0), p.dy0);
+    C* const outputs[] = {p.d_lower, p.d_upper, p.d_weight};
+    for (int i = 0; i < 3; ++i) {
+      if (outputs[i]) store_rows(rows(bounds[i]), outputs[i]);
+    }
   }
 
  private:
@@ -95,26 +113,41 @@ class DenseRows {
   Panels<C> rows(C* data) const { return {data, count_ * W}; }
   Panels<C> s(int64_t t) const { return rows(s_ + t % 2 * size_); }
   Panels<C> m(int64_t t) const { return rows(m_ ? m_ + t * size_ : nullptr); }
+  C* v(int64_t t) const { return v_ ? v_ + t * size_ : nullptr; }
 
   void begin(const SharedMomentumTile<C>& tile) {
     first_ = tile.begin, count_ = tile.end - tile.begin;
     load_rows(p_.b, p_.b_stride, rows(b_));
+    load_bound(p_.lower, map_.lower);
+    load_bound(p_.upper, map_.upper);
+    load_bound(p_.weight, map_.weight);
+  }
+  void load_bound(const Rows<C>& x, C* out) const {
+    if (!out) return;
+    if (!x.single) return load_rows(x.data, x.batch_stride, rows(out));
+    for (int64_t i = 0; i < panels_; ++i) {
+      const Vector<C> number = keep_lanes<C>(broadcast(*x.data), min(p_.d - i * W, W));
+      for (int64_t r = 0; r < count_; ++r) store(rows(out).at(r, i), number);
+    }
   }
 
+  UNROLLED_KERNELS_INLINE Vector<C> coefficient(const Coefficient<C>& c, int64_t r, int64_t t) const {
+    return broadcast(c.data[(first_ + r) * c.batch_stride + t * c.step_stride]);
+  }
   template <bool momentum>
   UNROLLED_KERNELS_INLINE StepCoefficients<C> coefficients(int64_t r, int64_t t) const {
-    const auto at = [&](const Coefficient<C>& c) {
-      return broadcast(c.data[(first_ + r) * c.batch_stride + t * c.step_stride]);
-    };
+    const auto at = [&](const Coefficient<C>& c) { return coefficient(c, r, t); };
     if constexpr (!momentum) return {at(p_.phi), Vector<C>{}, Vector<C>{}};
     return {at(p_.phi), at(p_.beta), at(p_.gamma)};
   }
 
-  void load_rows(const Storage* x, int64_t stride, Panels<C> out) const {
-    const Storage* end = x + (p_.B - 1) * stride + p_.d;
+  template <typename T>
+  void load_rows(const T* x, int64_t stride, Panels<C> out) const {
+    const T* end = x + (p_.B - 1) * stride + p_.d;
     for (int64_t r = 0; r < count_; ++r) load_panels(x + (first_ + r) * stride, p_.d, end, out, r);
   }
-  void store_rows(Panels<C> in, Storage* x) const {
+  template <typename T>
+  void store_rows(Panels<C> in, T* x) const {
     for (int64_t r = 0; r < count_; ++r) store_panels(in, r, p_.d, x + (first_ + r) * p_.d);
   }
 
@@ -130,8 +163,21 @@ class DenseRows {
     fill_zero(m_, count_ * panels_ * W);
   }
 
-  void step(int64_t t, const C* packed, Panels<C> z, Panels<C> z_next, Panels<C> m, Panels<C> m_next) const {
-    p_.beta.data ? step<true>(t, packed, z, z_next, m, m_next) : step<false>(t, packed, z, z_next, m, m_next);
+  void step(int64_t t, const C* packed, Panels<C> z, Panels<C> z_next, Panels<C> m, Panels<C> m_next, C* v) const {
+    if (p_.prox == Prox::none) {
+      p_.beta.data ? step<true, false>(t, packed, z, z_next, m, m_next, v)
+                   : step<false, false>(t, packed, z, z_next, m, m_next, v);
+    } else {
+      p_.beta.data ? step<true, true>(t, packed, z, z_next, m, m_next, v)
+                   : step<false, true>(t, packed, z, z_next, m, m_next, v);
+    }
+  }
+
+  // of step t, at vector i of row r
+  UNROLLED_KERNELS_INLINE StepMap<C> step_map(int64_t t, int64_t r, int64_t i, Vector<C> phi, C* v) const {
+    const auto at = [&](C* data) { return data ? rows(data).at(r, i) : nullptr; };
+    const Vector<C> threshold = p_.threshold.data ? coefficient(p_.threshold, r, t) : Vector<C>{};
+    return {p_.prox, {at(map_.lower), at(map_.upper), at(map_.weight)}, phi, threshold, at(v)};
   }
 
   // end(row, panel, vector) of the product of x with what is packed, or of zeros
@@ -143,25 +189,44 @@ class DenseRows {
     }
   }
 
-  template <bool momentum>
+  template <bool momentum, bool proximal>
   UNROLLED_KERNELS_NOINLINE void step(int64_t t, const C* packed, Panels<C> z, Panels<C> z_next, Panels<C> m,
-                                      Panels<C> m_next) const {
+                                      Panels<C> m_next, C* v) const {
     const Panels<C> b = rows(b_), y = momentum ? rows(y_) : z, y_next = momentum ? y : z_next;
     const auto end = [&](int64_t r, int64_t i, Vector<C> Qz) {
       const auto c = coefficients<momentum>(r, t);
       const Vector<C> gamma_next = coefficients<momentum>(r, min(t + 1, p_.k - 1)).gamma;
       const ForwardRows<C> at{b.at(r, i), y.at(r, i), m.at(r, i), y_next.at(r, i), m_next.at(r, i), z_next.at(r, i)};
-      forward_step<momentum>(at, c, gamma_next, 0, Qz);
+      if constexpr (proximal) {
+        forward_step<momentum>(at, c, gamma_next, 0, Qz, step_map(t, r, i, c.phi, v));
+      } else {
+        forward_step<momentum>(at, c, gamma_next, 0, Qz, NoMap());
+      }
     };
     for_products(t > 0 || p_.y0 ? packed : nullptr, z, end);
   }
 
-  // s_t from s_{t+1}, and the sums of step t: [3, count] vectors. `packed` is nullptr where nobody asks for Q's_{t+1}.
+  // s_{t+1} becomes the adjoint of v_t
+  UNROLLED_KERNELS_NOINLINE void end_of_step(int64_t t) const {
+    for (int64_t r = 0; r < count_; ++r) {
+      const Vector<C> phi = coefficients<false>(r, t).phi;
+      ProxTerms<C> terms;
+      for (int64_t i = 0; i < panels_; ++i) {
+        const auto at = [&](C* data) { return data ? rows(data).at(r, i) : nullptr; };
+        const ProxSums<C> sums{at(map_sums_.lower), at(map_sums_.upper), at(map_sums_.weight)};
+        C* const ybar = p_.beta.data ? at(ybar_) : nullptr;
+        adjoint_map(step_map(t, r, i, phi, v(t)), sums, 0, s(t + 1).at(r, i), ybar, terms);
+      }
+      store(sums_ + r * W, -terms.phi);
+      store(sums_ + (3 * count_ + r) * W, -terms.threshold);
+    }
+  }
+
+  // s_t from s_{t+1}, and the sums of step t: [4, count] vectors. `packed` is nullptr where nobody asks for Q's_{t+1}.
   template <bool momentum, bool sums_phi>
   UNROLLED_KERNELS_NOINLINE void adjoint(int64_t t, const C* packed, Panels<C> z_all) const {
     const Panels<C> b = rows(b_), ybar = rows(ybar_), m_t = m(t), z = z_all.from(t * count_), from = s(t + 1),
                     to = s(t);
-    fill_zero(sums_, 3 * count_ * W);
     for_products(packed, from, [&](int64_t r, int64_t i, Vector<C> w) {
       auto c = coefficients<momentum>(r, t);
       if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
@@ -179,9 +244,9 @@ class DenseRows {
 
   // What belongs to samples is added to the outputs, what they share to `schedule`.
   UNROLLED_KERNELS_NOINLINE void add_sums(const MomentumBackward<Storage>& p, int64_t t, double* schedule) const {
-    C* const outputs[3] = {p.dphi, p.dbeta, p.dgamma};
-    const Coefficient<C>* const of[3] = {&p.phi, &p.beta, &p.gamma};
-    for (int n = 0; n < 3; ++n) {
+    C* const outputs[] = {p.dphi, p.dbeta, p.dgamma, p.d_threshold};
+    const Coefficient<C>* const of[] = {&p.phi, &p.beta, &p.gamma, &p.threshold};
+    for (int n = 0; n < 4; ++n) {
       if (!outputs[n]) continue;
       const bool per_step = of[n]->step_stride != 0;
       for (int64_t r = 0; r < count_; ++r) {
@@ -200,6 +265,9 @@ class DenseRows {
   Arena arena_;
   int64_t panels_, steps_, size_, first_ = 0, count_ = 0;
   C *b_, *z_, *y_, *m_, *s_, *ybar_, *db_, *sums_;
+  // of a proximal map; v_ of every step, backward
+  C* v_ = nullptr;
+  ProxSums<C> map_, map_sums_;
 };
 
 template <typename Storage>

@@ -6,9 +6,12 @@
 // and backward, with s_t the adjoint of m_t by every way through it (a_t of the contract) and ybar_t that of y_t alone:
 //
 //     w = Q's_{t+1}     ybar_t = ybar_{t+1} - phi_t w (+ grad y_t)     s_t = ybar_t + beta_t s_{t+1} - phi_t gamma_t w
+//
+// With a proximal map y_{t+1} = p_t(v_t), v_t what y_{t+1} is above, and m_{t+1} = y_{t+1} - y_t. Backward, the adjoint e of
+// v_t takes the place of s_{t+1} first; what the map stops does not reach y_t by m_{t+1} either: ybar_{t+1} += e - s_{t+1}.
 #pragma once
 
-#include "cpu/momentum_schedule.h"
+#include "cpu/momentum_prox.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
@@ -20,19 +23,49 @@ struct ForwardRows {
   C *y_next, *m_next, *z_next;
 };
 
+// The map of one step.
+template <typename C>
+struct StepMap {
+  Prox prox;
+  ProxRows<C> rows;
+  Vector<C> phi, threshold;
+  C* v;  // where backward keeps v_t, else nullptr
+
+  UNROLLED_KERNELS_INLINE Vector<C> operator()(int64_t i, Vector<C> from) const {
+    if (v) store(v + i, from);
+    return proximal_map(prox, rows, phi, threshold, i, from);
+  }
+};
+struct NoMap {};
+
 // y_{t+1} at `i`, from (Q z_t) at i
-template <bool momentum, typename C>
+template <bool momentum, typename C, typename Map>
 UNROLLED_KERNELS_INLINE void forward_step(const ForwardRows<C>& rows, const StepCoefficients<C>& c,
-                                          Vector<C> gamma_next, int64_t i, Vector<C> Qz) {
-  const Vector<C> step = c.phi * (Qz + load(rows.b + i));
+                                          Vector<C> gamma_next, int64_t i, Vector<C> Qz, const Map& map) {
+  constexpr bool proximal = !std::is_same_v<Map, NoMap>;
+  const Vector<C> step = c.phi * (Qz + load(rows.b + i)), y = load(rows.y + i);
   if constexpr (momentum) {
-    const Vector<C> moved = c.beta * load(rows.m + i) - step, to = load(rows.y + i) + moved;
+    Vector<C> moved = c.beta * load(rows.m + i) - step, to = y + moved;
+    if constexpr (proximal) to = map(i, to), moved = to - y;
     store(rows.m_next + i, moved);
     store(rows.y_next + i, to);
     store(rows.z_next + i, to + gamma_next * moved);
   } else {
-    store(rows.y_next + i, load(rows.y + i) - step);
+    Vector<C> to = y - step;
+    if constexpr (proximal) to = map(i, to);
+    store(rows.y_next + i, to);
   }
+}
+
+// Turns s_{t+1} at `i` into e, and ybar_{t+1} with it if there is momentum (else nullptr).
+template <typename C>
+UNROLLED_KERNELS_INLINE void adjoint_map(const StepMap<C>& map, const ProxSums<C>& sums, int64_t i, C* s, C* ybar,
+                                         ProxTerms<C>& terms) {
+  const Vector<C> before = load(s + i);
+  const Vector<C> e =
+      proximal_adjoint(map.prox, map.rows, sums, map.phi, map.threshold, i, load(map.v + i), before, terms);
+  store(s + i, e);
+  if (ybar) store(ybar + i, load(ybar + i) + (e - before));
 }
 
 template <typename C>

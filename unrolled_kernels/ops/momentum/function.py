@@ -36,9 +36,6 @@ def momentum(
         mu: Nesterov's method for μ, shaped like a coefficient; ``momentum`` and ``extrapolation`` are then None. That
             both follow from it costs no node of autograd's graph.
     """
-    if backend == "cpu" and matrix is not None and (lower, upper, weight, threshold) != (None,) * 4:
-        # those kernels know no proximal map
-        backend = "manual"
     if backend != "eager" and not common.runs_in_eager():
         return MomentumFunction.apply(
             backend,
