@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unrolled_kernels import Diagonal, Spectral, UnrolledGD, UnrolledMomentum, UnrolledNAG, schedules, theory
+from unrolled_kernels import Diagonal, Spectral, UnrolledGD, UnrolledMomentum, UnrolledNAG, prox, schedules, theory
 from unrolled_kernels import functional as F
 from unrolled_kernels.testing import random_quadratic
 from unrolled_kernels.theory.bounds import REGIMES
@@ -748,6 +748,59 @@ def test_check_predicts_what_every_schedule_does():
     # heavy ball contracts by √β for each step once it is oscillating everywhere
     assert theory.check(UnrolledMomentum.heavy_ball(5, 1.5, 0.9), Q).rate.max() == pytest.approx(0.9**0.5)
     assert not theory.check(UnrolledMomentum.heavy_ball(5, 1.5, 1.01), Q).stable.any()
+
+
+PROXES = [prox.Box(-0.6, 0.4), prox.NonNegative(), prox.L1(0.3)]
+
+
+def _constrained_energy(Q, b, g):
+    """E(y) + g(y) for y inside the box."""
+    weight = g.weight if isinstance(g, prox.L1) else 0.0
+    return lambda y: (y * ((Q @ y.unsqueeze(-1)).squeeze(-1) / 2 + b) + weight * y.abs()).sum(-1)
+
+
+@pytest.mark.parametrize("g", PROXES, ids=lambda g: type(g).__name__)
+def test_proximal_steps_keep_their_contraction(g):
+    """GD contracts by max |1 - φλ| a step; Nesterov's E + g falls by 1 - √(μφ) a step for φ ≤ 1/L."""
+    (Q,), _, b = random_quadratic("dense", (40,), 6, dtype=torch.float64)
+    k, phi = 25, torch.linspace(0.4, 1.8, 25, dtype=torch.float64)
+    y_star = UnrolledNAG(3000, 1.0, MU, prox=g)(Q, 2 * b)
+    layer = UnrolledGD(k, phi, prox=g)
+    errors = (layer(Q, 2 * b, return_trajectory=True) - y_star).norm(dim=-1)
+    steps = torch.maximum((1 - phi * MU).abs(), (1 - phi * L).abs())
+    assert (errors[1:] <= errors[:-1] * steps.unsqueeze(-1) * (1 + 1e-12) + 1e-13).all()
+    report = theory.check(layer, Q)
+    torch.testing.assert_close(report.error_factor, steps.prod().expand(40), rtol=1e-6, atol=0)
+    assert (errors[-1] <= errors[0] * report.error_factor * (1 + 1e-6)).all()
+
+    energy = _constrained_energy(Q, 2 * b, g)
+    ys = UnrolledNAG(k, 1 / L, MU, prox=g)(Q, 2 * b, return_trajectory=True)
+    start = energy(ys[0]) - energy(y_star) + MU / 2 * errors[0].square()
+    bound = (1 - math.sqrt(MU / L)) ** torch.arange(k + 1, dtype=torch.float64).unsqueeze(-1) * start
+    assert (energy(ys) - energy(y_star) <= bound + 1e-13).all()
+
+
+@pytest.mark.parametrize("g", PROXES, ids=lambda g: type(g).__name__)
+def test_check_and_recommend_know_a_prox(g):
+    (Q,), _, b = random_quadratic("dense", (40,), 6, dtype=torch.float64)
+    y_star = UnrolledNAG(3000, 1.0, MU, prox=g)(Q, 2 * b)
+    for layer, free in (
+        (UnrolledNAG(60, 1.2, MU, prox=g), UnrolledNAG(60, 1.2, MU)),
+        (UnrolledMomentum.heavy_ball(60, 1.0, 0.4, prox=g), UnrolledMomentum.heavy_ball(60, 1.0, 0.4)),
+    ):
+        report, expected = theory.check(layer, Q), theory.check(free, Q)
+        assert torch.equal(report.stable, expected.stable)
+        assert torch.equal(report.rate, expected.rate)
+        assert report.error_factor.isnan().all()
+        assert "no bound of the error factor" in str(report)
+        # the rate of the long run: once the same entries are free
+        errors = (layer(Q, 2 * b, return_trajectory=True) - y_star).norm(dim=-1)
+        assert (errors[60] <= errors[30] * report.rate**30 * 20 + 1e-12).all()
+    advice = theory.recommend(MU, L, 30, "over", prox=g)
+    assert advice.algorithm == "nag"
+    assert advice.step_size == 1 / L
+    assert type(advice.make_layer().prox) is type(g)
+    assert theory.recommend(MU, L, 1, "over", prox=g).make_layer()(Q, b).isfinite().all()
 
 
 def test_check_of_energies_that_are_not_convex():

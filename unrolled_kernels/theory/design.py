@@ -7,6 +7,7 @@ import torch
 from unrolled_kernels import _check, schedules
 from unrolled_kernels.annotations import Number, Quadratic
 from unrolled_kernels.layers import UnrolledGD, UnrolledMomentum, UnrolledNAG
+from unrolled_kernels.prox import Prox, check_prox
 from unrolled_kernels.quadratics import Diagonal
 from unrolled_kernels.regions import check_spectrum
 from unrolled_kernels.theory.bounds import check_regime, predicted_error
@@ -35,7 +36,8 @@ class LayerCheck:
             ``stable`` only.
         stable: bool ``[*batch]``, the error shrinks when the layer's schedule goes on, repeated for ever.
         rate: the factor of the error for one step in the long run, ``[*batch]``.
-        error_factor: the largest ‖y_k - y*‖ / ‖y_0 - y*‖ of any b with this spectrum, ``[*batch]``.
+        error_factor: the largest ‖y_k - y*‖ / ‖y_0 - y*‖ of any b with this spectrum, ``[*batch]``; with a prox an
+            upper bound of it, and for momentum and a prox NaN: none is known.
     """
 
     mu: torch.Tensor
@@ -53,7 +55,9 @@ class LayerCheck:
         spectrum = f"spectrum in [{self.mu.min():.4g}, {self.L.max():.4g}]"
         unstable = int((~self.stable).sum())
         verdict = f"UNSTABLE on {unstable} of {samples} samples" if unstable else "stable"
-        lines = [f"{verdict}: {spectrum}, error factor at most {self.error_factor.max():.4g}"]
+        worst = self.error_factor.max()
+        factor = "no bound of the error factor" if worst.isnan() else f"error factor at most {worst:.4g}"
+        lines = [f"{verdict}: {spectrum}, {factor}"]
         if self.in_stable_region is not None and self.largest_step_size is not None:
             inside = int(self.in_stable_region.sum())
             largest = self.largest_step_size.min()
@@ -73,6 +77,7 @@ class Recommendation:
         error_factor: Cvg(k, φ).
         predicted_error: what is left of the test error of no step, see ``bounds.predicted_error``.
         reason: why, in a sentence or two.
+        prox: that of the layer, or None.
     """
 
     algorithm: str
@@ -82,10 +87,11 @@ class Recommendation:
     error_factor: float
     predicted_error: float
     reason: str
+    prox: Prox | None = None
 
     def make_layer(self) -> UnrolledGD | UnrolledNAG:
-        """The layer with this algorithm, step size and depth."""
-        return make_layer(self.algorithm, self.num_steps, self.step_size, self.mu)
+        """The layer with this algorithm, step size, depth and prox."""
+        return make_layer(self.algorithm, self.num_steps, self.step_size, self.mu, prox=self.prox)
 
 
 def spectrum_bounds(
@@ -133,6 +139,11 @@ def check(layer: UnrolledGD | UnrolledNAG | UnrolledMomentum, Q: Quadratic) -> L
     The layer itself runs on the scalar energies λy²/2 for a grid of λ over [μ, L]: y_k/y_0 is there the factor p_k(λ)
     by which it multiplies the part of the error in the eigenspace of λ, for any schedule.
 
+    A prox changes neither the region nor ``stable`` and ``rate``. Its map is non-expansive, so that a step of gradient
+    descent keeps its contraction max_λ |1 - φ_t λ|, and the product of these is ``error_factor``. In the long run the
+    map keeps the same entries free and moves none of the others: the steps are then those on a principal submatrix of
+    Q, whose spectrum lies in [μ, L] (Cauchy's interlacing).
+
     Args:
         layer: an ``UnrolledGD``, ``UnrolledNAG`` or ``UnrolledMomentum``.
         Q: symmetric ``[*batch, d, d]`` tensor, or a ``Diagonal`` / ``Spectral``.
@@ -152,9 +163,17 @@ def check(layer: UnrolledGD | UnrolledNAG | UnrolledMomentum, Q: Quadratic) -> L
         # Chebyshev points, dense at the ends, where the factor is largest
         points = (1 - torch.linspace(0, torch.pi, _GRID, dtype=mu.dtype, device=mu.device).cos()) / 2
         grid = mu.unsqueeze(-1) + (L - mu).unsqueeze(-1) * points  # [*batch, grid]
-        factors = layer(Diagonal(grid), torch.zeros_like(grid), y0=torch.ones_like(grid))
         phi, beta, gamma = (c.to(grid).expand(*mu.shape, -1) for c in _schedule(layer, mu))
         rate = _long_run_rate(grid, phi, beta, gamma, layer.num_steps)
+        if layer.prox is None:
+            factors = layer(Diagonal(grid), torch.zeros_like(grid), y0=torch.ones_like(grid))
+            factor = factors.abs().amax(-1)
+        elif bool((beta == 0).all()) and bool((gamma == 0).all()):
+            # the largest of each step, where without a prox it is that of their product
+            steps = phi.expand(*phi.shape[:-1], layer.num_steps).unsqueeze(-2)
+            factor = (1 - steps * grid.unsqueeze(-1)).abs().amax(-2).prod(-1)
+        else:
+            factor = torch.full_like(mu, torch.nan)
     largest = inside = None
     if not isinstance(layer, UnrolledMomentum):
         largest = torch.as_tensor(layer.largest_stable_step(mu, L))
@@ -162,11 +181,18 @@ def check(layer: UnrolledGD | UnrolledNAG | UnrolledMomentum, Q: Quadratic) -> L
         inside = ((phi > 0) & (phi <= largest.unsqueeze(-1) * (1 + 1e-6)) & (mu > 0).unsqueeze(-1)).all(-1)
     # max() of a NaN is NaN, and NaN is not stable
     stable = (mu > 0) & ((rate < 1) if layer.num_steps else torch.isfinite(rate))
-    return LayerCheck(mu, L, largest, inside, stable, rate, factors.abs().amax(-1))
+    return LayerCheck(mu, L, largest, inside, stable, rate, factor)
 
 
 def recommend(
-    mu: Number, L: Number, num_steps: int, regime: str, *, gap_factor: float | None = None, tolerance: float = 0.05
+    mu: Number,
+    L: Number,
+    num_steps: int,
+    regime: str,
+    *,
+    gap_factor: float | None = None,
+    tolerance: float = 0.05,
+    prox: Prox | None = None,
 ) -> Recommendation:
     """Which algorithm, step size and depth have the smallest predicted test error (paper, Sec. 5).
 
@@ -183,6 +209,8 @@ def recommend(
             where Stab has come to its limit. It falls like 1/√n. Default: that of the synthetic study at n = 100,
             ``GAP_FACTORS``; measure your own by one trained layer.
         tolerance: how much predicted error, relative to the smallest, more steps may cost.
+        prox: what ends the layer's steps. The predictions are those without it; Nesterov's method then takes no step
+            beyond 1/L, up to where its rate is proved with a prox (docs/mathematics.md).
     Returns:
         A ``Recommendation``.
     Raises:
@@ -196,8 +224,11 @@ def recommend(
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance: expected a number from 0 to 1, got {tolerance}")
+    check_prox(prox)
     g = GAP_FACTORS[regime] if gap_factor is None else gap_factor
     steps = {name: _MARGIN * float(stable_region(name, mu, L)[1]) for name in ALGORITHMS}
+    if prox is not None:
+        steps["nag"] = min(steps["nag"], 1 / L)
     depths = torch.arange(1, budget + 1)
     errors = {name: predicted_error(name, depths, regime, phi, mu, gap_factor=g) for name, phi in steps.items()}
     limit = (1 + tolerance) * min(values.min().item() for values in errors.values())
@@ -215,7 +246,7 @@ def recommend(
         f"{int(errors[other].argmin()) + 1}."
     )
     factor = convergence_rate(algorithm, depth, phi, mu).item()
-    return Recommendation(algorithm, phi, depth, mu, factor, error, reason)
+    return Recommendation(algorithm, phi, depth, mu, factor, error, reason, prox)
 
 
 def _refuse_asymmetric(Q, eps):

@@ -12,6 +12,7 @@ import torch
 from unrolled_kernels import _check
 from unrolled_kernels.annotations import Number
 from unrolled_kernels.layers import UnrolledGD, UnrolledNAG
+from unrolled_kernels.prox import Prox
 from unrolled_kernels.regions import check_spectrum, largest_stable_step
 from unrolled_kernels.theory.properties import Stability, check_algorithm, stability
 
@@ -321,10 +322,14 @@ def measured_orders(
     return {name: (order, rate) for name, order in fits.items()}
 
 
-def make_layer(algorithm: str, num_steps: int, step_size: Number, mu: Number) -> UnrolledGD | UnrolledNAG:
+def make_layer(
+    algorithm: str, num_steps: int, step_size: Number, mu: Number, prox: Prox | None = None
+) -> UnrolledGD | UnrolledNAG:
     """The layer of an algorithm; μ goes to those that have one."""
     check_algorithm(algorithm)
-    return UnrolledNAG(num_steps, step_size, mu) if algorithm == "nag" else UnrolledGD(num_steps, step_size)
+    if algorithm == "nag":
+        return UnrolledNAG(num_steps, step_size, mu, prox=prox)
+    return UnrolledGD(num_steps, step_size, prox=prox)
 
 
 def _spectra(count, mu, L, dim, generator):
