@@ -10,6 +10,7 @@ import torch
 import unrolled_kernels.functional as F
 from benchmarks import peers, suite
 from benchmarks.case import Case
+from unrolled_kernels import prox, schedules
 from unrolled_kernels.testing import STRUCTURES, random_quadratic
 
 MU = 0.1  # NAG's, as in the paper's synthetic task
@@ -113,6 +114,86 @@ class Momentum(Case):
         return run
 
 
+@dataclasses.dataclass(frozen=True)
+class Proximal(Momentum):
+    """Steps that end with a proximal map: ISTA, FISTA, LISTA with one Q for the batch, and programs with bounds."""
+
+    @property
+    def unreasonable(self):
+        """torch.compile unrolls the loop."""
+        return () if self.k <= 20 else ("compile", "compile-max")
+
+    @property
+    def shared(self):
+        """Whether one Q serves the batch."""
+        return self.method != "box"
+
+    def inputs(self, device, seed=0):
+        """The leaves are Q, b, what the map has and the step size."""
+        (Q,), _, b = random_quadratic(
+            "dense", (self.B,), self.d, shared=self.shared, dtype=self.dtype, device=device, seed=seed
+        )
+        size, value = {"lista": (self.k, 0.1), "box": (self.d, 0.5)}.get(self.method, (self.d, 0.2))
+        map_tensor = torch.full((size,), value, dtype=self.dtype, device=device)
+        step_size = torch.tensor(0.9, dtype=self.dtype, device=device)
+        cotangent = torch.randn(b.shape, generator=torch.Generator().manual_seed(seed)).to(b)
+        return [x.detach().requires_grad_() for x in (Q, b, map_tensor, step_size)], cotangent
+
+    def function(self, backend):
+        beta = schedules.fista(self.k, 1.0)[1].to(self.dtype)
+
+        def run(Q, b, map_tensor, step_size):
+            if self.method == "box":
+                g = prox.Box(-0.5, map_tensor)
+                return F.nesterov(Q, b, step_size, MU, self.k, prox=g, backend=backend)
+            if self.method == "fista":
+                g, momentum = prox.L1(map_tensor), beta.to(b.device)
+                return F.momentum(Q, b, step_size, momentum, momentum, self.k, prox=g, backend=backend)
+            g = prox.SoftThreshold(map_tensor[: self.k]) if self.method == "lista" else prox.L1(map_tensor)
+            return F.gradient_descent(Q, b, step_size, self.k, prox=g, backend=backend)
+
+        return run
+
+    def floors(self):
+        s, square = self.dtype.itemsize, self.d * self.d
+        # as without a map, but that backward replays v_{k-1} too
+        products, backward_products = max(self.k - 1, 0), max(3 * self.k - 3, 0)
+        matrices, rows = (1 if self.shared else self.B) * square * s, self.B * self.d * s
+        flops, backward_flops = (2 * self.B * n * square for n in (products, backward_products))
+        return (matrices + 2 * rows, flops), (2 * matrices + 3 * rows, backward_flops)
+
+    def library_functions(self):
+        """None solves the same problem in as many steps."""
+        return {}
+
+    def jax_function(self):
+        """A ``lax.scan`` over the steps."""
+        import jax
+        import jax.numpy as jnp
+
+        fista = jnp.asarray(schedules.fista(self.k, 1.0)[1].to(self.dtype).numpy())
+
+        def run(Q, b, map_tensor, step_size):
+            root = jnp.sqrt(MU * step_size)
+            nesterov = jnp.full(self.k, (1 - root) / (1 + root))
+            beta = {"fista": fista, "box": nesterov}.get(self.method, jnp.zeros(self.k))
+            tau = map_tensor[: self.k] if self.method == "lista" else jnp.broadcast_to(step_size, self.k)
+            apply_Q = lambda z: z @ Q.T if self.shared else jnp.einsum("bij,bj->bi", Q, z)
+
+            def body(state, coefficients):
+                (y, previous), (beta_t, tau_t) = state, coefficients
+                z = y + beta_t * (y - previous)
+                v = z - step_size * (apply_Q(z) + b)
+                if self.method == "box":
+                    return (jnp.clip(v, -0.5, map_tensor), y), None
+                threshold = tau_t if self.method == "lista" else tau_t * map_tensor
+                return (jnp.sign(v) * jax.nn.relu(jnp.abs(v) - threshold), y), None
+
+            return jax.lax.scan(body, (jnp.zeros_like(b), jnp.zeros_like(b)), (beta, tau))[0][0]
+
+        return run
+
+
 def _deepinv_gradient_descent(f, measured, step_size, num_steps):
     """Unrolled gradient descent on 1/2 ‖y - measured‖² + 1/2 ‖f y‖² as deepinv offers it, from zero."""
     from deepinv.optim import GD, L2, Prior
@@ -156,7 +237,11 @@ GPU_SHAPES = {
 def cases(device):
     """The shapes of the tables."""
     shapes = GPU_SHAPES if device == "cuda" else CPU_SHAPES
-    return [Momentum(s, *shape, method) for s in shapes for method in ("gd", "nag") for shape in shapes[s]]
+    unconstrained = [Momentum(s, *shape, method) for s in shapes for method in ("gd", "nag") for shape in shapes[s]]
+    sparse = [Proximal("dense", 1000, d, 16, method) for method in ("ista", "fista", "lista") for d in (256, 512)]
+    box = [Proximal("dense", B, d, 50, "box") for B in (256, 1024) for d in (16, 32, 64)]
+    # no kernel of a GPU knows a map
+    return unconstrained + (sparse + box if device == "cpu" else [])
 
 
 if __name__ == "__main__":
