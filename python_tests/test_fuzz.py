@@ -17,11 +17,19 @@ from hypothesis import strategies as st
 from problems import COTANGENTS, DTYPES, LAYOUTS
 
 import unrolled_kernels.functional as F
+from unrolled_kernels import prox
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager
 
 EXAMPLES = int(os.environ.get("UNROLLED_KERNELS_FUZZ_EXAMPLES", "0"))
-SCHEDULE = ("phi", "mu", "beta", "gamma")
+SCHEDULE = ("phi", "mu", "beta", "gamma", "threshold")
 METHODS = {"gd": ("phi",), "nesterov": ("phi", "mu"), "momentum": ("phi", "beta", "gamma"), "rnn": ()}
+MAPS = {
+    "box": (prox.Box, ("lower", "upper")),
+    "lower": (prox.Box, ("lower",)),
+    "upper": (prox.Box, ("upper",)),
+    "l1": (prox.L1, ("weight",)),
+    "soft_threshold": (prox.SoftThreshold, ("threshold",)),
+}
 PARTS = {
     "dense": ("matrix",),
     "diagonal": ("q",),
@@ -99,6 +107,7 @@ class Problem(Short):
     dtype: str
     leaves: dict
     numbers: dict = dataclasses.field(default_factory=dict)  # coefficients that are Python floats
+    prox: str | None = None  # of MAPS
     trajectory: bool = False
     cotangent: str = "contiguous"
     narrow: bool = False  # coefficients and weights in the dtype of b, not in the one that is computed in
@@ -135,6 +144,9 @@ class Problem(Short):
             x = 0.05 + 0.3 * x
         elif name in ("beta", "gamma"):
             x = 0.7 * x
+        elif name in ("lower", "upper", "weight", "threshold"):
+            # some of each sign: bounds that cross, and what counts as zero
+            x = (0.4 * x - 0.05) * (-1 if name == "lower" else 1)
         return x.expand(leaf.shape)
 
     def full_shape(self, name):
@@ -157,6 +169,9 @@ class Problem(Short):
         arguments = tensors | self.numbers
         Q = STRUCTURES[self.structure](*(arguments[n] for n in PARTS[self.structure]))
         options = {"y0": arguments.get("y0"), "return_trajectory": self.trajectory, "backend": backend}
+        if self.prox is not None:
+            cls, names = MAPS[self.prox]
+            options["prox"] = cls(**{n: arguments[n] for n in names})
         if self.method == "rnn":
             W1, W2, *inner, V = (x for n, x in arguments.items() if n.startswith("W"))
             return F.rnn(Q, arguments["b"], (W1, W2, inner, V), self.k, **options)
@@ -208,7 +223,7 @@ class Problem(Short):
 
 
 @st.composite
-def problems(draw, methods=tuple(METHODS), least=0):
+def problems(draw, methods=tuple(METHODS), least=0, maps=(None,)):
     """Any problem that the public functions take; ``least`` steps, and as many dimensions and samples in the batch."""
     method = draw(st.sampled_from(methods))
     structure = draw(st.sampled_from(sorted(STRUCTURES)))
@@ -243,7 +258,14 @@ def problems(draw, methods=tuple(METHODS), least=0):
         own["y0"] = some_of(batch)
     leaves = {n: leaf(size, d, d) if n in ("matrix", "vectors") else leaf(size, d) for n, size in own.items()}
     numbers = {}
-    for name in METHODS[method]:
+    map_name = draw(st.sampled_from(maps))
+    map_tensors = () if map_name is None else MAPS[map_name][1]
+    for name in map_tensors if map_name != "soft_threshold" else ():
+        if draw(flag):
+            leaves[name] = leaf(some_of(batch), d) if draw(flag) else Leaf(())
+        else:
+            numbers[name] = -0.2 if name == "lower" else 0.2
+    for name in (*METHODS[method], *(n for n in map_tensors if n == "threshold")):
         form = draw(st.sampled_from(["number", "scalar", "step", "sample", "both"]))
         if form == "number":
             numbers[name] = draw(st.sampled_from([0.25, 0.5, 0.75]))
@@ -261,9 +283,11 @@ def problems(draw, methods=tuple(METHODS), least=0):
         batch=batch,
         d=d,
         k=k,
-        dtype=draw(st.sampled_from(sorted(DTYPES))),
+        # in another dtype an entry of thousands lies on the other side of a kink
+        dtype=draw(st.sampled_from(sorted(DTYPES) if map_name is None else ["f64"])),
         leaves={n: dataclasses.replace(x, grad=bool(wanted >> i & 1)) for i, (n, x) in enumerate(leaves.items())},
         numbers=numbers,
+        prox=map_name,
         trajectory=draw(flag),
         cotangent=draw(st.sampled_from(sorted(COTANGENTS))),
         narrow=draw(flag),
@@ -287,6 +311,13 @@ def compare(problem, *backends):
                 scale = max(10 * scale, problem.terms_of_schedule(values, exact["b"]))
             what = f"{backend}: {name if name == 'y' else f'gradient of {name}'}"
             assert_as_close_as_eager(result, terms.sum_to_size(result.shape), eager[name], what, scale)
+
+
+@backends
+@examples(400)
+@given(problem=problems(("gd", "nesterov", "momentum"), maps=tuple(MAPS)))
+def test_prox(backend, problem):
+    compare(problem, "manual", backend)
 
 
 @backends
