@@ -809,28 +809,48 @@ def test_check_of_energies_that_are_not_convex():
 
 
 @pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_error_of_a_schedule_is_that_of_the_closed_form(algorithm, regime):
+    schedule = schedules.gd(20, PHI) if algorithm == "gd" else schedules.nag(20, PHI, MU)
+    k = torch.arange(1, 21)
+    torch.testing.assert_close(
+        theory.schedule_error(schedule, regime, MU, L, gap_factor=0.3)[1:],
+        theory.predicted_error(algorithm, k, regime, PHI, MU, gap_factor=0.3),
+        rtol=1e-9,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("regime", REGIMES)
 def test_recommend_gives_a_layer_that_is_safe(regime):
     (Q,), _, _ = random_quadratic("dense", (5,), 6, dtype=torch.float64)
     for budget in (1, 4, 30):
         advice = theory.recommend(MU, L, budget, regime)
         assert 1 <= advice.num_steps <= budget
         layer = advice.make_layer()
-        assert isinstance(layer, {"gd": UnrolledGD, "nag": UnrolledNAG}[advice.algorithm])
+        assert isinstance(
+            layer, {"gd": UnrolledGD, "nag": UnrolledNAG, "chebyshev": UnrolledMomentum}[advice.algorithm]
+        )
         report = theory.check(layer, Q)
         assert report.stable.all()
-        assert report.in_stable_region.all()
         torch.testing.assert_close(report.error_factor.max().item(), advice.error_factor, rtol=1e-6, atol=0)
+        of_two = theory.recommend(MU, L, budget, regime, algorithms=ALGORITHMS)
+        layer = of_two.make_layer()
+        assert theory.check(layer, Q).in_stable_region.all()
         # a learned step size held in the region can start at the advice
-        type(layer)(advice.num_steps, advice.step_size, learn_step_size=True, stable_region=(MU, L))
+        type(layer)(of_two.num_steps, of_two.step_size, learn_step_size=True, stable_region=(MU, L))
         # no choice within the budget is predicted to be better by more than the tolerance
         for algorithm in ALGORITHMS:
             phi = 0.99 * theory.stable_region(algorithm, MU, L)[1]
             k = torch.arange(1, budget + 1)
             others = theory.predicted_error(algorithm, k, regime, phi, MU, gap_factor=GAP_FACTORS[regime])
-            assert advice.predicted_error <= 1.05 * others.min() * SLACK
+            assert of_two.predicted_error <= 2 * others.min() * SLACK
+        schedule = schedules.chebyshev(budget, MU, L)
+        chebyshev = theory.schedule_error(schedule, regime, MU, L, gap_factor=GAP_FACTORS[regime])[1:]
+        assert advice.predicted_error <= 2 * min(of_two.predicted_error, chebyshev.min()) * SLACK
     # a network that adds nothing: as deep as need be; one that adds much: the gap stops it early
     deep, early = (theory.recommend(MU, L, 60, "over", gap_factor=g, tolerance=0) for g in (0.0, 2.0))
-    assert deep.algorithm == "nag"
+    assert deep.algorithm == "chebyshev"
     assert deep.num_steps == 60
     assert early.num_steps < 10
     assert "leave" in early.reason
@@ -883,7 +903,13 @@ REFUSALS = [
     (lambda: theory.recommend(1.0, 0.1, 5, "under"), ValueError, "mu, L"),
     (lambda: theory.recommend(0.1, 1.0, 0, "under"), ValueError, "num_steps: expected at least 1"),
     (lambda: theory.recommend(0.1, 1.0, 5, "normal"), ValueError, "regime"),
-    (lambda: theory.recommend(0.1, 1.0, 5, "over", tolerance=2.0), ValueError, "tolerance"),
+    (lambda: theory.recommend(0.1, 1.0, 5, "over", tolerance=-0.1), ValueError, "tolerance"),
+    (
+        lambda: theory.recommend(0.1, 1.0, 5, "over", algorithms=("chebyshev",), prox=prox.L1(0.1)),
+        ValueError,
+        "with a prox, which Chebyshev",
+    ),
+    (lambda: theory.recommend(0.1, 1.0, 5, "over", algorithms=("adam",)), ValueError, "algorithms: expected some of"),
     (lambda: theory.recommend(0.1, 1.0, 5, "over", gap_factor=-1.0), ValueError, "gap_factor"),
 ]
 

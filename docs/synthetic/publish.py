@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -13,18 +14,23 @@ import pandas as pd
 
 from unrolled_kernels.experiments import report
 from unrolled_kernels.experiments.figures import NAMES, save
+from unrolled_kernels.experiments.learn_to_optimize import claims as learned_claims
+from unrolled_kernels.experiments.learn_to_optimize.command import figure6
+from unrolled_kernels.experiments.learn_to_optimize.grid import PRESETS as LEARNED
 from unrolled_kernels.experiments.run_directory import atomic_path
-from unrolled_kernels.experiments.synthetic import choice, claims, figures
+from unrolled_kernels.experiments.synthetic import beyond, choice, claims, figures
 from unrolled_kernels.experiments.synthetic.data import DIM, MU, NUM_TRAIN, L, load_reference
 from unrolled_kernels.experiments.synthetic.grid import PRESETS, Trial, select_best
+from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
 from unrolled_kernels.experiments.synthetic.statistics import rank_correlation, resampled, seed_table
 from unrolled_kernels.experiments.synthetic.transfer import at_other_depths
 from unrolled_kernels.experiments.theory import figures as theory
 from unrolled_kernels.experiments.theory import report as properties
 
 FOLDER = Path(__file__).resolve().parent
-PAGE = FOLDER / "README.md"
+PAGES = FOLDER / "README.md", FOLDER / "learn_to_optimize.md"
 # the paper's grid, of which the tables say what was run
+_BUDGETS = 5, 10, 20, 30
 _TRANSFER, _TRANSFER_HIDDEN = (2, 4, 6, 10, 14, 20, 30), 16
 _SECTION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -34,10 +40,11 @@ def collect(name, runs):
     tables = []
     for run in runs:
         settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
-        table = pd.read_parquet(run / "results.parquet").drop(columns="weights")
+        table = pd.read_parquet(run / "results.parquet").drop(columns="weights", errors="ignore")
         tables.append(table.assign(num_train=settings.get("num_train", NUM_TRAIN)))
-    keys = ["num_train", *Trial.__dataclass_fields__]
-    table = pd.concat(tables, ignore_index=True).drop_duplicates(keys).sort_values(keys)
+    table = pd.concat(tables, ignore_index=True)
+    keys = identity(table)
+    table = table.drop_duplicates(keys).sort_values(keys)
     for column in table.select_dtypes("float64"):
         if column != "learning_rate":
             table[column] = table[column].astype("float32")
@@ -46,6 +53,11 @@ def collect(name, runs):
     with atomic_path(file) as temporary:
         table.to_parquet(temporary, index=False, compression="zstd")
     return file
+
+
+def identity(table):
+    """The columns of a table that say which model a row is."""
+    return [column for column in ("num_train", *Trial.__dataclass_fields__) if column in table]
 
 
 def read(name):
@@ -60,10 +72,50 @@ def sections():
     text = {f"{name}-models": models(table) for name, table in tables.items()}
     text |= {f"{name}-claims": claims.table(claims.check(rows)) for name, rows in best.items()}
     text["factors"] = factors(best)
-    text["regret"] = regret(best, read("map"))
+    text["regret"] = regret(best, read("map"), read("chebyshev"))
     text["map"] = regime_map(read("map"))
     text["transfer"] = transferred(read("transfer"))
+    text["beyond"] = beyond.table(further(tables["authors"]))
+    text |= {f"learned-{name}": part for name, part in learned(read("learn_to_optimize")).items()}
     return text
+
+
+def further(authors):
+    """Rows of further algorithms, and of the paper's two that were trained as they were."""
+    table = read("beyond")
+    same = authors[authors["algorithm"].isin(ALGORITHMS)]
+    for column in ("hidden", "optimizer", "learning_rate", "seed", "num_steps"):
+        same = same[same[column].isin(table[column])]
+    return select_best(pd.concat([same, table], ignore_index=True))
+
+
+def learned(table):
+    """Learning to optimize: what was trained, the paper's finding, and what every algorithm ends with."""
+    best = select_best(table)
+    head = "algorithm", "layers", "seeds", "depths", "epochs", "learning rates"
+    lines = []
+    for algorithm, rows in table.groupby("algorithm"):
+        rates = ", ".join(f"{rate:g}" for rate in sorted(rows["learning_rate"].unique(), reverse=True))
+        epochs = f"{rows['epochs'].max():,}".replace(",", " ")
+        lines.append([NAMES[algorithm], len(rows), rows["seed"].nunique(), rows["num_steps"].nunique(), epochs, rates])
+    whole = len(LEARNED["paper"].trials())
+    results = []
+    for k, rows in best.groupby("num_steps"):
+        cells = [
+            f"{of[column].median():.3g}" if len(of) else ""
+            for column in ("train", "test")
+            for of in (rows[rows["algorithm"] == name] for name in ("gd", "nag", "rnn"))
+        ]
+        results.append([k, *cells])
+    columns = ("k", *(f"{what}, {NAMES[name]}" for what in ("train", "test") for name in ("gd", "nag", "rnn")))
+    phi = best[best["algorithm"] != "rnn"].groupby("algorithm")["step_size"].agg(["min", "max"])
+    ends = [f"{NAMES[name]} {row['min']:.2f} to {row['max']:.2f}" for name, row in phi.iterrows()]
+    return {
+        "models": f"{len(table)} of the protocol's {whole} layers:\n\n" + report.table(head, lines, left=1),
+        "claims": claims.table(learned_claims.check(best)),
+        "results": report.table(columns, results),
+        "step-sizes": f"Learned φ: {'; '.join(ends)}.",
+    }
 
 
 def models(table):
@@ -102,19 +154,33 @@ def factors(best):
     return report.table(("data", "hidden size", "gap like", "c", "R²", "g"), lines, left=3)
 
 
-def regret(best, other_sizes):
+def regret(best, other_sizes, chebyshev):
     """The advice fitted to the authors' data, on the second Q* and on other numbers of training samples."""
-    lines = []
-    tables = [(NUM_TRAIN, best["second"])]
-    tables += [(n, select_best(rows)) for n, rows in other_sizes.groupby("num_train") if n != NUM_TRAIN]
-    for num_train, rows in tables:
-        for row in choice.validate(best["authors"], rows, num_train):
-            show = lambda point: f"{NAMES[point[0]]}, {point[1]}"
-            regrets = [f"{row['regrets'][name]:.3f}" for name in ("advice", "NAG", "GD")]
+    tables = {NUM_TRAIN: best["second"]}
+    tables |= {n: select_best(rows) for n, rows in other_sizes.groupby("num_train") if n != NUM_TRAIN}
+    names = "advice", "advice, GD and NAG", "chebyshev", "nag", "gd"
+    show = lambda point: f"{NAMES[point[0]]}, {point[1]}"
+    lines, regrets = [], []
+    for num_train, rows in tables.items():
+        rows = pd.concat([rows, select_best(chebyshev[chebyshev["num_train"] == num_train])], ignore_index=True)
+        for row in choice.validate(best["authors"], rows, num_train, _BUDGETS):
+            regrets.append([row["regrets"].get(name, math.nan) for name in names])
             chosen = show(row["choices"]["advice"]), show(row["best"]), f"{row['smallest']:.3f}"
-            lines.append([num_train, row["hidden"], *chosen, *regrets])
-    head = "n", "hidden size", "advice", "best", "its test error", "regret of the advice", "of NAG, 30", "of GD, 30"
-    return report.table(head, lines)
+            cells = ["" if math.isnan(value) else f"{value:.3f}" for value in regrets[-1]]
+            lines.append([num_train, row["hidden"], row["budget"], *chosen, *cells])
+    mean = pd.DataFrame(regrets).mean()
+    lines.append(["mean", "", "", "", "", "", *(f"**{value:.3f}**" for value in mean)])
+    head = (
+        "n",
+        "hidden size",
+        "steps",
+        "advice",
+        "best",
+        "its test error",
+        "regret of the advice",
+        "of GD and NAG alone",
+    )
+    return report.table((*head, "Chebyshev, all", "NAG, all", "GD, all"), lines)
 
 
 def regime_map(table):
@@ -176,11 +242,10 @@ def theory_figures():
 
 
 def filled(page, text):
-    """The page with its sections replaced."""
-    known = set(text)
-    missing = {name for _, name, _ in _SECTION.findall(page)} - known
+    """The text of a page with its sections replaced."""
+    missing = {name for _, name, _ in _SECTION.findall(page)} - set(text)
     if missing:
-        raise ValueError(f"{PAGE}: nothing generates {sorted(missing)}")
+        raise ValueError(f"{FOLDER}: nothing generates {sorted(missing)}")
     return _SECTION.sub(lambda found: f"{found[1]}\n{text[found[2]]}\n\n{found[3]}", page)
 
 
@@ -193,17 +258,21 @@ def main(argv=None):
         print(collect(name, [Path(run) for run in runs]))
     if arguments.transfer:
         print(transfer_table([Path(run) for run in arguments.transfer]))
-    page = filled(PAGE.read_text(encoding="utf-8"), sections())
-    with atomic_path(PAGE) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    text = sections()
+    for page in PAGES:
+        whole = filled(page.read_text(encoding="utf-8"), text)
+        with atomic_path(page) as temporary:
+            temporary.write_text(whole, encoding="utf-8")
+        print(page)
     for name in ("authors", "second"):
         directory = FOLDER / name
         directory.mkdir(exist_ok=True)
         for path in figures.draw(select_best(read(name)), directory):
             print(path)
-    for path in save(theory_figures(), FOLDER):
+    drawn = theory_figures() | {"beyond": beyond.figure(further(read("authors")))}
+    drawn["figure6"] = figure6(select_best(read("learn_to_optimize")))
+    for path in save(drawn, FOLDER):
         print(path)
-    print(PAGE)
     return 0
 
 

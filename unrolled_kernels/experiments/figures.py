@@ -2,19 +2,35 @@
 
 from unrolled_kernels.experiments.run_directory import atomic_path
 
-NAMES = {"gd": "GD", "nag": "NAG", "rnn": "RNN"}
+NAMES = {
+    "gd": "GD",
+    "nag": "NAG",
+    "rnn": "RNN",
+    "nag_small_mu": "NAG with μ/4",
+    "nag_large_mu": "NAG with 4μ",
+    "fista": "FISTA",
+    "heavy_ball": "heavy ball",
+    "chebyshev": "Chebyshev",
+    "minimizer": "minimizer, k = ∞",
+}
 STYLES = {
     "gd": {"color": "tab:blue", "marker": "o"},
     "nag": {"color": "tab:orange", "marker": "s"},
     "rnn": {"color": "tab:green", "marker": "^"},
+    "nag_small_mu": {"color": "tab:brown", "marker": "<"},
+    "nag_large_mu": {"color": "tab:olive", "marker": ">"},
+    "fista": {"color": "tab:pink", "marker": "v"},
+    "heavy_ball": {"color": "tab:red", "marker": "D"},
+    "chebyshev": {"color": "tab:purple", "marker": "P"},
+    "minimizer": {"color": "black", "marker": ""},
 }
 CASES = {"under": "under-parameterized", "about_right": "about right", "over": "over-parameterized"}
 # side by side: bars that overlap stay legible
-_OFFSETS = {"gd": -0.12, "nag": 0.12, "rnn": 0}
+_OFFSETS = {"gd": -0.12, "nag": 0.12}
 
 
 def curves(panel, rows, column, *, median=False):
-    """``column`` over k with bars over the seeds, a curve for each algorithm.
+    """``column`` over k with bars over the seeds, a curve for each algorithm; k = 0 is its limit, a level line.
 
     Args:
         panel: matplotlib axes.
@@ -30,6 +46,9 @@ def curves(panel, rows, column, *, median=False):
         else:
             centre = over_seeds.mean()
             bars = (over_seeds.std(ddof=0),) * 2
+        if set(centre.index) == {0}:
+            panel.axhline(centre[0], label=NAMES[algorithm], linewidth=1, color=STYLES[algorithm]["color"])
+            continue
         panel.errorbar(
             centre.index + _OFFSETS.get(algorithm, 0),
             centre,
@@ -56,7 +75,10 @@ def finish(panel, title=None):
 def name_seeds(figure, rows, what="mean ± standard deviation"):
     """Say above the panels what bars are, and of how many seeds."""
     seeds = rows["seed"].nunique()
-    figure.suptitle(f"{what} over {seeds} seeds" if seeds > 1 else "one seed", fontsize=9)
+    of_each = rows.groupby("algorithm")["seed"].nunique()
+    fewer = ", ".join(f"{NAMES[name]}: {count}" for name, count in of_each.items() if count < seeds)
+    over = f"{what} over {seeds} seeds" + (f" ({fewer})" if fewer else "")
+    figure.suptitle(over if seeds > 1 else "one seed", fontsize=9)
 
 
 def save(figures, directory):

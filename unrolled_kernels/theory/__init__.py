@@ -18,6 +18,7 @@ from unrolled_kernels.theory.bounds import (
     predicted_order,
     problem_constants,
     representation_bound,
+    schedule_error,
 )
 from unrolled_kernels.theory.design import check, recommend, spectrum_bounds
 from unrolled_kernels.theory.empirical import (
@@ -76,6 +77,7 @@ __all__ = [
     "rnn_sensitivity",
     "rnn_stability",
     "schedule_convergence",
+    "schedule_error",
     "schedule_stability",
     "sensitivity",
     "spectrum_bounds",

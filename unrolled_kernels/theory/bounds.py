@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from unrolled_kernels import _check
-from unrolled_kernels.annotations import Number, Quadratic, Steps
+from unrolled_kernels.annotations import Number, Quadratic, Schedule, Steps
 from unrolled_kernels.regions import check_spectrum
-from unrolled_kernels.theory.properties import convergence_rate, stability
+from unrolled_kernels.theory.properties import convergence_rate, schedule_convergence, schedule_stability, stability
 
 REGIMES = ("under", "about_right", "over")
 
@@ -379,10 +379,26 @@ def predicted_error(
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
     """
-    if not isinstance(gap_factor, torch.Tensor) and not gap_factor >= 0:
-        raise ValueError(f"gap_factor: expected a number ≥ 0, got {gap_factor}")
-    gap = predicted_gap(algorithm, num_steps, regime, step_size, mu)
-    return convergence_rate(algorithm, num_steps, step_size, mu) + gap_factor * mu**2 * gap
+    check_regime(regime)
+    stab = stability(algorithm, num_steps, step_size, mu).wrt_Q
+    return _error(convergence_rate(algorithm, num_steps, step_size, mu), stab, regime, mu, gap_factor)
+
+
+def schedule_error(schedule: Schedule, regime: str, mu: float, L: float, *, gap_factor: Number) -> torch.Tensor:
+    """``predicted_error`` after t = 0 … k steps of any schedule φ, β, γ.
+
+    Args:
+        schedule: φ, β, γ, each ``[k]``, e.g. of ``schedules.chebyshev``.
+        mu, L: bounds of the spectrum of Q.
+        regime, gap_factor: as in ``predicted_error``.
+    Returns:
+        ``[k + 1]`` float64.
+    Raises:
+        TypeError, ValueError: an argument out of its range; the message names it.
+    """
+    check_regime(regime)
+    stab = schedule_stability(schedule, mu, L).wrt_Q
+    return _error(schedule_convergence(schedule, mu, L), stab, regime, mu, gap_factor)
 
 
 def predicted_order(num_steps: torch.Tensor, regime: str, step_size: Number, mu: Number) -> torch.Tensor:
@@ -405,6 +421,14 @@ def check_regime(regime):
     """One of ``REGIMES``."""
     if regime not in REGIMES:
         raise ValueError(f"regime: expected one of {REGIMES}, got {regime!r}")
+
+
+def _error(cvg, stab, regime, mu, gap_factor):
+    """Bias and gap, ``predicted_error``."""
+    if not isinstance(gap_factor, torch.Tensor) and not gap_factor >= 0:
+        raise ValueError(f"gap_factor: expected a number ≥ 0, got {gap_factor}")
+    gap = stab * cvg if regime == "about_right" else stab
+    return cvg + gap_factor * mu**2 * gap
 
 
 def _vectors(name, x, dims):

@@ -1,5 +1,6 @@
 """Help for the designer of a layer: the spectrum of Q, whether a layer is safe on it, and which layer to take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,9 @@ from unrolled_kernels.layers import UnrolledGD, UnrolledMomentum, UnrolledNAG
 from unrolled_kernels.prox import Prox, check_prox
 from unrolled_kernels.quadratics import Diagonal
 from unrolled_kernels.regions import check_spectrum
-from unrolled_kernels.theory.bounds import check_regime, predicted_error
+from unrolled_kernels.theory.bounds import check_regime, predicted_error, schedule_error
 from unrolled_kernels.theory.empirical import make_layer
-from unrolled_kernels.theory.properties import ALGORITHMS, convergence_rate, stable_region
+from unrolled_kernels.theory.properties import ALGORITHMS, convergence_rate, schedule_convergence, stable_region
 
 # up to this size a full eigendecomposition is as fast as the products of Lanczos
 _EXACT_DIM = 256
@@ -20,8 +21,9 @@ _LANCZOS_BLOCK = 32
 _GRID = 257
 # inside the region by a hundredth, so that a learned step size held in it can start there
 _MARGIN = 0.99
+CANDIDATES = ("gd", "nag", "chebyshev")
 # fitted to the test errors of the synthetic study on the authors' samples, n = 100, hidden sizes 0, 16, 32
-GAP_FACTORS = {"under": 0.055, "about_right": 0.66, "over": 0.12}
+GAP_FACTORS = {"under": 0.055, "about_right": 0.65, "over": 0.12}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +72,10 @@ class Recommendation:
     """What ``recommend`` advises.
 
     Attributes:
-        algorithm: ``"gd"`` or ``"nag"``.
-        step_size: φ.
+        algorithm: ``"gd"``, ``"nag"`` or ``"chebyshev"``.
+        step_size: φ; None for Chebyshev's schedule, which follows from μ and L.
         num_steps: k.
-        mu: the lower bound of the spectrum, which Nesterov's method needs.
+        mu, L: bounds of the spectrum.
         error_factor: Cvg(k, φ).
         predicted_error: what is left of the test error of no step, see ``bounds.predicted_error``.
         reason: why, in a sentence or two.
@@ -81,16 +83,19 @@ class Recommendation:
     """
 
     algorithm: str
-    step_size: float
+    step_size: float | None
     num_steps: int
     mu: float
+    L: float
     error_factor: float
     predicted_error: float
     reason: str
     prox: Prox | None = None
 
-    def make_layer(self) -> UnrolledGD | UnrolledNAG:
+    def make_layer(self) -> UnrolledGD | UnrolledNAG | UnrolledMomentum:
         """The layer with this algorithm, step size, depth and prox."""
+        if self.step_size is None:
+            return UnrolledMomentum.chebyshev(self.num_steps, self.mu, self.L, learnable=False)
         return make_layer(self.algorithm, self.num_steps, self.step_size, self.mu, prox=self.prox)
 
 
@@ -190,21 +195,24 @@ def recommend(
     num_steps: int,
     regime: str,
     *,
+    algorithms: Sequence[str] | None = None,
     gap_factor: float | None = None,
-    tolerance: float = 0.05,
+    tolerance: float = 1.0,
     prox: Prox | None = None,
 ) -> Recommendation:
     """Which algorithm, step size and depth have the smallest predicted test error (paper, Sec. 5).
 
-    Accuracy and gap are predicted together, ``bounds.predicted_error``, for GD and Nesterov's method and every depth in
-    the budget, each with 0.99 of its largest stable step size. Of those within a tolerance of the smallest, the most
-    steps are taken: in the synthetic study too few cost more than too many, all steps of Nesterov's method were best
-    or close to it in every case (docs/synthetic).
+    Accuracy and gap are predicted together, ``bounds.predicted_error``, for every algorithm and every depth in the
+    budget, GD and Nesterov's method with 0.99 of their largest stable step size. Of those within a factor 1 + tolerance
+    of the smallest, the most steps are taken: a gap is predicted to a factor of two at best, and in the synthetic study
+    too few steps cost more than too many (docs/synthetic).
 
     Args:
         mu, L: bounds of the spectrum of Q, 0 < mu ≤ L.
         num_steps: the budget of steps, at least 1.
         regime: ``"under"``, ``"about_right"`` or ``"over"``, the parameterization of the neural module.
+        algorithms: to choose from, of ``"gd"``, ``"nag"`` and ``"chebyshev"``, default all; the last is for bounds that
+            are sure, since outside [μ, L] its error grows, and not for a prox.
         gap_factor: g, how much a network that sees n samples adds to the test error, as a part of that of no step,
             where Stab has come to its limit. It falls like 1/√n. Default: that of the synthetic study at n = 100,
             ``GAP_FACTORS``; measure your own by one trained layer.
@@ -222,31 +230,53 @@ def recommend(
     budget = _check.check_num_steps(num_steps)
     if budget < 1:
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance: expected a number from 0 to 1, got {tolerance}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance}")
     check_prox(prox)
+    candidates = CANDIDATES if prox is None else ALGORITHMS
+    algorithms = candidates if algorithms is None else algorithms
+    if not algorithms or not set(algorithms) <= set(candidates):
+        ending = "" if prox is None else " with a prox, which Chebyshev's schedule is not made for"
+        raise ValueError(f"algorithms: expected some of {candidates}{ending}, got {algorithms!r}")
     g = GAP_FACTORS[regime] if gap_factor is None else gap_factor
-    steps = {name: _MARGIN * float(stable_region(name, mu, L)[1]) for name in ALGORITHMS}
-    if prox is not None:
+    steps = {name: _MARGIN * float(stable_region(name, mu, L)[1]) for name in algorithms if name != "chebyshev"}
+    if prox is not None and "nag" in steps:
         steps["nag"] = min(steps["nag"], 1 / L)
     depths = torch.arange(1, budget + 1)
     errors = {name: predicted_error(name, depths, regime, phi, mu, gap_factor=g) for name, phi in steps.items()}
+    if "chebyshev" in algorithms:
+        schedule = schedules.chebyshev(budget, mu, L)
+        errors["chebyshev"] = schedule_error(schedule, regime, mu, L, gap_factor=g)[1:]
+    algorithm, depth = deepest_within(errors, tolerance)
+    error, phi = errors[algorithm][depth - 1].item(), steps.get(algorithm)
+    reason = f"{depth} steps of {algorithm} leave {error:.3g} of the test error of none, gap included."
+    for other, values in errors.items():
+        if other != algorithm:
+            reason += f" {other} leaves {values.min():.3g} at best within {budget}, at {int(values.argmin()) + 1}."
+    if phi is None:
+        factor = schedule_convergence(schedules.chebyshev(depth, mu, L), mu, L)[-1].item()
+    else:
+        factor = convergence_rate(algorithm, depth, phi, mu).item()
+    return Recommendation(algorithm, phi, depth, mu, L, factor, error, reason, prox)
+
+
+def deepest_within(errors: dict[str, torch.Tensor], tolerance: float) -> tuple[str, int]:
+    """The deepest choice whose error is within a tolerance of the smallest, of those the one of least error.
+
+    Args:
+        errors: of k = 1, 2 … steps of each algorithm, infinite where that depth is not to be chosen.
+        tolerance: relative to the smallest.
+    Returns:
+        The algorithm and k.
+    """
     limit = (1 + tolerance) * min(values.min().item() for values in errors.values())
     depth, _, algorithm = max(
-        (int(k), -values[k - 1].item(), name)
+        (k, -value, name)
         for name, values in errors.items()
-        for k in depths
-        if values[k - 1] <= limit
+        for k, value in enumerate(values.tolist(), start=1)
+        if value <= limit
     )
-    error, phi = errors[algorithm][depth - 1].item(), steps[algorithm]
-    (other,) = set(ALGORITHMS) - {algorithm}
-    reason = (
-        f"{depth} steps of {algorithm.upper()} leave {error:.3g} of the test error of none, gap included; "
-        f"{other.upper()} leaves {errors[other].min():.3g} at best within {budget} steps, at "
-        f"{int(errors[other].argmin()) + 1}."
-    )
-    factor = convergence_rate(algorithm, depth, phi, mu).item()
-    return Recommendation(algorithm, phi, depth, mu, factor, error, reason, prox)
+    return algorithm, depth
 
 
 def _refuse_asymmetric(Q, eps):

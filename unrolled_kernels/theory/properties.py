@@ -178,11 +178,14 @@ def schedule_stability(schedule: Schedule, mu: float, L: float, *, points: int =
     wrt_b = torch.stack([y.abs().amax() for y, _ in states])
     reach = torch.stack([z.abs().amax() for _, z in states])
     wrt_Q = torch.zeros_like(wrt_b)
-    for j in range(k):
-        # an error of 1 that enters with y_{j+1}: it was not there at step j
-        left = _recurrence(phi[j + 1 :], beta[j + 1 :], gamma[j + 1 :], grid, torch.ones_like(grid), zero, 0.0)
-        decay = torch.stack([p.abs().amax() for p, _ in left])
-        wrt_Q[j + 1 :] += phi[j].abs() * decay * reach[j]
+    # row j: an error of 1 that enters with y_{j+1}; it was not there at step j
+    left, before = (torch.zeros(k, len(grid), dtype=grid.dtype) for _ in range(2))
+    for t in range(k):
+        move = left[:t] - before[:t]
+        step = left[:t] + beta[t] * move - phi[t] * grid * (left[:t] + gamma[t] * move)
+        before[:t], left[:t] = left[:t].clone(), step
+        left[t] = 1
+        wrt_Q[t + 1] = (phi.abs() * reach[:-1])[: t + 1] @ left[: t + 1].abs().amax(1)
     return Stability(wrt_Q, wrt_b)
 
 

@@ -3,11 +3,14 @@
 import numpy as np
 import torch
 
+from unrolled_kernels import schedules
 from unrolled_kernels.experiments.synthetic.claims import law
 from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN
-from unrolled_kernels.experiments.synthetic.data import MU, NUM_TRAIN
+from unrolled_kernels.experiments.synthetic.data import MU, NUM_TRAIN, L
+from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
 from unrolled_kernels.experiments.synthetic.statistics import factor, seed_table
-from unrolled_kernels.theory.bounds import predicted_error
+from unrolled_kernels.theory.bounds import predicted_error, schedule_error
+from unrolled_kernels.theory.design import CANDIDATES, deepest_within
 from unrolled_kernels.theory.properties import convergence_rate
 
 
@@ -29,62 +32,59 @@ def gap_factor(best, regime):
     return c.value / (float(a) * MU**2)
 
 
-def choose(regime, g, depths, *, tolerance=0.05):
+def choose(regime, g, depths, algorithms, *, tolerance=1.0):
     """The algorithm and depth that ``theory.recommend`` would take at φ = 1, the study's, among its depths.
 
     Returns:
         (algorithm, k).
     """
-    k = torch.tensor(sorted(depths))
-    errors = {name: predicted_error(name, k, regime, 1.0, MU, gap_factor=g) for name in ("gd", "nag")}
-    limit = (1 + tolerance) * min(values.min() for values in errors.values())
-    depth, _, name = max(
-        (int(depth), -value.item(), name)
-        for name, values in errors.items()
-        for depth, value in zip(k, values, strict=True)
-        if value <= limit
-    )
-    return name, depth
+    k = torch.arange(1, max(depths) + 1)
+    errors = {}
+    for name in algorithms:
+        if name == "chebyshev":
+            values = schedule_error(schedules.chebyshev(len(k), MU, L), regime, MU, L, gap_factor=g)[1:]
+        else:
+            values = predicted_error(name, k, regime, 1.0, MU, gap_factor=g)
+        trained = torch.tensor([depth in depths for depth in k.tolist()])
+        errors[name] = values.where(trained, torch.inf)
+    return deepest_within(errors, tolerance)
 
 
-def regret(best, chosen):
-    """How much larger the mean test error of a choice is than that of the best (algorithm, k).
+def validate(fitted_on, chosen_for, num_train=NUM_TRAIN, budgets=(30,)):
+    """How much more test error choices of algorithm and depth have than the best of all within a budget of steps.
 
-    Args:
-        best: one row for each (algorithm, num_steps, seed) of one hidden size.
-        chosen: a dict from a name to (algorithm, k).
-    Returns:
-        The best (algorithm, k), its test error, and a dict from each name to its regret.
-    """
-    test = best.groupby(["algorithm", "num_steps"])["test"].mean()
-    smallest = test.min()
-    return test.idxmin(), smallest, {name: test[point] - smallest for name, point in chosen.items()}
-
-
-def validate(fitted_on, chosen_for, num_train=NUM_TRAIN):
-    """The regret of the advice, of all steps of NAG and of all steps of GD, a row for each hidden size of both.
+    Chosen are what the advice says of GD and NAG, and of Chebyshev too where it was trained, and all steps of each.
 
     Args:
         fitted_on: selected rows of the study that the gap factors come from, n = 100.
-        chosen_for: selected rows of another.
+        chosen_for: selected rows of another: one for each (hidden, algorithm, num_steps, seed).
         num_train: n of the other; g falls like 1/√n.
+        budgets: of steps.
     Returns:
-        A list of dicts.
+        A list of dicts, a row for each hidden size of both and each budget: g, the ``choices`` (algorithm, k) by name,
+        their ``regrets``, the ``best`` (algorithm, k) and its ``smallest`` test error.
     """
     rows = []
     for hidden in sorted(set(fitted_on["hidden"]) & set(chosen_for["hidden"])):
         regime = REGIME_OF_HIDDEN[hidden]
         here = chosen_for[chosen_for["hidden"] == hidden]
         g = gap_factor(fitted_on[fitted_on["hidden"] == hidden], regime) * (NUM_TRAIN / num_train) ** 0.5
-        deepest = int(here["num_steps"].max())
-        choices = {
-            "advice": choose(regime, g, here["num_steps"].unique()),
-            "NAG": ("nag", deepest),
-            "GD": ("gd", deepest),
-        }
-        point, smallest, regrets = regret(here, choices)
-        rows.append(
-            {"hidden": hidden, "num_train": num_train, "g": g, "choices": choices, "best": point, "smallest": smallest}
-            | {"regrets": regrets}
-        )
+        for budget in budgets:
+            within = here[here["num_steps"] <= budget]
+            if not set(ALGORITHMS) <= set(within["algorithm"]):
+                continue
+            # at the depths that every algorithm was trained for
+            test = within.pivot_table(index="num_steps", columns="algorithm", values="test").dropna().unstack()
+            depths = sorted(set(test.index.get_level_values("num_steps")))
+            algorithms = [name for name in CANDIDATES if name in test.index]
+            choices = {
+                "advice": choose(regime, g, depths, algorithms),
+                "advice, GD and NAG": choose(regime, g, depths, ALGORITHMS),
+            } | {name: (name, depths[-1]) for name in algorithms}
+            smallest = test.min()
+            rows.append(
+                {"hidden": hidden, "num_train": num_train, "budget": budget, "g": g, "choices": choices}
+                | {"best": test.idxmin(), "smallest": smallest}
+                | {"regrets": {name: test[point] - smallest for name, point in choices.items()}}
+            )
     return rows

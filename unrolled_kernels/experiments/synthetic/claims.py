@@ -14,6 +14,7 @@ from unrolled_kernels.experiments import report
 from unrolled_kernels.experiments.figures import CASES, NAMES
 from unrolled_kernels.experiments.synthetic.comparison import REGIME_OF_HIDDEN, lemma_table
 from unrolled_kernels.experiments.synthetic.data import B_MAX, DIM, MU, L
+from unrolled_kernels.experiments.synthetic.model import ALGORITHMS
 from unrolled_kernels.experiments.synthetic.statistics import (
     factor,
     rank_correlation,
@@ -53,16 +54,17 @@ def check(best):
     Args:
         best: one row for each (hidden, algorithm, num_steps, seed), from ``grid.select_best``.
     Returns:
-        A list of ``Claim``.
+        A list of ``Claim``; they are about the paper's two algorithms.
     """
-    claims = []
+    best, claims = best[best["algorithm"].isin(ALGORITHMS)], []
     for hidden, rows in best.groupby("hidden"):
         case = REGIME_OF_HIDDEN.get(hidden)
         name = f"{hidden}, {CASES[case]}" if case else str(hidden)
         claims += [*_training_error(name, rows), *_q_error(name, rows)]
         if case:
             claims += [*_gap_trend(name, case, rows), *_gap_order(name, case, rows), *_law(name, case, rows)]
-    claims += _lemmas(best)
+    if not best.empty:
+        claims += _lemmas(best)
     return sorted(claims, key=lambda claim: claim.figure)
 
 

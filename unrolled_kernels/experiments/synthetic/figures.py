@@ -53,6 +53,7 @@ def _law(best):
     for panel, (hidden, rows) in zip(panels, best.groupby("hidden"), strict=True):
         figures.curves(panel, rows, "controlled")
         regime, title = REGIME_OF_HIDDEN.get(hidden), _title(hidden, rows)
+        rows = rows[rows["algorithm"].isin(ALGORITHMS)]
         if regime and rows["num_steps"].nunique() > 4:
             c = law(rows, regime)[0].value
             k = np.arange(1, rows["num_steps"].max() + 1)
