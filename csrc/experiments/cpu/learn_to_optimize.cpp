@@ -135,8 +135,9 @@ class RnnTrainer {
     y_ = arena_.take<C>(p.n * p.d);
     grad_y_ = arena_.take<C>(largest * p.d);
     // a plan asks which pointers there are, not what they point to
-    static_cast<RnnInputs<C>&>(cells_) = {largest, p.d, 0,   p.num_layers, {},      p.theta, p.matrices, p.d * p.d,
-                                          nullptr, 0,   p.b, p.d,          nullptr, 0,       false};
+    cells_.d = p.d, cells_.num_layers = p.num_layers, cells_.weights = p.theta;
+    cells_.matrix = p.matrices, cells_.matrix_stride = p.d * p.d;
+    cells_.b = p.b, cells_.b_stride = p.d;
     for (int l = 0; l < p.num_layers; ++l) cells_.hidden_dims[l] = p.hidden_dims[l];
     cells_.grad_y = p.y_star;
     cells_.d_weights = p.theta;
