@@ -215,7 +215,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
                             Tensor b, OptionalTensor y0, Tensor step_sizes, OptionalTensor momentum,
                             OptionalTensor extrapolation, OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
                             OptionalTensor weight, OptionalTensor threshold, int64_t num_steps, bool trajectory,
-                            int64_t needs) {
+                            int64_t needs, OptionalTensor iterates) {
   Arguments args{matrix, eigenvalues, observed, b,      y0,        step_sizes, momentum,   extrapolation,
                  mu,     lower,       upper,    weight, threshold, num_steps,  trajectory, (needs & need_matrix) != 0};
   args.check();
@@ -223,6 +223,9 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
       "grad_y: expected the shape and dtype of y");
   if (!grad_y.is_contiguous()) grad_y = as_contiguous(grad_y);
+  STD_TORCH_CHECK(!iterates || (iterates->numel() == args.B * args.d * (args.k + 1) && iterates->is_contiguous() &&
+                                iterates->scalar_type() == args.storage),
+                  "iterates: expected [num_steps + 1, B, d], contiguous, in the dtype of b");
 
   const auto nothing = [&](ScalarType type) { return allocate(b, type, {0}); };
   const auto rows = [&](bool needed) {
@@ -253,6 +256,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     MomentumBackward<Storage> p{};
     args.fill(p);
     p.grad_y = data<Storage>(grad_y);
+    p.iterates = iterates ? data<Storage>(*iterates) : nullptr;
     p.d_matrix = mutable_data<Storage>(d_matrix);
     p.d_eigenvalues = mutable_data<Storage>(d_eigenvalues);
     p.db = mutable_data<Storage>(db);
@@ -304,7 +308,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
   m.def(
       "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, "
       "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, "
-      "Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs) -> "
+      "Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs, Tensor? iterates=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

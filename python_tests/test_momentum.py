@@ -1,5 +1,6 @@
 """The test law for the op family ``momentum``: every backend against the float64 reference, every row of the law."""
 
+import functools
 import itertools
 
 import problems
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
-from unrolled_kernels.ops.momentum import reference
+from unrolled_kernels.ops.momentum import function, reference
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.testing import (
     STRUCTURES,
@@ -100,6 +101,7 @@ def test_schedule_forms_and_shared_Q(backend, structure, method, form, shared):
 def test_one_large_matrix_for_the_batch(backend, structure, method, trajectory):
     """Rows of several tiles against a matrix of several panels, whole ones and not, each form of schedule once."""
     cases = [(2, 33, 0, "step"), (2, 17, 1, "scalar"), (3, 48, 4, "sample"), (27, 64, 3, "both"), (100, 56, 3, "step")]
+    cases += [(40, 130, 4, "both")]  # the iterates are kept
     cases += [(24, 33, 30, "step")]  # more terms of Q's gradient than are summed in one go
     for B, d, k, form in cases[2:3] if interpreted(backend) else cases:
         for dtype in (torch.float32,) if interpreted(backend) else (torch.float64, torch.float32, torch.bfloat16):
@@ -523,6 +525,24 @@ def test_backward_keeps_only_the_inputs(backend, structure, k):
     step_size_bytes = 4
     held = sum(x.untyped_storage().nbytes() for x in inputs)
     assert bytes_kept_for_backward(call) == held + step_size_bytes
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+@methods
+def test_iterates_of_one_large_matrix_are_kept_up_to_a_limit(method, monkeypatch):
+    B, d, k = 40, 130, 5
+    problem = MomentumProblem("dense", (B,), d, k, method=method, form="both", warm=True, shared=True)
+    grads, kept = [], []
+    for limit in (4 * (k + 1) * B * d, 4 * (k + 1) * B * d - 1):
+        monkeypatch.setattr(function, "KEPT_BYTES", limit)
+        compare(problem, "cpu", torch.float64)
+        compare(problem, "cpu", torch.float32)
+        grads.append(problem.run("cpu", torch.float32))
+        leaves = {name: x.requires_grad_() for name, x in problem.cast(torch.float32).items()}
+        kept.append(bytes_kept_for_backward(functools.partial(problem.call, "cpu", leaves)))
+    assert kept[0] - kept[1] == 4 * (k + 1) * B * d
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name])
 
 
 @backends

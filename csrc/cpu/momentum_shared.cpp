@@ -66,10 +66,14 @@ class DenseRows {
     // of step t: rows t count ... (t + 1) count - 1 of both factors of dQ
     const Panels<C> a{tile.a, max(k, 1) * count_ * W}, z{tile.z, a.plane};
     start(z);
-    // the last step is taken for v_(k-1) alone
-    for (int64_t t = 0; t + 1 < k || (t < k && v_); ++t) {
-      const Panels<C> z_next = t + 1 < k ? z.from((t + 1) * count_) : rows(ybar_);
-      step(t, tile.packed, z.from(t * count_), z_next, m(t), m(t + 1), v(t));
+    if (p.iterates && !v_ && std::is_same_v<Storage, C>) {
+      for (int64_t t = 1; t < k; ++t) load_iterate(p, t, z.from(t * count_));
+    } else {
+      // the last step is taken for v_(k-1) alone
+      for (int64_t t = 0; t + 1 < k || (t < k && v_); ++t) {
+        const Panels<C> z_next = t + 1 < k ? z.from((t + 1) * count_) : rows(ybar_);
+        step(t, tile.packed, z.from(t * count_), z_next, m(t), m(t + 1), v(t));
+      }
     }
     load_rows(p.grad_y + (p.trajectory ? k * p.B * p.d : 0), p.d, s(k));
     copy_vectors(s(k).data, count_ * panels_ * W, ybar_);
@@ -161,6 +165,22 @@ class DenseRows {
     if (!p_.beta.data) return;
     for (int64_t i = 0; i < panels_; ++i) copy_vectors(z.at(0, i), count_ * W, rows(y_).at(0, i));
     fill_zero(m_, count_ * panels_ * W);
+  }
+
+  // z_t and m_t of iterates that were kept
+  UNROLLED_KERNELS_NOINLINE void load_iterate(const MomentumBackward<Storage>& p, int64_t t, Panels<C> z) const {
+    const int64_t size = p.B * p.d;
+    load_rows(p.iterates + t * size, p.d, z);
+    if (!p.beta.data) return;
+    load_rows(p.iterates + (t - 1) * size, p.d, m(t));
+    for (int64_t r = 0; r < count_; ++r) {
+      const Vector<C> gamma = coefficients<true>(r, t).gamma;
+      for (int64_t i = 0; i < panels_; ++i) {
+        const Vector<C> y = load(z.at(r, i)), m_t = y - load(m(t).at(r, i));
+        store(m(t).at(r, i), m_t);
+        store(z.at(r, i), y + gamma * m_t);
+      }
+    }
   }
 
   void step(int64_t t, const C* packed, Panels<C> z, Panels<C> z_next, Panels<C> m, Panels<C> m_next, C* v) const {

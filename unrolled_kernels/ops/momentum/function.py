@@ -4,6 +4,11 @@ The first Function's backward is the second, whose own backward differentiates t
 gradients of every order are those of the specification. Both take canonical arguments (see the package's docstring).
 """
 
+import os
+
+import torch
+
+from unrolled_kernels import _torch_private
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
 from unrolled_kernels.ops.momentum import manual, native, reference, triton_ops
@@ -36,7 +41,12 @@ def momentum(
         mu: Nesterov's method for μ, shaped like a coefficient; ``momentum`` and ``extrapolation`` are then None. That
             both follow from it costs no node of autograd's graph.
     """
+    tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
     if backend != "eager" and not common.runs_in_eager():
+        prox = (lower, upper, weight, threshold)
+        may_keep = backend == "cpu" and matrix is not None and matrix.shape[0] == 1 and not trajectory
+        if may_keep and _keeps_iterates(tensors, prox, num_steps):
+            return KeptMomentumFunction.apply(backend, *tensors, *prox, num_steps, True)[0]
         return MomentumFunction.apply(
             backend,
             matrix,
@@ -55,8 +65,28 @@ def momentum(
             num_steps,
             trajectory,
         )
-    tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
     return reference.forward(*tensors, lower, upper, weight, threshold, num_steps, trajectory)
+
+
+# with one Q for the batch, the iterates are kept for backward where they take no more bytes than this
+KEPT_BYTES = int(os.environ.get("UNROLLED_KERNELS_KEPT_BYTES") or 2**28)
+
+
+def _keeps_iterates(tensors, prox, num_steps):
+    """Whether, with one matrix for the batch, backward reads the iterates instead of replaying them.
+
+    A replay takes one product in four; the iterates are half of what the eager loop keeps.
+    """
+    _, eigenvalues, _, b, *_ = tensors
+    if eigenvalues is not None or any(x is not None for x in prox):
+        return False
+    if torch.compiler.is_compiling() or _torch_private.transforms_are_active() or not torch.is_grad_enabled():
+        return False
+    size = (num_steps + 1) * b.numel() * b.element_size()
+    # where products are not what takes the time, or the iterates are rounded, nothing is gained
+    if not (b.shape[0] > 1 and b.shape[1] > 128 and b.element_size() >= 4 and size <= KEPT_BYTES):
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 class MomentumFunction(Function):
@@ -97,12 +127,13 @@ class MomentumFunction(Function):
         _, Q, q, x, b, y0, phi, beta, gamma, mu, lower, upper, weight, tau, _, _ = ctx.needs_input_grad
         needs = Q | q << 1 | x << 2 | b << 3 | y0 << 4 | phi << 5 | beta << 6 | gamma << 7 | mu << 8
         needs |= lower << 9 | upper << 10 | weight << 11 | tau << 12
-        arguments = (grad_y, *ctx.saved_tensors, *ctx.constants, needs)
+        saved = ctx.saved_tensors
+        arguments = (grad_y, *saved[:13], *ctx.constants, needs)
         if common.is_differentiated():
             grads = MomentumBackwardFunction.apply(ctx.backend, *arguments)
         else:
             # nothing will differentiate this backward: straight to the launcher
-            grads = _LAUNCHERS[ctx.backend].backward(*arguments)
+            grads = _LAUNCHERS[ctx.backend].backward(*arguments, *saved[13:])
         d_matrix, d_eigenvalues, d_observed, db, dy0, d_phi, d_beta, d_gamma, d_mu, *d_prox = grads
         d_lower, d_upper, d_weight, d_tau = d_prox
         return (
@@ -129,6 +160,28 @@ class MomentumFunction(Function):
         *tensors, num_steps, trajectory = arguments
         run = lambda *tensors: MomentumFunction.apply(backend, *tensors, num_steps, trajectory)
         return common.vmap_forward(run, info.batch_size, in_dims[1:14], tensors, trajectory, b=3)
+
+
+class KeptMomentumFunction(MomentumFunction):
+    """y_k, and for backward y_0 … y_k, which have no gradient."""
+
+    @staticmethod
+    def forward(*arguments):
+        ys = MomentumFunction.forward(*arguments)
+        # not a part of all the others, which live as long as it does
+        return ys[-1].clone(), ys
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, *tensors, num_steps, _ = inputs
+        ctx.constants = num_steps, False
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx, grad_y, _):
+        return MomentumFunction.backward(ctx, grad_y)
 
 
 class MomentumBackwardFunction(Function):

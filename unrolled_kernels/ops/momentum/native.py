@@ -13,7 +13,7 @@ def fake_forward(matrix, eigenvalues, observed, b, *rest):
 
 def fake_backward(grad_y, matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, *rest):
     """Shapes and dtypes of the gradients."""
-    *prox, _, _, needs = rest
+    *prox, _, _, needs = rest[:7]
     compute = (step_sizes, momentum, extrapolation, mu, *prox)
     return (
         *common.fake_gradients((matrix, eigenvalues, observed, b, y0), needs, like=b),
