@@ -1,8 +1,8 @@
 // One model at a time on one core: its parameters, optimizer state and samples stay in the first-level cache.
 //
-// The network runs with hidden units in lanes (without hidden units, with outputs in lanes), one sample after another:
-// gradients of weights are then sums of vectors, with no reduction across lanes. Everything behind the logits runs with
-// samples in lanes; a transpose of W samples stands between.
+// In training the network runs with hidden units in lanes (without hidden units, with outputs in lanes), one sample after
+// another: gradients of weights are then sums of vectors, with no reduction across lanes. Everything behind the logits
+// runs with samples in lanes; a transpose of W samples stands between. The evaluation has samples in lanes throughout.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -31,6 +31,7 @@ enum class Steps { plain, nesterov, any, limit };
 template <typename C>
 class Trainer {
   static constexpr int64_t W = lanes<C>;
+  static constexpr int64_t rest_size = ceil_div(columns, W) * W;
   using V = Vector<C>;
 
  public:
@@ -42,9 +43,9 @@ class Trainer {
         bias2_((X + 1 + O) * units_),
         at_(p.h ? bias2_ + O : outs_, arena_) {
     place_ = arena_.take<int64_t>(p.P);
-    natural_ = arena_.take<int64_t>(p.n);
     x_ = arena_.take<C>(p.n * X);
-    rest_ = arena_.take<C>(p.n * columns);
+    rest_ = arena_.take<C>(p.n * rest_size);
+    groups_ = arena_.take<C>(ceil_div(p.n, W) * (X + columns) * W);
     rows_ = arena_.take<C>(W * units_);
     lanes_ = arena_.take<C>(columns * W);
     out_grad_ = arena_.take<C>(O * W);
@@ -54,7 +55,6 @@ class Trainer {
 
   void train(int64_t model) {
     place_parameters();
-    for (int64_t i = 0; i < p_.n; ++i) natural_[i] = i;
     // lanes without a sample hold numbers too
     fill_zero(rows_, W * units_);
     fill_zero(lanes_, columns * W);
@@ -89,10 +89,15 @@ class Trainer {
 
   void load_samples(int64_t model) {
     const C* samples = p_.samples + p_.set_of_model[model] * (X + 2 * O) * p_.n;
+    fill_zero(rest_, p_.n * rest_size);
+    fill_zero(groups_, ceil_div(p_.n, W) * (X + columns) * W);
     for (int64_t s = 0; s < p_.n; ++s) {
-      for (int64_t i = 0; i < X; ++i) x_[s * X + i] = samples[i * p_.n + s];
-      for (int64_t c = 0; c < 2 * O; ++c) rest_[s * columns + c] = samples[(X + c) * p_.n + s];
-      rest_[s * columns + 2 * O] = p_.fixed[model * p_.n + s];
+      C* lane = groups_ + s / W * (X + columns) * W + s % W;
+      for (int64_t i = 0; i < X; ++i) lane[i * W] = x_[s * X + i] = samples[i * p_.n + s];
+      for (int64_t c = 0; c < columns; ++c) {
+        const C value = c < 2 * O ? samples[(X + c) * p_.n + s] : p_.fixed[model * p_.n + s];
+        lane[(X + c) * W] = rest_[s * rest_size + c] = value;
+      }
     }
     k_ = p_.num_steps[model];
     schedule_ = p_.schedules + model * p_.K * 3;
@@ -124,19 +129,21 @@ class Trainer {
       const int64_t* index = order + first;
       const int64_t here = min(W, count - first);
       network<hidden>(index, here);
-      const Spectrum s = spectrum<hidden>();
-      V p[O], dp[O], residual[O];
-      const V loss = losses<steps, true>(index, here, s, p, dp, residual);
+      gather(index, here);
+      V share[O], p[O], dp[O], residual[O];
+      logits<hidden>(share);
+      softmax(share);
+      const V loss = losses<steps, true>(share, lanes_, p, dp, residual);
       const V scale = static_cast<C>((p_.L - p_.mu) / static_cast<double>(count)) / loss;
       V u[O], mean{};
 #pragma GCC unroll 3
       for (int c = 0; c < O; ++c) {
         u[c] = -scale * residual[c] * load(lanes_ + c * W) * dp[c];
-        mean += s.share[c] * u[c];
+        mean += share[c] * u[c];
       }
 #pragma GCC unroll 3
       for (int c = 0; c < O; ++c) {
-        const V o = keep_lanes<C>(s.share[c] * (u[c] - mean), here);
+        const V o = keep_lanes<C>(share[c] * (u[c] - mean), here);
         bias[c] += o;
         store(out_grad_ + c * W, o);
       }
@@ -150,11 +157,12 @@ class Trainer {
   template <Steps steps, bool hidden>
   C mean_loss() {
     V sum{};
-    for (int64_t first = 0; first < p_.n; first += W) {
-      const int64_t here = min(W, p_.n - first);
-      network<hidden>(natural_ + first, here);
-      V p[O], dp[O], residual[O];
-      sum += keep_lanes<C>(losses<steps, false>(natural_ + first, here, spectrum<hidden>(), p, dp, residual), here);
+    const C* group = groups_;
+    for (int64_t first = 0; first < p_.n; first += W, group += (X + columns) * W) {
+      V share[O], p[O], dp[O], residual[O];
+      logits_of_group<hidden>(group, share);
+      softmax(share);
+      sum += keep_lanes<C>(losses<steps, false>(share, group + X * W, p, dp, residual), min(W, p_.n - first));
     }
     return sum_lanes<C>(sum) / static_cast<C>(p_.n);
   }
@@ -233,16 +241,10 @@ class Trainer {
 
   // -- behind the network, samples in lanes
 
-  struct Spectrum {
-    V share[O];  // softmax
-  };
-
+  // from rows_
   template <bool hidden>
-  Spectrum spectrum() const {
-    V logit[O] = {};
-    if (hidden) {
-      for (int c = 0; c < O; ++c) logit[c] = broadcast(at_.theta[bias2_ + c]);
-    }
+  void logits(V (&logit)[O]) const {
+    for (int c = 0; c < O; ++c) logit[c] = hidden ? broadcast(at_.theta[bias2_ + c]) : V{};
     for (int64_t u = 0; u < units_; u += W) {
       V r[W];
 #pragma GCC unroll 16
@@ -259,45 +261,77 @@ class Trainer {
         for (int i = 0; i < W && u + i < O; ++i) logit[u + i] = r[i];
       }
     }
-    V largest = logit[0];
-    for (int c = 1; c < O; ++c) largest = largest < logit[c] ? logit[c] : largest;
-    Spectrum s;
+  }
+
+  // from x [10, W]
+  template <bool hidden>
+  void logits_of_group(const C* group, V (&logit)[O]) const {
+    V x[X];
+#pragma GCC unroll 16
+    for (int i = 0; i < X; ++i) x[i] = load(group + i * W);
+    const auto first_layer = [&](int64_t u) {
+      V sum = broadcast(at_.theta[X * units_ + u]);
+#pragma GCC unroll 16
+      for (int i = 0; i < X; ++i) sum += x[i] * broadcast(at_.theta[i * units_ + u]);
+      return sum;
+    };
+#pragma GCC unroll 3
+    for (int c = 0; c < O; ++c) logit[c] = hidden ? broadcast(at_.theta[bias2_ + c]) : first_layer(c);
+    for (int64_t u = 0; hidden && u < p_.h; ++u) {
+      V h = first_layer(u);
+      h = h < 0 ? V{} : h;
+#pragma GCC unroll 3
+      for (int c = 0; c < O; ++c) logit[c] += h * broadcast(at_.theta[outs_ + c * units_ + u]);
+    }
+  }
+
+  static void softmax(V (&x)[O]) {
+    V largest = x[0];
+    for (int c = 1; c < O; ++c) largest = largest < x[c] ? x[c] : largest;
     V sum{};
 #pragma GCC unroll 3
     for (int c = 0; c < O; ++c) {
-      s.share[c] = exp_negative<C>(logit[c] - largest);
-      sum += s.share[c];
+      x[c] = exp_negative<C>(x[c] - largest);
+      sum += x[c];
     }
     const V inverse = static_cast<C>(1) / sum;
 #pragma GCC unroll 3
-    for (int c = 0; c < O; ++c) s.share[c] *= inverse;
-    return s;
+    for (int c = 0; c < O; ++c) x[c] *= inverse;
   }
 
-  // The loss of each sample, with lanes_ [7, W] gathered on the way.
-  template <Steps steps, bool tangent>
-  V losses(const int64_t* index, int64_t count, const Spectrum& s, V (&p)[O], V (&dp)[O], V (&residual)[O]) {
-    for (int64_t l = 0; l < count; ++l) {
-      const C* rest = rest_ + index[l] * columns;
-#pragma GCC unroll 8
-      for (int c = 0; c < columns; ++c) lanes_[c * W + l] = rest[c];
+  // lanes_ [7, W], rows of rest_
+  void gather(const int64_t* index, int64_t count) {
+    for (int64_t first = 0; first < columns; first += W) {
+      V r[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) r[l] = l < count ? load(rest_ + index[l] * rest_size + first) : V{};
+      transpose<C>(r);
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) {
+        if (first + c < columns) store(lanes_ + (first + c) * W, r[c]);
+      }
     }
-    recurrence<steps, tangent>(s, p, dp);
-    V squared = load(lanes_ + 2 * O * W);
+  }
+
+  // The loss of each sample, of its part rest [7, W].
+  template <Steps steps, bool tangent>
+  V losses(const V (&share)[O], const C* rest, V (&p)[O], V (&dp)[O], V (&residual)[O]) const {
+    recurrence<steps, tangent>(share, p, dp);
+    V squared = load(rest + 2 * O * W);
 #pragma GCC unroll 3
     for (int c = 0; c < O; ++c) {
-      residual[c] = -load(lanes_ + c * W) * p[c] - load(lanes_ + (O + c) * W);
+      residual[c] = -load(rest + c * W) * p[c] - load(rest + (O + c) * W);
       squared += residual[c] * residual[c];
     }
     return sqrt(squared);
   }
 
   template <Steps steps, bool tangent>
-  void recurrence(const Spectrum& s, V (&p)[O], V (&dp)[O]) const {
+  void recurrence(const V (&share)[O], V (&p)[O], V (&dp)[O]) const {
     if constexpr (steps == Steps::limit || steps == Steps::any) {
       V lambda[O];
 #pragma GCC unroll 3
-      for (int c = 0; c < O; ++c) lambda[c] = static_cast<C>(p_.mu) + static_cast<C>(p_.L - p_.mu) * s.share[c];
+      for (int c = 0; c < O; ++c) lambda[c] = static_cast<C>(p_.mu) + static_cast<C>(p_.L - p_.mu) * share[c];
       return steps == Steps::limit ? limit(lambda, p, dp) : any<tangent>(lambda, p, dp);
     }
     // the first step, from zero
@@ -306,7 +340,7 @@ class Trainer {
     V shrink[O], before[O] = {}, d_before[O] = {};
 #pragma GCC unroll 3
     for (int c = 0; c < O; ++c) {
-      shrink[c] = static_cast<C>(1 - step_size * p_.mu) - static_cast<C>(step_size * (p_.L - p_.mu)) * s.share[c];
+      shrink[c] = static_cast<C>(1 - step_size * p_.mu) - static_cast<C>(step_size * (p_.L - p_.mu)) * share[c];
       p[c] = broadcast(phi);
       dp[c] = V{};
     }
@@ -359,8 +393,8 @@ class Trainer {
   Arena arena_;
   int64_t units_, outs_, bias2_;
   Parameters<C> at_;
-  int64_t *place_, *natural_;     // of each parameter; 0 ... n-1
-  C *x_, *rest_;                  // [n, 10], [n, 7]
+  int64_t* place_;                // of each parameter
+  C *x_, *rest_, *groups_;        // [n, 10], [n, 7 or more], [groups, 17, W]
   C *rows_, *lanes_, *out_grad_;  // [W, units], [7, W], [3, W]
   int64_t k_ = 0;
   const double* schedule_ = nullptr;  // [k, 3]
