@@ -298,7 +298,32 @@ def test_autocast_of_the_minimizer_and_of_mu(structure, dtype):
     torch.testing.assert_close(iterated, uk.UnrolledNAG(4, 0.4, mu=None)(Q, b.to(dtype).float()))
 
 
-@main_layers
+def penalized(model, inputs):
+    """The gradients of a loss on y and on the gradient of b: differentiated twice."""
+    y = model(*inputs)
+    (slope,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+    return torch.autograd.grad(weighted_loss(y) + slope.square().sum(), [*inputs, *model.parameters()])
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="eager torch multiplies in half under autocast")
+@every_structure
+@pytest.mark.parametrize("name", [*MAIN, "rnn-wide"])
+def test_gradient_penalty_under_autocast(name, structure):
+    """Both passes back are in float32, called under autocast or not: of the kernels, and of torch in their place."""
+    if name.startswith("rnn") and structure == "spectral":
+        pytest.skip("its dense matrix is a product of torch's, whose backward multiplies in half under autocast")
+    model = Model("rnn" if name == "rnn-wide" else name, structure)
+    if name == "rnn-wide":
+        model.layer = uk.UnrolledRNN(3, 5, (150, 6))
+    inputs = problem(structure)
+    expected = penalized(model, inputs), of(model, inputs)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            actual = penalized(model, inputs), of(model, inputs)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@every_layer
 @every_structure
 def test_stored_in_half(name, structure):
     """Outside of autocast half goes in and half comes out, whatever the dtype of the layer's own parameters."""

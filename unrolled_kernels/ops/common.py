@@ -1,5 +1,7 @@
 """What the op families share: the Function that launches cheaply, its second order, vmap, and registered ops."""
 
+import contextlib
+
 import torch
 
 from unrolled_kernels import _torch_private
@@ -42,6 +44,12 @@ def is_differentiated():
     return torch.is_grad_enabled() or _torch_private.transforms_are_active()
 
 
+def without_autocast(device_type):
+    """Products in the dtype of what is multiplied, also where a backward pass is called under autocast."""
+    autocasting = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if autocasting else contextlib.nullcontext()
+
+
 def mask(needs):
     """The bools ``needs`` as the bits of one int, the first of them the lowest."""
     bits = 0
@@ -68,9 +76,11 @@ def second_order(manual_backward, cotangents, tensors, *constants):
             full[i] = x
         return manual_backward(*full, *constants)
 
-    _, vjp = torch.func.vjp(gradients, *(tensors[i] for i in present))
+    with without_autocast(tensors[present[0]].device.type):
+        _, vjp = torch.func.vjp(gradients, *(tensors[i] for i in present))
+        found = vjp(cotangents)
     grads = [None] * len(tensors)
-    for i, g in zip(present, vjp(cotangents), strict=True):
+    for i, g in zip(present, found, strict=True):
         grads[i] = g
     return grads
 

@@ -46,8 +46,10 @@ class Launcher:
     def backward(self, grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs):
         """The contract of ``manual.backward``."""
         fused = is_fused(b.shape[-1], hidden_dims_of(weights), self.max_width)
-        backward = self._backward if fused else manual.backward
-        return backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs)
+        if fused:
+            return self._backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs)
+        with common.without_autocast(b.device.type):
+            return manual.backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs)
 
 
 LAUNCHER = None if _backend.extension() is None else Launcher("rnn")
