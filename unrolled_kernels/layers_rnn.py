@@ -100,7 +100,7 @@ class UnrolledRNN(_Unrolled):
             return weights
         mu, L = self.stable_region
         scale = (_LARGEST_CONTRACTION / rnn_contraction(weights, mu=mu, L=L)).clamp(max=1)
-        return (*weights[:3], self.V * scale)
+        return (*weights[:3], self.V * scale.to(self.V.dtype))
 
     def contraction_factor(self, Q: Quadratic) -> torch.Tensor:
         """c_φ = sup ‖V‖ ‖W₁ + W₂Q‖ Π_{l≥2} ‖Wˡ‖ over the batch, in spectral norms; see ``theory.rnn_contraction``.

@@ -93,4 +93,5 @@ def _unpack(weights):
 
 
 def _norm(matrix):
-    return torch.linalg.matrix_norm(matrix, 2)
+    # half precision has no decompositions
+    return torch.linalg.matrix_norm(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), 2)
