@@ -189,6 +189,20 @@ class Problem(Short):
         b = values["b"].abs() + (values["observed"].abs() if "observed" in values else 0)
         return (db * b).abs().sum().item()
 
+    def terms_of_weights(self, values):
+        """Size of the terms of the weights' gradients, sums over the samples, by name."""
+        names = [n for n, leaf in self.leaves.items() if n.startswith("W") and leaf.grad]
+        samples = math.prod(self.batch)
+        if not names or not samples or not self.k:
+            return {}
+        tensors = values | {n: values[n].clone().requires_grad_() for n in names}
+        y = self.call("eager", tensors)
+        # the cotangent of each sample alone
+        alone = torch.eye(samples, dtype=torch.float64).reshape(samples, *self.batch, 1)
+        alone = (alone.unsqueeze(1) if self.trajectory else alone) * self.cotangent_values()
+        grads = torch.autograd.grad(y, [tensors[n] for n in names], alone, is_grads_batched=True, allow_unused=True)
+        return {n: 0.0 if g is None else g.abs().sum(0).max().item() for n, g in zip(names, grads, strict=True)}
+
     def run(self, backend, dtype, values, *, full=False, cotangent=None):
         """The result as ``"y"`` and the gradients that are wanted, by name.
 
@@ -300,6 +314,7 @@ def compare(problem, *backends):
     values, dtype = problem.values(), DTYPES[problem.dtype]
     exact = problem.run("eager", torch.float64, values, full=True)
     eager = problem.run("eager", torch.float32 if problem.dtype == "f64" else dtype, values)
+    terms_of_weights = problem.terms_of_weights(values)
     for backend in backends:
         actual = problem.run(backend, dtype, values)
         assert actual.keys() == {"y"} | {n for n, leaf in problem.leaves.items() if leaf.grad}
@@ -307,6 +322,7 @@ def compare(problem, *backends):
             terms = exact[name]
             # gradients of what is broadcast are sums, whose terms may cancel
             scale = terms.abs().sum_to_size(result.shape).max().item() if terms.numel() else 0.0
+            scale = max(scale, terms_of_weights.get(name, 0.0))
             if name in SCHEDULE:
                 scale = max(10 * scale, problem.terms_of_schedule(values, exact["b"]))
             what = f"{backend}: {name if name == 'y' else f'gradient of {name}'}"
@@ -417,7 +433,8 @@ def test_extreme_values(backend, problem):
         cotangent=problem.cotangent_values().abs(),
     )
     compute = torch.promote_types(dtype, torch.float32)
-    overflows = any(not (x.abs() < torch.finfo(compute).max / 64).all() for x in bounds.values())
+    formed = [*bounds.values(), *([1 + values["f"].square()] if problem.structure == "tikhonov" else [])]
+    overflows = any(not (x.abs() < torch.finfo(compute).max / 64).all() for x in formed)
     for name, result in problem.run(backend, dtype, values).items():
         limits = torch.finfo(result.dtype)
         true, bound = exact[name].sum_to_size(result.shape), bounds[name].abs().sum_to_size(result.shape)
