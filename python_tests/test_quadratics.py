@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import unrolled_kernels.functional as F
-from unrolled_kernels import Diagonal, Spectral, Tikhonov
+from unrolled_kernels import Diagonal, Spectral, Tikhonov, UnrolledGD
 from unrolled_kernels.testing import STRUCTURES, random_quadratic
 
 structured = pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "dense"])
@@ -116,6 +116,62 @@ def test_one_f_for_many_images(backend):
     for one, many in zip(*results, strict=True):
         assert one.shape in ((4, 3, 6), (6,))
         torch.testing.assert_close(one, many)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_no_dimension_at_all(structure, backend, shared):
+    """d = 0 with two batch dimensions: everything is empty but gradients of the schedule, which are zero."""
+    sizes = {"dense": [(0, 0)], "diagonal": [(0,)], "spectral": [(0,), (0, 0)], "tikhonov": [(0,), (0,)]}[structure]
+    tensors = [torch.rand(*(() if shared else (2, 3)), *size, requires_grad=True) for size in sizes]
+    Q, b = STRUCTURES[structure](*tensors), torch.rand(2, 3, 0, requires_grad=True)
+    for step_size in (0.3, torch.rand(2, 1, 4, requires_grad=True), torch.rand(2, 3, 1, requires_grad=True)):
+        for trajectory in (False, True):
+            y = F.nesterov(Q, b, step_size, 0.1, 4, return_trajectory=trajectory, y0=torch.rand(3, 0), backend=backend)
+            assert y.shape == ((5, 2, 3, 0) if trajectory else (2, 3, 0))
+            y.sum().backward()
+        if isinstance(step_size, torch.Tensor):
+            assert torch.equal(step_size.grad, torch.zeros_like(step_size))
+    assert F.minimize(Q, b).shape == F.nesterov(Q, b, 0.3, None, 4).shape == (2, 3, 0)
+    weights = torch.rand(2, 0), torch.rand(2, 0), [], torch.rand(0, 2)
+    assert F.rnn(Q, b, weights, 4, backend=backend).shape == (2, 3, 0)
+    assert all(x.grad.shape == x.shape for x in (*tensors, b))
+
+
+@structured
+def test_default_collate(structure):
+    """Samples become a batch, in a DataLoader and inside other collections too."""
+    Q, _ = _make(structure, (4, 3))
+    samples = [Q[i] for i in range(4)]
+    batch, labels = torch.utils.data.default_collate([(x, i) for i, x in enumerate(samples)])
+    assert type(batch) is type(Q)
+    assert labels.tolist() == [0, 1, 2, 3]
+    for x, y in zip(batch.tensors.values(), Q.tensors.values(), strict=True):
+        assert torch.equal(x, y)
+    (loaded,) = torch.utils.data.DataLoader(samples, batch_size=4)
+    torch.testing.assert_close(loaded.to_dense(), Q.to_dense())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_symbolic_trace_with_a_layer_as_a_leaf(structure):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = UnrolledGD(3, 0.2)
+
+        def forward(self, b, tensors):
+            return 2 * self.layer(STRUCTURES[structure](*(tensors[i] for i in range(count))), b + 1)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, UnrolledGD) or super().is_leaf_module(module, name)
+
+    tensors, _, b = random_quadratic(structure, (4, 3), 5)
+    count, model = len(tensors), Model()
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layer"]
+    torch.testing.assert_close(traced(b, tensors), model(b, tensors))
 
 
 def test_data_loader():

@@ -132,6 +132,18 @@ def test_pytree():
     assert private.pytree.tree_map(lambda x: x + 1, Box(3)).content == 4
 
 
+def test_collate_functions():
+    class Box:
+        pass
+
+    assert torch.Tensor in private.collate_functions
+    private.collate_functions[Box] = lambda boxes, *, collate_fn_map: len(boxes)
+    try:
+        assert torch.utils.data.default_collate([(Box(), 1), (Box(), 2)])[0] == 2
+    finally:
+        del private.collate_functions[Box]
+
+
 def test_nothing_private_elsewhere():
     """Every use of ``torch._…`` in the package is in that module."""
     import ast

@@ -7,9 +7,11 @@ torch that changes it breaks this file and no other.
 import torch
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+from torch.utils.data._utils import collate
 
 __all__ = [
     "below_autograd",
+    "collate_functions",
     "constant_of_the_graph",
     "forward_mode_is_active",
     "ignore_tensor_subclasses",
@@ -30,6 +32,9 @@ def forward_mode_is_active():
     """Whether tangents may be travelling along: within torch.func.jvp, jacfwd, linearize or a dual level."""
     return forward_ad._current_level >= 0
 
+
+# how a DataLoader makes a batch of samples, by their type
+collate_functions = collate.default_collate_fn_map
 
 # within it the __torch_function__ of tensor subclasses is not asked
 ignore_tensor_subclasses = torch._C.DisableTorchFunctionSubclass

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from unrolled_kernels._torch_private import pytree
+from unrolled_kernels._torch_private import collate_functions, pytree
 
 
 def same_shape(shape, other):
@@ -163,8 +163,7 @@ class Diagonal(Structure):
     _own_dims: ClassVar[dict[str, int]] = {"q": 1}
 
     def __post_init__(self) -> None:
-        _check_floating("q", self.q)
-        if self.q.dim() < 1:
+        if _check_floating("q", self.q) and self.q.dim() < 1:
             raise ValueError("q: expected at least one dimension [*batch, d], got a scalar tensor")
 
     @property
@@ -210,8 +209,8 @@ class Spectral(Structure):
     _own_dims: ClassVar[dict[str, int]] = {"eigenvalues": 1, "eigenvectors": 2}
 
     def __post_init__(self) -> None:
-        _check_floating("eigenvalues", self.eigenvalues)
-        _check_floating("eigenvectors", self.eigenvectors)
+        if not all(_check_floating(name, x) for name, x in self.tensors.items()):
+            return
         values, vectors = self.eigenvalues.shape, self.eigenvectors.shape
         if len(values) < 1 or len(vectors) < 2 or not vectors[-1] == vectors[-2] == values[-1]:
             raise ValueError(
@@ -246,7 +245,8 @@ class Tikhonov(Structure):
     """The energy 1/2 ‖y - x‖² + 1/2 ‖f y‖² of a denoiser (paper, Sec. 7.2): Q = diag(1 + f²), and b - x for b.
 
     With b = g it is 1/2 ‖y + g - x‖² + 1/2 ‖f y‖² up to a constant. The kernels take f, x and b as they are: neither
-    1 + f² nor b - x is ever written to memory.
+    1 + f² nor b - x is ever written to memory. 1 + f² must be finite in the dtype that is computed in, float32 or
+    float64, as that of any matrix must.
 
     Args:
         f: weights of the regulariser, ``[*batch, d]``, any number of dimensions (an image too), floating point.
@@ -262,9 +262,7 @@ class Tikhonov(Structure):
     _own_dims: ClassVar[dict[str, int]] = {"f": 1, "x": 1}
 
     def __post_init__(self) -> None:
-        _check_floating("f", self.f)
-        _check_floating("x", self.x)
-        if self.f.dim() < 1:
+        if all(_check_floating(name, x) for name, x in self.tensors.items()) and self.f.dim() < 1:
             raise ValueError("f: expected at least one dimension [*batch, d], got a scalar tensor")
 
     def as_diagonal(self, b: torch.Tensor) -> tuple[Diagonal, torch.Tensor]:
@@ -307,9 +305,13 @@ def _rotate(matrix, y):
 
 
 def _check_floating(name, x):
+    """Whether x is a tensor whose shape can be checked: while torch.fx traces it is a stand-in."""
+    if isinstance(x, torch.fx.Proxy):
+        return False
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         got = f"a tensor of dtype {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+    return True
 
 
 def _unflatten(cls, children):
@@ -332,3 +334,13 @@ for _cls in (Diagonal, Spectral, Tikhonov):
             None,
         ),
     )
+
+
+def _collate(samples, *, collate_fn_map):
+    """Samples as a batch, each of their tensors stacked as torch stacks tensors."""
+    stack = collate_fn_map[torch.Tensor]
+    columns = zip(*(x.tensors.values() for x in samples), strict=True)
+    return _unflatten(type(samples[0]), [stack(column, collate_fn_map=collate_fn_map) for column in columns])
+
+
+collate_functions[Structure] = _collate
