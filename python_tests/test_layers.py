@@ -5,7 +5,7 @@ import torch
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
-from unrolled_kernels import schedules
+from unrolled_kernels import schedules, theory
 from unrolled_kernels.testing import random_quadratic
 
 
@@ -52,6 +52,22 @@ def test_nag_takes_mu_from_each_sample(problem):
         structured = make_Q(*leaves)
         actual = F.nesterov(structured, b, 0.8, None, 7)
         torch.testing.assert_close(actual, F.nesterov(structured.to_dense(), b, 0.8, None, 7))
+
+
+def test_mu_of_what_is_not_positive_definite():
+    """The symmetric part's, and a small positive number where that is not one: no NaN, and the theory says so."""
+    skewed = torch.tensor([[1.0, 0.8], [0.0, 1.0]]).double()
+    b = torch.ones(2).double()
+    mu = torch.linalg.eigvalsh((skewed + skewed.mT) / 2)[0]
+    torch.testing.assert_close(F.nesterov(skewed, b, 0.3, None, 4), F.nesterov(skewed, b, 0.3, mu.item(), 4))
+    layer = uk.UnrolledNAG(4, 0.3, mu=None)
+    for low in (-0.1, 0.0):
+        q = torch.tensor([low, 1.0]).double()
+        for Q in (torch.diag(q), uk.Diagonal(q), uk.Spectral(q, torch.eye(2).double())):
+            y = layer(Q, b)
+            torch.testing.assert_close(y, F.nesterov(Q, b, 0.3, 1e-6, 4))
+            assert y.isfinite().all()
+            assert not theory.check(layer, Q).stable
 
 
 def test_structures_agree_with_dense():

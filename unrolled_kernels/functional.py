@@ -89,7 +89,8 @@ def nesterov(
         Q, b, num_steps, y0, return_trajectory, prox, backend: as in ``gradient_descent``.
         step_size: φ, a float or a tensor that broadcasts to ``(*batch, num_steps)``; stable for φ ≤ 4/(μ + 3L).
         mu: strong convexity constant μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the
-            smallest eigenvalue of each sample's Q, detached.
+            smallest eigenvalue of each sample's Q (of its symmetric part), detached, and 1e-6 where it is not above:
+            Nesterov's method is for positive definite Q, which ``theory.check`` looks for.
     Returns:
         As ``gradient_descent``.
     Raises:

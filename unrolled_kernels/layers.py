@@ -240,7 +240,7 @@ class UnrolledNAG(_StepSize):
     Args:
         num_steps, step_size, learn_step_size, per_step, prox, learn_prox, backend: as in ``UnrolledGD``.
         mu: μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the smallest eigenvalue of
-            each sample's Q, detached.
+            each sample's Q, as in ``functional.nesterov``.
         learn_mu: learn μ, held as its logarithm so that it stays positive.
         stable_region: as in ``UnrolledGD``, with the region (0, 4/(μ+3L)) of Nesterov's method.
     Raises:

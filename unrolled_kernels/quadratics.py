@@ -292,12 +292,21 @@ class Tikhonov(Structure):
         return q.amin(-1), q.amax(-1)
 
 
+# what μ is held above where it is taken from a Q that is not positive definite
+SMALLEST_MU = 1e-6
+
+
 def smallest_eigenvalue(Q):
-    """μ of each sample's Q, ``[*batch]``, detached."""
+    """μ of each sample's Q, or of its symmetric part, ``[*batch]``, detached and not below ``SMALLEST_MU``."""
+    *batch, _, d = Q.shape
+    if d == 0:
+        return torch.full(batch, SMALLEST_MU, dtype=Q.dtype, device=Q.device)
     if isinstance(Q, torch.Tensor):
         work = Q.detach().to(torch.promote_types(Q.dtype, torch.float32))
-        return torch.linalg.eigvalsh(work)[..., 0]
-    return Q.spectrum_bounds()[0].detach()
+        mu = torch.linalg.eigvalsh((work + work.mT) / 2)[..., 0]
+    else:
+        mu = Q.spectrum_bounds()[0].detach()
+    return mu.clamp(min=SMALLEST_MU)
 
 
 def _rotate(matrix, y):
