@@ -1,8 +1,10 @@
 """Bad input is refused before any kernel starts, by a message that names the argument, what was got and expected."""
 
+import fractions
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -52,6 +54,26 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
         ),
         (lambda: F.gradient_descent(Q, b.to("meta"), 1.0, 2), ValueError, "device: Q is on cpu but b is on meta"),
         (
+            lambda: F.gradient_descent(Q, b, torch.tensor(0.1, device="meta"), 2),
+            ValueError,
+            "device: b is on cpu but step_size is on meta; move one of them",
+        ),
+        *(
+            (
+                call,
+                TypeError,
+                rf"{name}: expected a dense tensor, got layout torch.sparse_coo; take {name}.to_dense\(\)",
+            )
+            for name, call in (
+                ("Q", lambda: F.gradient_descent(Q.to_sparse(), b, 1.0, 2)),
+                ("Q", lambda: F.gradient_descent(uk.Diagonal(b.to_sparse()), b, 1.0, 2)),
+                ("Q", lambda: F.rnn(Q.to_sparse(), b, (b, b, [], b.mT), 2)),
+                ("b", lambda: F.gradient_descent(Q, b.to_sparse(), 1.0, 2)),
+                ("b", lambda: F.minimize(Q, b.to_sparse())),
+                ("y0", lambda: F.gradient_descent(Q, b, 1.0, 2, y0=b.to_sparse())),
+            )
+        ),
+        (
             lambda: F.gradient_descent(Q.int(), b.int(), 1.0, 2),
             TypeError,
             "Q: expected dtype float16, bfloat16, float32 or float64, got torch.int32",
@@ -98,12 +120,15 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
         (lambda: F.momentum(Q, b, 1.0, None, 0.0, 2), TypeError, "momentum: expected a float"),
         (lambda: F.nesterov(Q, b, 1.0, 0.0, 2), ValueError, "mu: expected a number > 0, got 0.0"),
         (lambda: F.nesterov(Q, b, 1.0, -0.1, 2), ValueError, "mu: expected a number > 0, got -0.1"),
+        (lambda: F.nesterov(Q, b, 1.0, np.float32(-1), 2), ValueError, "mu: expected a number > 0, got -1.0"),
         (lambda: F.nesterov(Q, b, 1.0, torch.ones(7), 2), ValueError, r"mu: shape \[7\] does not broadcast"),
         (
             lambda: F.gradient_descent(Q, b, 1.0, 2, backend="gpu"),
             ValueError,
             r"backend: expected one of \('auto', 'eager', .* got 'gpu'",
         ),
+        (lambda: F.gradient_descent(Q, b, 1.0, 2, backend=["cpu"]), ValueError, r"backend: expected .* got \['cpu'\]"),
+        (lambda: uk.UnrolledGD(2, backend=["cpu"]), ValueError, r"backend: expected .* got \['cpu'\]"),
         (
             lambda: F.gradient_descent(Q, b, 1.0, 2, return_trajectory=1),
             TypeError,
@@ -154,6 +179,41 @@ def test_message(call, error, message):
 
 def test_numpy_integers_count_as_steps():
     torch.testing.assert_close(F.gradient_descent(Q, b, 1.0, np.int64(2)), F.gradient_descent(Q, b, 1.0, 2))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int32, fractions.Fraction])
+def test_real_numbers_of_other_libraries_are_coefficients(kind):
+    number = kind(1)
+    same = []
+    for x in (number, 1.0):
+        layer = uk.UnrolledNAG(2, x, x, learn_step_size=True, learn_mu=True)
+        assert layer.step_size.dtype == torch.float32
+        same.append(
+            [F.gradient_descent(Q, b, x, 2), F.nesterov(Q / 2, b, x, x, 2), F.momentum(Q, b, x, x, x, 2), layer(Q, b)]
+        )
+    torch.testing.assert_close(*same, rtol=0, atol=0)
+
+
+def test_a_coefficient_that_fits_the_batch_in_two_ways():
+    """[B, 1] on B images of height B is one a row, as tensors broadcast, and may not be what is meant."""
+    images = torch.randn(4, 1, 4, 5)
+    Q, steps = uk.Diagonal(torch.rand(4, 1, 4, 5)), torch.rand(4, 1)
+    message = r"step_size: shape \[4, 1\] .* write \[1, 1, 4, 1\] for the last, \[4, 1, 1, 1\] for the first"
+    with pytest.warns(UserWarning, match=message):
+        rows = F.gradient_descent(Q, images, steps, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(rows, F.gradient_descent(Q, images, steps.reshape(1, 1, 4, 1), 3))
+        of_images = F.gradient_descent(Q, images, steps.reshape(4, 1, 1, 1), 3)
+        for i in range(4):
+            torch.testing.assert_close(of_images[i], F.gradient_descent(uk.Diagonal(Q.q[i]), images[i], steps[i, 0], 3))
+        # one reading alone, or two that are the same
+        F.gradient_descent(uk.Diagonal(torch.rand(4, 1, 3, 5)), images[:, :, :3], torch.rand(3, 1), 3)
+        F.gradient_descent(Q, images, torch.rand(1, 1), 3)
+        F.gradient_descent(Q, images, torch.rand(3), 3)
+        F.gradient_descent(uk.Diagonal(torch.rand(4, 5)), images[:, 0, 0], steps, 3)
+    with pytest.raises(ValueError, match=r"step_size: shape \[4, 1\] does not broadcast"):
+        F.gradient_descent(uk.Diagonal(torch.rand(4, 1, 3, 5)), images[:, :, :3], steps, 3)
 
 
 def test_unavailable_backend_says_how_to_get_it():

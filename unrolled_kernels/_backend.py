@@ -138,7 +138,12 @@ def resolve(backend, device, products=False, proximal=False):
 # torch.compile would look through functools.cache, hence two functions
 @_torch_private.constant_of_the_graph
 def _decide(backend, device_type, products, proximal):
-    return _choose(_default.get() if backend is None or backend == "auto" else backend, device_type, products, proximal)
+    name = _default.get() if backend is None or backend == "auto" else backend
+    try:
+        return _choose(name, device_type, products, proximal)
+    except TypeError:
+        check_name(name)  # what cannot be hashed is no name
+        raise
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Validation of user input: every message names the argument, what was got and what was expected."""
 
+import numbers
 import operator
 
 import torch
@@ -42,6 +43,8 @@ def check_tensors(tensors):
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}; take {name}.to_dense()")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != first.dtype:
@@ -110,7 +113,7 @@ def check_broadcast(name, shape, target, target_name):
 
 def check_positive(name, value):
     """A number above zero; the values of tensors are not read (that would wait for the device)."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+    if not isinstance(value, torch.Tensor) and value <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
@@ -127,9 +130,9 @@ def check_not_nan(name, value):
 
 
 def check_number(name, value):
-    """A float or a floating-point tensor."""
+    """A float, a real number of NumPy or another library, or a floating-point tensor."""
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a float or a floating-point tensor, got a tensor of dtype {value.dtype}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a float or a floating-point tensor, got {value!r} ({type(value).__name__})")

@@ -12,6 +12,7 @@ and return float32.
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -191,7 +192,12 @@ def rnn(
     matrix = None if matrix is None else _flatten_matrix(matrix, shape[:-1])
     compute = torch.promote_types(b.dtype, torch.float32)
     matrices = tuple(W if W.dtype == compute else W.to(compute) for W in matrices)
-    y = _rnn_op(chosen, matrix, eigenvalues, b, y0, matrices, num_steps, return_trajectory)
+    try:
+        y = _rnn_op(chosen, matrix, eigenvalues, b, y0, matrices, num_steps, return_trajectory)
+    except NotImplementedError:
+        if isinstance(Q, torch.Tensor):
+            _check.check_tensors({"Q": Q, "b": b})
+        raise
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if same_shape(y.shape, final_shape) else y.reshape(final_shape)
 
@@ -236,10 +242,15 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
             return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
     if y0 is None and prox is None and _is_plain(Q, b):
         # where there is nothing to check or to reshape, checks cost a small call more than its kernel
-        plain = _plain_schedule(names, schedule, b)
-        if plain is not None:
-            chosen = _backend.resolve(backend, b.device)
-            return _momentum_op(chosen, Q, None, None, b, None, *plain, *NO_PROX, num_steps, return_trajectory)
+        try:
+            plain = _plain_schedule(names, schedule, b)
+            if plain is not None:
+                chosen = _backend.resolve(backend, b.device)
+                return _momentum_op(chosen, Q, None, None, b, None, *plain, *NO_PROX, num_steps, return_trajectory)
+        except NotImplementedError:
+            # sparse tensors, which have no kernels: to ask for them beforehand is a fiftieth of a small call
+            _check.check_tensors({"Q": Q, "b": b})
+            raise
     shape = _full_shape(Q, b, y0)
     chosen = _backend.resolve(backend, b.device, _multiplies_matrices(Q, shape), prox is not None)
     schedule = [
@@ -333,9 +344,9 @@ def _check_coefficient(name, value, batch, num_steps, b):
     _check.check_number(name, value)
     compute = torch.promote_types(b.dtype, torch.float32)
     if not isinstance(value, torch.Tensor):
-        return b.new_full((), value, dtype=compute)
+        return b.new_full((), value if isinstance(value, float) else float(value), dtype=compute)
     if value.device != b.device:
-        if value.dim() > 0:
+        if value.dim() > 0 or value.is_meta:
             raise ValueError(f"device: b is on {b.device} but {name} is on {value.device}; move one of them")
         value = value.to(b.device)
     if value.dtype != compute:
@@ -343,7 +354,24 @@ def _check_coefficient(name, value, batch, num_steps, b):
     if value.dim() == 0:
         return value
     _check.check_broadcast(name, value.shape, (*batch, num_steps), "(*batch, num_steps)")
+    # in a traced program sizes would become guards
+    if 1 < value.dim() <= len(batch) and not torch.compiler.is_compiling():
+        _warn_if_ambiguous(name, value.shape, batch)
     return value
+
+
+def _warn_if_ambiguous(name, shape, batch):
+    """Warn where a coefficient's dimensions fit the first of the batch as well as the last, to which they belong."""
+    own = shape[:-1]
+    if own != batch[: len(own)] or math.prod(own) == 1:
+        return
+    ones = [1] * (len(batch) - len(own))
+    warnings.warn(
+        f"{name}: shape {list(shape)} broadcasts to the last dimensions of (*batch, num_steps) = "
+        f"{[*batch, 'num_steps']}, and would fit the first too; write {[*ones, *shape]} for the last, "
+        f"{[*own, *ones, shape[-1]]} for the first".replace("'", ""),
+        stacklevel=2,
+    )
 
 
 class _Batch(NamedTuple):
@@ -366,9 +394,9 @@ def _check_rows(name, value, shape, b):
     """``value`` as a tensor in the compute dtype that broadcasts to ``(*batch, d)``."""
     compute = torch.promote_types(b.dtype, torch.float32)
     if not isinstance(value, torch.Tensor):
-        return b.new_full((), value, dtype=compute)
+        return b.new_full((), value if isinstance(value, float) else float(value), dtype=compute)
     if value.device != b.device:
-        if value.dim() > 0:
+        if value.dim() > 0 or value.is_meta:
             raise ValueError(f"device: b is on {b.device} but {name} is on {value.device}; move one of them")
         value = value.to(b.device)
     _check.check_broadcast(name, value.shape, shape, "(*batch, d)")
