@@ -1,0 +1,50 @@
+// One forward and backward of float32 gradient descent, or of Nesterov's method, so many times: for the count of their
+// instructions.
+//
+//     instructions KIND METHOD B d k REPETITIONS      dense | shared | diagonal | spectral, gd | nag
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cpu/launch.h"
+#include "cpu/momentum_launch.h"
+
+using namespace unrolled_kernels;
+
+int main(int count, char** arguments) {
+  if (count != 7) return 1;
+  const std::string kind = arguments[1], method = arguments[2];
+  const int64_t B = atoll(arguments[3]), d = atoll(arguments[4]), k = atoll(arguments[5]);
+  const Structure structure = kind == "diagonal"   ? Structure::diagonal
+                              : kind == "spectral" ? Structure::spectral
+                                                   : Structure::dense;
+  const int64_t matrices = kind == "diagonal" ? 0 : kind == "shared" ? 1 : B;
+  std::vector<float> matrix(matrices * d * d, 0.5f / static_cast<float>(d)), d_matrix(matrix.size());
+  std::vector<float> eigenvalues(B * d, 0.5f), d_eigenvalues(B * d), b(B * d, 1.0f), db(B * d), y(B * d),
+      ybar(B * d, 1);
+  float phi = 0.5f, beta = 0.4f, gradients[3];
+
+  MomentumForward<float> forward{};
+  forward.B = B, forward.d = d, forward.k = k;
+  if (matrices) forward.matrix = matrix.data(), forward.matrix_stride = matrices == 1 ? 0 : d * d;
+  if (structure != Structure::dense) forward.eigenvalues = eigenvalues.data(), forward.eigenvalues_stride = d;
+  forward.b = b.data(), forward.b_stride = d;
+  forward.phi = {&phi, 0, 0};
+  if (method == "nag") forward.beta = forward.gamma = {&beta, 0, 0};
+  forward.y = y.data();
+
+  MomentumBackward<float> backward{};
+  static_cast<MomentumInputs<float>&>(backward) = forward;
+  backward.grad_y = ybar.data();
+  if (matrices) backward.d_matrix = d_matrix.data();
+  if (forward.eigenvalues) backward.d_eigenvalues = d_eigenvalues.data();
+  backward.db = db.data();
+  backward.dphi = gradients;
+  if (forward.beta.data) backward.dbeta = gradients + 1, backward.dgamma = gradients + 2;
+
+  for (int i = 0; i < atoi(arguments[6]); ++i) {
+    momentum_cpu(structure, forward);
+    momentum_cpu(structure, backward);
+  }
+}
