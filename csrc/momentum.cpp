@@ -14,7 +14,7 @@
 //     y, grad_y          [B, d], or [k+1, B, d] with trajectory
 //
 // Strides are free, and rows may be expanded. `needs`: bit i for the gradient of forward's argument i; what is not needed
-// is neither computed nor allocated, and comes back as an empty tensor, [0].
+// is neither computed nor allocated, and comes back undefined, None in Python.
 #include "momentum.h"
 
 #include <tuple>
@@ -227,24 +227,19 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
                                 iterates->scalar_type() == args.storage),
                   "iterates: expected [num_steps + 1, B, d], contiguous, in the dtype of b");
 
-  const auto nothing = [&](ScalarType type) { return allocate(b, type, {0}); };
-  const auto rows = [&](bool needed) {
-    return needed ? allocate(b, args.storage, {args.B, args.d}) : nothing(args.storage);
-  };
-  const auto bounds = [&](bool needed) {
-    return needed ? allocate(b, args.compute, {args.B, args.d}) : nothing(args.compute);
-  };
+  const auto rows = [&](bool needed) { return needed ? allocate(b, args.storage, {args.B, args.d}) : Tensor(); };
+  const auto bounds = [&](bool needed) { return needed ? allocate(b, args.compute, {args.B, args.d}) : Tensor(); };
   // the kernels have all coefficients' gradients or none
   const bool schedule = needs & (need_step_sizes | need_momentum | need_extrapolation | need_mu | need_threshold);
   const auto columns = [&](const OptionalTensor& x) {
-    if (!schedule || !x) return nothing(args.compute);
+    if (!schedule || !x) return Tensor();
     Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {}) : allocate(b, args.compute, {x->size(0), x->size(1)});
     // without steps there is nothing to sum, and a coefficient without columns must not look unwanted to the kernels
     if (args.k == 0) torch::stable::zero_(grad);
     return grad;
   };
   const bool needs_matrix = matrix && needs & need_matrix, needs_observed = observed && needs & need_observed;
-  Tensor d_matrix = needs_matrix ? allocate(b, args.storage, {matrix->size(0), args.d, args.d}) : nothing(args.storage);
+  Tensor d_matrix = needs_matrix ? allocate(b, args.storage, {matrix->size(0), args.d, args.d}) : Tensor();
   Tensor d_eigenvalues = rows(eigenvalues && needs & need_eigenvalues);
   Tensor db = rows(needs_observed || needs & need_b), dy0 = rows(y0 && needs & need_y0);
   Tensor dphi = columns(step_sizes), dbeta = columns(momentum), dgamma = columns(extrapolation), dmu = columns(mu);
@@ -278,9 +273,9 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     if (p.dphi) nesterov.backward(p.dphi, mutable_data<Compute>(dmu));
   });
   // x counts against g
-  Tensor d_observed = needs_observed ? negative(db) : nothing(args.storage);
+  Tensor d_observed = needs_observed ? negative(db) : Tensor();
   const auto wanted = [&](int64_t bit, Tensor& grad) {
-    if (!(needs & bit) && grad.numel() > 0) grad = nothing(grad.scalar_type());
+    if (!(needs & bit)) grad = Tensor();
   };
   wanted(need_b, db);
   wanted(need_step_sizes, dphi);

@@ -210,7 +210,9 @@ class MomentumBackwardFunction(Function):
     ):
         tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
         prox = (lower, upper, weight, threshold)
-        return _LAUNCHERS[backend].backward(grad_y, *tensors, *prox, num_steps, trajectory, needs)
+        grads = _LAUNCHERS[backend].backward(grad_y, *tensors, *prox, num_steps, trajectory, needs)
+        # a Function's outputs are tensors
+        return tuple(b.new_empty(0) if g is None else g for g in grads)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

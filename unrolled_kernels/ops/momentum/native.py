@@ -11,14 +11,10 @@ def fake_forward(matrix, eigenvalues, observed, b, *rest):
     return b.new_empty((num_steps + 1, *b.shape) if trajectory else b.shape)
 
 
-def fake_backward(grad_y, matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu, *rest):
-    """Shapes and dtypes of the gradients."""
-    *prox, _, _, needs = rest[:7]
-    compute = (step_sizes, momentum, extrapolation, mu, *prox)
-    return (
-        *common.fake_gradients((matrix, eigenvalues, observed, b, y0), needs, like=b),
-        *common.fake_gradients(compute, needs >> 5, like=step_sizes),
-    )
+def fake_backward(grad_y, *arguments):
+    """Shapes and dtypes of the gradients, None for what is not needed."""
+    tensors, needs = arguments[:13], arguments[15]
+    return tuple(None if x is None or not needs >> i & 1 else x.new_empty(x.shape) for i, x in enumerate(tensors))
 
 
 class Cuda:

@@ -81,7 +81,14 @@ def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
     )
 
 
+def _fake_backward(grad_y, *arguments):
+    """Shapes and dtypes of the gradients, empty where they are not needed."""
+    likes = [arguments[3]] * 5 + [arguments[5]] * 8
+    grads = native.fake_backward(grad_y, *arguments)
+    return tuple(like.new_empty(0) if g is None else g for g, like in zip(grads, likes, strict=True))
+
+
 _library.impl("momentum_triton", _forward, "CompositeExplicitAutograd")
 _library.impl("momentum_triton_backward", _backward, "CompositeExplicitAutograd")
-backward = common.register("momentum_triton_backward", native.fake_backward)
+backward = common.register("momentum_triton_backward", _fake_backward)
 forward = common.register("momentum_triton", native.fake_forward, backward, manual.backward)
