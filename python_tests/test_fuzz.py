@@ -110,6 +110,7 @@ class Problem(Short):
     prox: str | None = None  # of MAPS
     trajectory: bool = False
     cotangent: str = "contiguous"
+    gradients: dict = dataclasses.field(default_factory=dict)  # options that say which
     narrow: bool = False  # coefficients and weights in the dtype of b, not in the one that is computed in
     edits: dict = dataclasses.field(default_factory=dict)  # of EXTREMES, by leaf
     seed: int = 0
@@ -169,6 +170,7 @@ class Problem(Short):
         arguments = tensors | self.numbers
         Q = STRUCTURES[self.structure](*(arguments[n] for n in PARTS[self.structure]))
         options = {"y0": arguments.get("y0"), "return_trajectory": self.trajectory, "backend": backend}
+        options |= self.gradients
         if self.prox is not None:
             cls, names = MAPS[self.prox]
             options["prox"] = cls(**{n: arguments[n] for n in names})
@@ -226,7 +228,7 @@ class Problem(Short):
             g = COTANGENTS[self.cotangent](g.to(device, dtype))
             grads = torch.autograd.grad(y, list(wanted.values()), g, allow_unused=True)
         else:
-            assert not wanted or self.k == 0
+            assert not wanted or self.k == 0 or "backward_steps" in self.gradients
             grads = [None] * len(wanted)
         # autograd leaves out what does not reach the result
         grads = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(wanted.items(), grads, strict=True)}
@@ -290,6 +292,10 @@ def problems(draw, methods=tuple(METHODS), least=0, maps=(None,)):
         hidden = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
         shapes = [(hidden[0], d), *zip(hidden, (d, *hidden[:-1]), strict=True), (d, hidden[-1])]
         leaves |= {f"W{i}": leaf((), *shape) for i, shape in enumerate(shapes)}
+    trajectory = draw(flag)
+    gradients = [{}, {}, {"backward_steps": draw(st.integers(1, 9))}]
+    if not (rnn or trajectory):
+        gradients.append({"backward": "implicit"})
     wanted = draw(st.integers(0, 2 ** len(leaves) - 1))
     return Problem(
         method=method,
@@ -302,7 +308,8 @@ def problems(draw, methods=tuple(METHODS), least=0, maps=(None,)):
         leaves={n: dataclasses.replace(x, grad=bool(wanted >> i & 1)) for i, (n, x) in enumerate(leaves.items())},
         numbers=numbers,
         prox=map_name,
-        trajectory=draw(flag),
+        trajectory=trajectory,
+        gradients=draw(st.sampled_from(gradients)),
         cotangent=draw(st.sampled_from(sorted(COTANGENTS))),
         narrow=draw(flag),
         seed=draw(st.integers(0, 2**20)),

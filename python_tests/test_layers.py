@@ -349,6 +349,8 @@ def test_fixed_floats_are_exact_in_double(problem):
 
 def test_repr_says_what_is_learned():
     assert repr(uk.UnrolledGD(3, 0.5)) == "UnrolledGD(num_steps=3, step_size=0.5, backend='auto')"
+    assert "backward='implicit', backend='auto'" in repr(uk.UnrolledMomentum.fista(3, 0.5, backward="implicit"))
+    assert "backward_steps=2, backend='auto'" in repr(uk.UnrolledRNN(3, 4, backward_steps=2))
     assert "step_size=0.5 (learned), mu=0.1" in repr(uk.UnrolledNAG(3, 0.5, learn_step_size=True))
     assert "step_size=[3] (learned)" in repr(uk.UnrolledGD(3, 0.5, learn_step_size=True, per_step=True))
     assert ", stable_region=(0.1, 2.0), " in repr(uk.UnrolledGD(3, 0.5, stable_region=(0.1, 2)))

@@ -160,6 +160,32 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
         (lambda: uk.UnrolledGD(-1), ValueError, "num_steps: expected a non-negative int, got -1"),
         (lambda: uk.UnrolledGD(3, step_size=None), TypeError, "step_size: expected a float"),
         (lambda: uk.UnrolledGD(3, backend="nope"), ValueError, "backend: expected one of"),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, backward="phantom"),
+            ValueError,
+            "backward: expected 'unrolled' or 'implicit', got 'phantom'",
+        ),
+        (
+            lambda: F.nesterov(Q, b, 1.0, 0.1, 2, backward_steps=0),
+            ValueError,
+            "backward_steps: expected an int >= 1 or None, got 0",
+        ),
+        (
+            lambda: F.momentum(Q, b, 1.0, 0.1, 0.1, 2, backward_steps=1.0),
+            TypeError,
+            r"backward_steps: expected an int >= 1 or None, got 1.0 \(float\)",
+        ),
+        (
+            lambda: uk.UnrolledNAG(3, backward="implicit", backward_steps=2),
+            ValueError,
+            "backward_steps: backward='implicit' differentiates no steps, got 2",
+        ),
+        (lambda: uk.UnrolledRNN(3, 4, backward_steps=-1), ValueError, "backward_steps: expected an int >= 1"),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, backward="implicit", return_trajectory=True),
+            ValueError,
+            "return_trajectory: backward='implicit' takes the last iterate for the minimizer .* got True",
+        ),
         (lambda: uk.UnrolledNAG(3, mu=0), ValueError, "mu: expected a number > 0, got 0"),
         (lambda: uk.UnrolledNAG(3, mu=None, learn_mu=True), ValueError, "mu: learn_mu=True needs a number"),
         (

@@ -98,6 +98,26 @@ def _weight_name(i, matrices):
     return ("W1", "W2", *(f"W^{i}" for i in range(2, len(matrices) - 1)), "V")[i]
 
 
+def check_backward(backward, backward_steps):
+    """Which gradients are asked for: all steps', the last ``backward_steps``', or those of the minimizer."""
+    if backward == "unrolled":
+        if backward_steps is None:
+            return
+        if isinstance(backward_steps, (bool, torch.Tensor)) or not hasattr(backward_steps, "__index__"):
+            raise TypeError(
+                f"backward_steps: expected an int >= 1 or None, got {backward_steps!r} "
+                f"({type(backward_steps).__name__})"
+            )
+        if operator.index(backward_steps) < 1:
+            raise ValueError(f"backward_steps: expected an int >= 1 or None, got {backward_steps}")
+    elif backward != "implicit":
+        raise ValueError(f"backward: expected 'unrolled' or 'implicit', got {backward!r}")
+    elif backward_steps is not None:
+        raise ValueError(
+            f"backward_steps: backward='implicit' differentiates no steps, got {backward_steps!r}; drop one of them"
+        )
+
+
 def check_flag(name, value):
     """A bool."""
     if not isinstance(value, bool):

@@ -11,14 +11,17 @@ Under autocast all of them take float16, bfloat16 and float32 side by side, comp
 and return float32.
 """
 
+import functools
 import math
+import operator
 import warnings
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from unrolled_kernels import _backend, _check
 from unrolled_kernels.annotations import Number, Quadratic, Weights
+from unrolled_kernels.ops.momentum import gradients as _gradients
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
@@ -38,6 +41,8 @@ def gradient_descent(
     y0: torch.Tensor | None = None,
     return_trajectory: bool = False,
     prox: Prox | None = None,
+    backward: Literal["unrolled", "implicit"] = "unrolled",
+    backward_steps: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Run ``num_steps`` gradient-descent steps on a batch of quadratic energies.
@@ -54,6 +59,10 @@ def gradient_descent(
         return_trajectory: return every iterate instead of the last.
         prox: a constraint or a sparsity term g of ``unrolled_kernels.prox``: every step ends with its proximal map,
             y_{t+1} = prox_{φ_t g}(…). A ``Spectral`` then runs as the dense matrix that it is.
+        backward: ``"unrolled"``: the gradients of all k steps. ``"implicit"``: those of the minimizer, with y_k in its
+            place, by k steps of the same method on Qᵀ; y0 and the coefficients get zero. It is as good as y_k is close.
+        backward_steps: the gradients of the last n ≥ 1 steps alone, with y_{k-n} as a constant; 1 is known as one-step
+            or Jacobian-free. None: of all steps.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; default: ``use_backend``'s, the
             environment variable ``UNROLLED_KERNELS_BACKEND``'s, else the fastest available.
     Returns:
@@ -66,7 +75,7 @@ def gradient_descent(
     """
     num_steps = _check.check_num_steps(num_steps)
     names, schedule = ("step_size", None, None, None), (step_size, None, None, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, (backward, backward_steps), backend)
 
 
 def nesterov(
@@ -79,6 +88,8 @@ def nesterov(
     y0: torch.Tensor | None = None,
     return_trajectory: bool = False,
     prox: Prox | None = None,
+    backward: Literal["unrolled", "implicit"] = "unrolled",
+    backward_steps: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Run ``num_steps`` of Nesterov's accelerated gradient method on a batch of quadratic energies.
@@ -87,7 +98,7 @@ def nesterov(
         β = (1 - √(μ step_size)) / (1 + √(μ step_size))        (paper, Eq. 9)
 
     Args:
-        Q, b, num_steps, y0, return_trajectory, prox, backend: as in ``gradient_descent``.
+        Q, b, num_steps, y0, return_trajectory, prox, backward, backward_steps, backend: as in ``gradient_descent``.
         step_size: φ, a float or a tensor that broadcasts to ``(*batch, num_steps)``; stable for φ ≤ 4/(μ + 3L).
         mu: strong convexity constant μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the
             smallest eigenvalue of each sample's Q (of its symmetric part), detached, and 1e-6 where it is not above:
@@ -109,7 +120,7 @@ def nesterov(
     else:
         beta = nesterov_momentum(step_size, mu)
         names, schedule = ("step_size", "mu", "mu", None), (step_size, beta, beta, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, (backward, backward_steps), backend)
 
 
 def momentum(
@@ -123,6 +134,8 @@ def momentum(
     y0: torch.Tensor | None = None,
     return_trajectory: bool = False,
     prox: Prox | None = None,
+    backward: Literal["unrolled", "implicit"] = "unrolled",
+    backward_steps: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Run ``num_steps`` of a first-order method with a free schedule on a batch of quadratic energies.
@@ -132,7 +145,7 @@ def momentum(
     Gradient descent is β = γ = 0, Nesterov's method γ = β, the heavy ball γ = 0; ``schedules`` has the classical ones.
 
     Args:
-        Q, b, num_steps, y0, return_trajectory, prox, backend: as in ``gradient_descent``.
+        Q, b, num_steps, y0, return_trajectory, prox, backward, backward_steps, backend: as in ``gradient_descent``.
         step_sizes, momentum, extrapolation: φ, β, γ, each a float or a tensor that broadcasts to
             ``(*batch, num_steps)``.
     Returns:
@@ -142,7 +155,7 @@ def momentum(
     """
     num_steps = _check.check_num_steps(num_steps)
     names, schedule = ("step_sizes", "momentum", "extrapolation", None), (step_sizes, momentum, extrapolation, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
+    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, (backward, backward_steps), backend)
 
 
 def rnn(
@@ -153,6 +166,7 @@ def rnn(
     *,
     y0: torch.Tensor | None = None,
     return_trajectory: bool = False,
+    backward_steps: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Run ``num_steps`` cells of a learned recurrent algorithm on a batch of quadratic energies.
@@ -162,7 +176,7 @@ def rnn(
     Args:
         Q: as in ``gradient_descent``; a ``Spectral`` runs as the dense matrix that it is, a
             ``Tikhonov`` as a ``Diagonal``.
-        b, num_steps, y0, return_trajectory, backend: as in ``gradient_descent``.
+        b, num_steps, y0, return_trajectory, backward_steps, backend: as in ``gradient_descent``.
         weights: ``(W1, W2, [W^2 … W^L], V)``, shared by the batch: W₁, W₂ ``[h_1, d]``, Wˡ ``[h_l, h_(l-1)]``,
             V ``[d, h_L]``, in the dtype of b, or float32 where b is float16 or bfloat16.
     Returns:
@@ -172,13 +186,15 @@ def rnn(
     """
     num_steps = _check.check_num_steps(num_steps)
     _check.check_flag("return_trajectory", return_trajectory)
+    _check.check_backward("unrolled", backward_steps)
     matrices = _check.check_weights(weights)
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
         with torch.autocast(b.device.type, enabled=False):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
             W1, W2, *inner, V = map(_to_float32, matrices)
             weights = (W1, W2, inner, V)
-            return rnn(Q, b, weights, num_steps, y0=y0, return_trajectory=return_trajectory, backend=backend)
+            options = {"return_trajectory": return_trajectory, "backward_steps": backward_steps, "backend": backend}
+            return rnn(Q, b, weights, num_steps, y0=y0, **options)
     shape = tuple(b.shape) if y0 is None and _is_plain(Q, b) else _full_shape(Q, b, y0)
     _check.check_weight_tensors(matrices, shape[-1], b)
     chosen = _backend.resolve(backend, b.device)
@@ -193,7 +209,7 @@ def rnn(
     compute = torch.promote_types(b.dtype, torch.float32)
     matrices = tuple(W if W.dtype == compute else W.to(compute) for W in matrices)
     try:
-        y = _rnn_op(chosen, matrix, eigenvalues, b, y0, matrices, num_steps, return_trajectory)
+        y = _rnn_op(chosen, matrix, eigenvalues, b, y0, matrices, num_steps, return_trajectory, backward_steps)
     except NotImplementedError:
         if isinstance(Q, torch.Tensor):
             _check.check_tensors({"Q": Q, "b": b})
@@ -226,7 +242,7 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
     return -Q.to(work).solve(b.to(work)).to(b.dtype)
 
 
-def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend):
+def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradients, backend):
     """Validate, bring the arguments to canonical form, run, and give the result its shape back.
 
     Args:
@@ -239,14 +255,15 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
         # iterating is a reduction over steps: under autocast it runs in float32, as sums do
         with torch.autocast(b.device.type, enabled=False):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
-            return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
+            return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradients, backend)
+    op = _momentum_op if gradients == _EXACT else _other_gradients(*gradients, return_trajectory)
     if y0 is None and prox is None and _is_plain(Q, b):
         # where there is nothing to check or to reshape, checks cost a small call more than its kernel
         try:
             plain = _plain_schedule(names, schedule, b)
             if plain is not None:
                 chosen = _backend.resolve(backend, b.device)
-                return _momentum_op(chosen, Q, None, None, b, None, *plain, *NO_PROX, num_steps, return_trajectory)
+                return op(chosen, Q, None, None, b, None, *plain, *NO_PROX, num_steps, return_trajectory)
         except NotImplementedError:
             # sparse tensors, which have no kernels: to ask for them beforehand is a fiftieth of a small call
             _check.check_tensors({"Q": Q, "b": b})
@@ -269,9 +286,25 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, backend)
         flat = tuple(tensors[3].shape)
         prox = (*(_reshape(x, shape, flat) for x in rows), None if threshold is None else _rows(threshold, batch))
     schedule = [None if c is None else _rows(c, batch) for c in schedule]
-    y = _momentum_op(chosen, *tensors, *schedule, *prox, num_steps, return_trajectory)
+    y = op(chosen, *tensors, *schedule, *prox, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     return y if same_shape(y.shape, final_shape) else y.reshape(final_shape)
+
+
+_EXACT = ("unrolled", None)
+
+
+def _other_gradients(backward, backward_steps, return_trajectory):
+    """The op with truncated or implicit gradients."""
+    _check.check_backward(backward, backward_steps)
+    if backward == "unrolled":
+        return functools.partial(_gradients.truncated, backward_steps=operator.index(backward_steps))
+    if return_trajectory:
+        raise ValueError(
+            "return_trajectory: backward='implicit' takes the last iterate for the minimizer and has no gradient for "
+            "the others; expected False, got True"
+        )
+    return _gradients.implicit
 
 
 def _multiplies_matrices(Q, shape):

@@ -1,6 +1,6 @@
 """The layers: modules that run k steps of an algorithm on the energy 1/2 yᵀQy + bᵀy that a network puts out."""
 
-from typing import TYPE_CHECKING, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ class Options(TypedDict, total=False):
 
     prox: Prox | None
     learn_prox: bool
+    backward: Literal["unrolled", "implicit"]
+    backward_steps: int | None
     backend: str
 
 
@@ -33,11 +35,13 @@ class _Unrolled(nn.Module):
             self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
         ) -> torch.Tensor: ...
 
-    def __init__(self, num_steps, backend, prox=None, learn_prox=False):
+    def __init__(self, num_steps, backend, prox=None, learn_prox=False, backward="unrolled", backward_steps=None):
         super().__init__()
         self.num_steps = _check.check_num_steps(num_steps)
         _backend.check_name(backend)
         self.backend = backend
+        _check.check_backward(backward, backward_steps)
+        self.backward, self.backward_steps = backward, backward_steps
         check_prox(prox)
         if learn_prox and prox is None:
             raise ValueError("learn_prox: there is nothing to learn, got prox=None; give a prox, L1(0.1) for instance")
@@ -69,7 +73,8 @@ class _Unrolled(nn.Module):
 
     def _options(self):
         """What the functions take besides the problem and the schedule."""
-        return {"prox": self.prox, "backend": self.backend}
+        gradients = {"backward": self.backward, "backward_steps": self.backward_steps}
+        return {"prox": self.prox, **gradients, "backend": self.backend}
 
     def extra_repr(self) -> str:
         shown = [f"num_steps={self.num_steps}", *(f"{name}={self._show(name)}" for name in self._shown)]
@@ -78,6 +83,10 @@ class _Unrolled(nn.Module):
         if self._prox_class is not None:
             fields = ", ".join(f"{name}={self._show(f'prox_{name}')}" for name in self._prox_class.__dataclass_fields__)
             shown.append(f"prox={self._prox_class.__name__}({fields})")
+        if self.backward != "unrolled":
+            shown.append(f"backward={self.backward!r}")
+        if self.backward_steps is not None:
+            shown.append(f"backward_steps={self.backward_steps}")
         return ", ".join([*shown, f"backend={self.backend!r}"])
 
     def _show(self, name):
@@ -117,8 +126,8 @@ class _StepSize(_Unrolled):
 
     step_size: Number
 
-    def __init__(self, num_steps, step_size, learn_step_size, per_step, stable_region, backend, prox, learn_prox):
-        super().__init__(num_steps, backend, prox, learn_prox)
+    def __init__(self, num_steps, step_size, learn_step_size, per_step, stable_region, *options):
+        super().__init__(num_steps, *options)
         _check.check_number("step_size", step_size)
         if per_step and not (isinstance(step_size, torch.Tensor) and step_size.dim() > 0):
             step_size = torch.as_tensor(step_size, dtype=torch.get_default_dtype()).expand(self.num_steps)
@@ -190,6 +199,8 @@ class UnrolledGD(_StepSize):
         prox: a constraint or a sparsity term of ``unrolled_kernels.prox``, whose proximal map ends every step. Its
             tensors are buffers of the layer, ``prox_lower``, ``prox_upper``, ``prox_weight`` or ``prox_threshold``.
         learn_prox: make them, and its numbers, ``nn.Parameter``s.
+        backward, backward_steps: which gradients: of all steps, ``"implicit"`` ones, or those of the last steps; see
+            ``functional.gradient_descent``.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
@@ -207,9 +218,12 @@ class UnrolledGD(_StepSize):
         stable_region: tuple[float, float] | None = None,
         prox: Prox | None = None,
         learn_prox: bool = False,
+        backward: Literal["unrolled", "implicit"] = "unrolled",
+        backward_steps: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend, prox, learn_prox)
+        options = backend, prox, learn_prox, backward, backward_steps
+        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, *options)
 
     @staticmethod
     def largest_stable_step(mu: Number, L: Number) -> Number:
@@ -238,7 +252,8 @@ class UnrolledNAG(_StepSize):
         β = (1 - √(μ step_size)) / (1 + √(μ step_size))        (paper, Eq. 9)
 
     Args:
-        num_steps, step_size, learn_step_size, per_step, prox, learn_prox, backend: as in ``UnrolledGD``.
+        num_steps, step_size, learn_step_size, per_step, prox, learn_prox, backward, backward_steps, backend: as in
+            ``UnrolledGD``.
         mu: μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the smallest eigenvalue of
             each sample's Q, as in ``functional.nesterov``.
         learn_mu: learn μ, held as its logarithm so that it stays positive.
@@ -262,9 +277,12 @@ class UnrolledNAG(_StepSize):
         stable_region: tuple[float, float] | None = None,
         prox: Prox | None = None,
         learn_prox: bool = False,
+        backward: Literal["unrolled", "implicit"] = "unrolled",
+        backward_steps: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, backend, prox, learn_prox)
+        options = backend, prox, learn_prox, backward, backward_steps
+        super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, *options)
         if mu is None:
             if learn_mu:
                 raise ValueError("mu: learn_mu=True needs a number to start from, got mu=None")
@@ -311,7 +329,7 @@ class UnrolledMomentum(_Unrolled):
         step_sizes, momentum, extrapolation: φ, β, γ, each a float or a tensor that broadcasts to
             ``(*batch, num_steps)``. A float becomes a schedule ``[num_steps]`` if learnable.
         learnable: make the three ``nn.Parameter``s.
-        prox, learn_prox, backend: as in ``UnrolledGD``.
+        prox, learn_prox, backward, backward_steps, backend: as in ``UnrolledGD``.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
     """
@@ -331,9 +349,11 @@ class UnrolledMomentum(_Unrolled):
         learnable: bool = True,
         prox: Prox | None = None,
         learn_prox: bool = False,
+        backward: Literal["unrolled", "implicit"] = "unrolled",
+        backward_steps: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(num_steps, backend, prox, learn_prox)
+        super().__init__(num_steps, backend, prox, learn_prox, backward, backward_steps)
         for name, value in (("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation)):
             _check.check_number(name, value)
             if learnable and not isinstance(value, torch.Tensor):

@@ -37,6 +37,7 @@ class UnrolledRNN(_Unrolled):
             (paper, Table 2), below 1 whatever is learned. The cell runs with V · min(1, 0.99 / c), where
             c = ‖V‖ (‖W₁ + (μ+L)/2 W₂‖ + (L-μ)/2 ‖W₂‖) Π ‖Wˡ‖ ≥ c_φ in exact spectral norms, for L + 2 small singular
             value decompositions a call. Power iteration would be cheaper, and no bound.
+        backward_steps: differentiate the last n ≥ 1 cells alone, with the state before them as a constant.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
@@ -53,9 +54,10 @@ class UnrolledRNN(_Unrolled):
         init: Literal["default", "gd"] = "default",
         step_size: float = 1.0,
         stable_region: tuple[float, float] | None = None,
+        backward_steps: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(num_steps, backend)
+        super().__init__(num_steps, backend, backward_steps=backward_steps)
         self.dim, self.hidden_dims = _check_sizes(dim, hidden_dims)
         if init not in ("default", "gd"):
             raise ValueError(f"init: expected 'default' or 'gd', got {init!r}")
@@ -119,7 +121,14 @@ class UnrolledRNN(_Unrolled):
     ) -> torch.Tensor:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.rnn``."""
         return F.rnn(
-            Q, b, self.weights, self.num_steps, y0=y0, return_trajectory=return_trajectory, backend=self.backend
+            Q,
+            b,
+            self.weights,
+            self.num_steps,
+            y0=y0,
+            return_trajectory=return_trajectory,
+            backward_steps=self.backward_steps,
+            backend=self.backend,
         )
 
 

@@ -35,6 +35,21 @@ A proximal map, y_{t+1} = p_t(v_t) where y_{t+1} was v_t, leaves all of this as 
 Weights and thresholds below zero count as zero and have no gradient. D_t is constant where p_t is differentiable, so
 second-order gradients go through the same formulas.
 
+Truncated after n steps, the same is run for t = k-1 … k-n: y_{k-n} and y_{k-n-1} are constant, and y_0 gets zero.
+
+Implicitly, y_k is taken for the fixed point y of the steps, where Q y + b = 0 whatever the schedule. Differentiated,
+Q dy + dQ y + db = 0, so with Qᵀa = ȳ
+
+    ȳᵀdy = -aᵀ(dQ y + db)          b̄ = -a          Q̄ = b̄ yᵀ          the coefficients and y_0 get zero
+
+and b̄ = -(Qᵀ)⁻¹ȳ is what k steps of the same method make of Qᵀ with ȳ for b. Q = diag(q): q̄ = b̄ y.
+Q = R diag(λ) Rᵀ: the same in the eigenbasis. With a proximal map, let N be the entries that it holds at a bound or at
+zero, F the others. Where (Q y + b + weight sign(y))_F = 0 and y_N is the bound or zero, dy_N is that of the bound and
+
+    (Qᵀ)_FF a_F = ȳ_F,   a_N = 0,   b̄, Q̄ as above,   the bound that holds entry i gets (ȳ - Qᵀa)_i,   weight̄ = b̄ sign(y)
+
+so the same method runs on Qᵀ with a box whose bounds are 0 in N and infinite in F. A threshold is a coefficient.
+
 The functions below use no in-place operation, so they can be differentiated in turn: that is how second-order
 gradients of every backend are computed.
 """

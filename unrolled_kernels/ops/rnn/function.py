@@ -16,12 +16,27 @@ from unrolled_kernels.ops.rnn import manual, native, reference, triton_ops
 _LAUNCHERS = {"manual": manual, "cpu": native.LAUNCHER, "cuda": native.LAUNCHER, "triton": triton_ops.LAUNCHER}
 
 
-def rnn(backend, matrix, eigenvalues, b, y0, weights, num_steps, trajectory):
-    """Run the cells on ``backend``, differentiably in every tensor."""
+def rnn(backend, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, backward_steps=None):
+    """Run the cells on ``backend``, differentiably in every tensor.
+
+    Args:
+        backward_steps: how many of the last cells are differentiated; what comes before is then constant.
+    """
+    if backward_steps is not None and backward_steps < num_steps:
+        storage, compute, first = b.dtype, weights[0].dtype, num_steps - backward_steps
+        # the state in between is not rounded
+        tensors = [x if x is None or storage == compute else x.to(compute) for x in (matrix, eigenvalues, b, y0)]
+        with torch.no_grad():
+            begun = rnn(backend, *tensors, weights, first, trajectory)
+        begun = begun.detach()  # forward mode knows no torch.no_grad
+        y0 = begun[-1] if trajectory else begun
+        y = rnn(backend, *tensors[:3], y0, weights, backward_steps, trajectory)
+        return (torch.cat([begun, y[1:]]) if trajectory else y).to(storage)
     if backend == "eager" or common.runs_in_eager():
         return reference.forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory)
     tensors = (matrix, eigenvalues, b, y0, *weights)
-    if torch.compiler.is_compiling() and not any(x is not None and x.requires_grad for x in tensors):
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.compiler.is_compiling() and not differentiated:
         # where nothing is differentiated torch.compile counts the arguments of forward, and stumbles over *weights
         return RnnFunction.forward(backend, num_steps, trajectory, *tensors)
     return RnnFunction.apply(backend, num_steps, trajectory, *tensors)

@@ -1,0 +1,209 @@
+"""Gradients other than those of all k steps: truncated, and implicit.
+
+Both are derived in ``manual``, take the canonical arguments of the package's docstring, and are made of the op itself,
+so they hold for every backend.
+"""
+
+import math
+
+import torch
+
+from unrolled_kernels.ops import common
+from unrolled_kernels.ops.common import Function
+from unrolled_kernels.ops.momentum import reference
+from unrolled_kernels.ops.momentum.function import momentum as run
+from unrolled_kernels.ops.momentum.reference import NO_PROX, Prox
+
+# positions among the tensors; a threshold is a coefficient, too
+_B, _Y0, _PHI, _MOMENTUM, _MU = 3, 4, 5, 6, 8
+_COEFFICIENTS = (5, 6, 7, 8, 12)
+
+
+def truncated(backend, *arguments, backward_steps):
+    """``momentum`` of which the last ``backward_steps`` are differentiated, and what comes before is constant."""
+    *tensors, num_steps, trajectory = arguments
+    first = num_steps - backward_steps
+    if first <= 0:
+        return run(backend, *arguments)
+    storage, compute = tensors[_B].dtype, tensors[_PHI].dtype
+    if storage != compute:
+        # the iterate in between is not rounded
+        tensors[: _Y0 + 1] = [x if x is None else x.to(compute) for x in tensors[: _Y0 + 1]]
+        return truncated(backend, *tensors, num_steps, trajectory, backward_steps=backward_steps).to(storage)
+    gradient_descent = tensors[_MOMENTUM] is None and tensors[_MU] is None
+    with torch.no_grad():
+        begun = run(backend, *_steps(tensors, 0, first), first, trajectory)
+        if not gradient_descent:
+            # the last step goes on as momentum
+            shorter = (*_steps(tensors, 0, first - 1), first - 1)
+            previous = begun[-2] if trajectory else run(backend, *shorter, False)
+    # detached: forward mode knows no torch.no_grad
+    begun = begun.detach()
+    after = _steps(tensors, first, num_steps)
+    after[_Y0] = begun[-1] if trajectory else begun
+    if gradient_descent:
+        rest = run(backend, *after, backward_steps, trajectory)
+    else:
+        rest = reference.forward(*after, backward_steps, trajectory, previous=previous.detach())
+    return torch.cat([begun, rest[1:]]) if trajectory else rest
+
+
+def _steps(tensors, first, last):
+    """The tensors of the steps ``first`` … ``last - 1``."""
+    tensors = list(tensors)
+    for i in _COEFFICIENTS:
+        c = tensors[i]
+        if c is not None and c.dim() == 2 and c.shape[1] != 1:
+            tensors[i] = c[:, first:last]
+    return tensors
+
+
+def implicit(backend, *arguments):
+    """``momentum`` with the gradients that its last iterate would have if it were the minimizer."""
+    *tensors, num_steps, _ = arguments
+    matrix, eigenvalues, observed, b, y0, *schedule = tensors[:9]
+    if matrix is not None and eigenvalues is not None:
+        # in the eigenbasis, between rotations that torch differentiates
+        R, diagonal, b_hat, y0_hat = (x if x is None else x.to(schedule[0].dtype) for x in (matrix, eigenvalues, b, y0))
+        b_hat, y0_hat = (x if x is None else common.matvec(R.mT, x) for x in (b_hat, y0_hat))
+        y_hat = implicit(backend, None, diagonal, None, b_hat, y0_hat, *schedule, *NO_PROX, num_steps, False)
+        return common.matvec(R, y_hat).to(b.dtype)
+    if not (common.runs_in_eager() or torch.compiler.is_exporting()):
+        return ImplicitFunction.apply(backend, *tensors, num_steps)
+    # forward mode and exported programs keep no Function: y_k + K (Q y_k + b), whose value is y_k, and of which all but
+    # the Q and the b that are seen is constant. K c, k steps of the method with c for b, stands for -Q⁻¹c
+    constant = lambda x: x if x is None else x.detach()
+    y = run(backend, *map(constant, tensors), num_steps, False).detach()
+    held = _Held(y, Prox(*tensors[9:]))
+    y = held.with_bounds(y)
+    gradient = _energy_gradient(matrix, eigenvalues, observed, b, y) + held.weight_at(y)
+    change = (gradient - gradient.detach()).to(b.dtype)
+    constants = constant(matrix), constant(eigenvalues), _zero(observed), change, None, *map(constant, schedule)
+    return y + run(backend, *constants, *held.at_zero(schedule[0].dtype), num_steps, False)
+
+
+def _energy_gradient(matrix, eigenvalues, observed, b, y):
+    """Q y + b."""
+    if eigenvalues is None:
+        return common.matvec(matrix, y) + b
+    if observed is not None:
+        return (1 + eigenvalues * eigenvalues) * y + b - observed
+    return eigenvalues * y + b
+
+
+def _zero(observed):
+    return None if observed is None else observed.new_zeros(()).expand_as(observed)
+
+
+class _Held:
+    """Which entries of a fixed point y its proximal map holds, at a bound or at zero."""
+
+    def __init__(self, y, prox):
+        self.prox, self.at_lower, self.at_upper, self.entries = prox, None, None, None
+        if prox.weight is not None or prox.threshold is not None:
+            self.entries = y == 0
+            return
+        # a bound is met as it is stored
+        if prox.upper is not None:
+            self.entries = self.at_upper = y >= prox.upper.to(y.dtype)
+        if prox.lower is not None:
+            self.at_lower = y <= prox.lower.to(y.dtype)
+            if prox.upper is not None:
+                self.at_lower = self.at_lower & ~self.at_upper
+            self.entries = self.at_lower if self.entries is None else self.entries | self.at_lower
+
+    def at_zero(self, compute):
+        """The proximal map that holds the same entries at zero, and no others."""
+        if self.entries is None:
+            return NO_PROX
+        # a lower bound above the upper one: the result is the upper, and nothing passes where the argument is 0 too
+        lower, upper = (torch.where(self.entries, *x).to(compute) for x in ((1.0, -math.inf), (0.0, math.inf)))
+        return Prox(lower=lower, upper=upper)
+
+    def with_bounds(self, y):
+        """y as a function of the bounds that hold it."""
+        for entries, bound in ((self.at_lower, self.prox.lower), (self.at_upper, self.prox.upper)):
+            if entries is not None:
+                y = torch.where(entries, bound.to(y.dtype), y)
+        return y
+
+    def weight_at(self, y):
+        """The gradient of the weighted 1-norm where it has one."""
+        return 0.0 if self.prox.weight is None else self.prox.weight.clamp(min=0) * y.detach().sign()
+
+    def gradients(self, grad_y, adjoint_of_y, db, y):
+        """Of lower, upper, weight and threshold: ``grad_y + adjoint_of_y()`` is what a held entry gets."""
+        lower, upper, weight, threshold = self.prox
+        d_lower = d_upper = d_weight = None
+        if lower is not None or upper is not None:
+            total = (grad_y + adjoint_of_y()).to((upper if lower is None else lower).dtype)
+            if lower is not None:
+                d_lower = torch.where(self.at_lower, total, 0.0).sum_to_size(lower.shape)
+            if upper is not None:
+                d_upper = torch.where(self.at_upper, total, 0.0).sum_to_size(upper.shape)
+        if weight is not None:
+            d_weight = torch.where(weight >= 0, db.to(weight.dtype) * y.sign(), 0.0).sum_to_size(weight.shape)
+        return d_lower, d_upper, d_weight, None if threshold is None else torch.zeros_like(threshold)
+
+
+class ImplicitFunction(Function):
+    """y_k of the recurrence, differentiated as the minimizer; keeps its inputs and y_k for backward."""
+
+    # torch.compile counts the arguments of forward: no *args here
+    @staticmethod
+    def forward(
+        backend,
+        matrix,
+        eigenvalues,
+        observed,
+        b,
+        y0,
+        step_sizes,
+        momentum,
+        extrapolation,
+        mu,
+        lower,
+        upper,
+        weight,
+        threshold,
+        num_steps,
+    ):
+        tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
+        return run(backend, *tensors, lower, upper, weight, threshold, num_steps, False)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, *tensors, ctx.num_steps = inputs
+        ctx.save_for_backward(*tensors, output)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        *tensors, y = ctx.saved_tensors
+        matrix, eigenvalues, observed, b, y0, *schedule = tensors[:9]
+        needs_matrix, needs_eigenvalues, needs_observed, _, *others_needed = ctx.needs_input_grad[1:10]
+        held = _Held(y, Prox(*tensors[9:]))
+        # b̄ is what the same method makes of Qᵀ, with ȳ for b and the entries held at zero
+        transposed = None if matrix is None else matrix.mT
+        adjoint = (transposed, eigenvalues, _zero(observed), grad_y, None, *schedule, *held.at_zero(schedule[0].dtype))
+        differentiate = implicit if common.is_differentiated() else run
+        db = differentiate(ctx.backend, *adjoint, ctx.num_steps, False)
+        d_matrix = d_eigenvalues = None
+        if needs_matrix:
+            shared = matrix.shape[0] != b.shape[0]
+            d_matrix = (db.mT @ y).unsqueeze(0) if shared else db.unsqueeze(-1) * y.unsqueeze(-2)
+        if needs_eigenvalues:
+            d_eigenvalues = db * y if observed is None else 2 * eigenvalues * (db * y)
+        d_observed = -db if needs_observed else None
+        # y_k forgets where it began and how it got there
+        others = (
+            torch.zeros_like(x) if needed else None for x, needed in zip((y0, *schedule), others_needed, strict=True)
+        )
+        adjoint_of_y = lambda: _energy_gradient(transposed, eigenvalues, _zero(observed), 0.0, db)
+        d_prox = held.gradients(grad_y, adjoint_of_y, db, y)
+        return None, d_matrix, d_eigenvalues, d_observed, db, *others, *d_prox, None
+
+    @staticmethod
+    def vmap(info, in_dims, backend, *arguments):
+        *tensors, num_steps = arguments
+        run_all = lambda *tensors: ImplicitFunction.apply(backend, *tensors, num_steps)
+        return common.vmap_forward(run_all, info.batch_size, in_dims[1:14], tensors, False, b=3)
