@@ -4,6 +4,7 @@ python -m benchmarks.shared [--structure dense|spectral] [--method gd|nag] [--on
 """
 
 import argparse
+import csv
 import dataclasses
 
 import torch
@@ -49,7 +50,11 @@ def main(arguments=None):
     parser.add_argument("--method", default="gd", choices=("gd", "nag"))
     parser.add_argument("--only", default="", help="sizes d, with commas between")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/results/<device>/, to be committed")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="write to benchmarks/results/<device>/, to be committed; what is there of other sizes stays",
+    )
     options = parser.parse_args(arguments)
     device = options.device
     sizes = [int(d) for d in options.only.split(",") if d] or SIZES
@@ -71,6 +76,10 @@ def main(arguments=None):
             print(f"{case.id:36s} {'  '.join(shown)}  {'  '.join(ratios)}", flush=True)
     if options.record:
         file = harness.results_directory(device) / f"shared_{options.structure}_{options.method}.csv"
+        if file.exists():
+            with file.open(newline="") as old:
+                rows += [row for row in csv.DictReader(old) if int(row["d"]) not in sizes]
+        rows.sort(key=lambda row: (int(row["d"]), int(row["B"])))
         print(f"wrote {harness.write_csv(file, rows)}")
 
 
