@@ -150,7 +150,10 @@ def _decide(backend, device_type, products, proximal):
 def _choose(backend, device_type, products, proximal=False):
     check_name(backend)
     if backend == "auto":
-        candidates = AUTO.get((device_type, products or proximal), ())
+        if proximal and device_type == "cuda":
+            # the backward by hand in torch: slower than a kernel, but its memory does not grow with the steps either
+            return "manual"
+        candidates = AUTO.get((device_type, products), ())
         chosen = next((name for name in candidates if unavailable_reason(name) is None), "eager")
         if chosen == "eager" and candidates:
             _warn_of_eager(device_type, candidates[0])

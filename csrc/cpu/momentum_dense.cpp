@@ -76,6 +76,15 @@ struct States {
 };
 constexpr int64_t keep_all = -1, keep_two = 1, keep_one = 0;
 
+// The proximal map of one tile.
+template <typename C>
+struct TileMap {
+  Prox prox;
+  ProxRows<C> rows;
+  ProxSums<C> sums;
+  States<C> v;  // backward
+};
+
 // The states of one tile, momentum_step.h; a row is `size` vectors.
 template <typename C>
 struct Trace {
@@ -86,15 +95,12 @@ struct Trace {
   bool y0_is_zero, trajectory;
   ScheduleView<C> schedule;
   ScheduleSums<C> sums;
-  Prox prox;
-  ProxRows<C> map;
-  ProxSums<C> map_sums;
-  States<C> v;  // backward
+  const TileMap<C>* map;  // nullptr: none
 
-  // of step t
+  // that of step t
   UNROLLED_KERNELS_INLINE StepMap<C> step_map(int64_t t, Vector<C> phi) const {
-    return {prox, map, phi, prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{},
-            v.data ? v.at(t) : nullptr};
+    const Vector<C> threshold = map->prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
+    return {map->prox, map->rows, phi, threshold, map->v.data ? map->v.at(t) : nullptr};
   }
 };
 
@@ -149,7 +155,7 @@ UNROLLED_KERNELS_NOINLINE void adjoint_map(const Trace<C>& trace, int64_t t, Vec
   ProxTerms<C> terms;
   const StepMap<C> map = trace.step_map(t, phi);
   for (int64_t n = 0; n < row; n += lanes<C>) {
-    adjoint_map(map, trace.map_sums, n, trace.s + (t + 1) * row, ybar, terms);
+    adjoint_map(map, trace.map->sums, n, trace.s + (t + 1) * row, ybar, terms);
   }
   if (trace.sums.phi) {
     trace.sums.add_phi(t, -terms.phi);
@@ -169,7 +175,7 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matr
     for (int g = 0; g < groups; ++g) {
       const Trace<C>& trace = traces[g];
       auto c = trace.schedule.template at<momentum>(t);
-      if (per_step && trace.prox != Prox::none) adjoint_map(all[g], t, c.phi, row, momentum ? trace.ybar : nullptr);
+      if (per_step && trace.map) adjoint_map(all[g], t, c.phi, row, momentum ? trace.ybar : nullptr);
       if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
       C* const s = trace.s + (t + 1) * row;
       const AdjointRows<C> rows{trace.b, trace.m.at(t), trace.z.at(t), s, trace.s + t * row, trace.ybar};
@@ -217,12 +223,14 @@ class DenseTile {
         ybar_(backward ? arena.take<C>(row_) : nullptr),
         db_(backward ? arena.take<C>(row_) : nullptr),
         dQ_(backward ? arena.take<C>(Q_.image_size()) : nullptr) {
+    map_.prox = p.prox;
     if (p.prox == Prox::none) return;
-    if (backward) v_ = states(arena, keep_all);
     const auto take = [&](bool present) { return present ? arena.take<C>(row_) : nullptr; };
     lower_ = take(p.lower.data), upper_ = take(p.upper.data), weight_ = take(p.weight.data);
+    map_.rows = {lower_, upper_, weight_};
     if (!backward) return;
-    map_sums_ = {take(backward->d_lower), take(backward->d_upper), take(backward->d_weight)};
+    map_.sums = {take(backward->d_lower), take(backward->d_upper), take(backward->d_weight)};
+    map_.v = states(arena, keep_all);
   }
 
   UNROLLED_KERNELS_NOINLINE void stage(int64_t index, bool first_of_chunk) {
@@ -231,9 +239,11 @@ class DenseTile {
     schedule_.stage(tile_, first_of_chunk);
     Q_.stage(tile_, first_of_chunk);
     tile_.load_state(p_.b, p_.b_stride, b_);
-    stage(p_.lower, lower_);
-    stage(p_.upper, upper_);
-    stage(p_.weight, weight_);
+    if (p_.prox != Prox::none) {
+      stage(p_.lower, lower_);
+      stage(p_.upper, upper_);
+      stage(p_.weight, weight_);
+    }
     if (p_.y0) {
       tile_.load_state(p_.y0, p_.y0_stride, y_.data);
     } else {
@@ -257,10 +267,7 @@ class DenseTile {
             p_.trajectory,
             schedule_.view(),
             gradient_.sums(),
-            p_.prox,
-            {lower_, upper_, weight_},
-            map_sums_,
-            v_};
+            map_.prox == Prox::none ? nullptr : &map_};
   }
 
   void store_forward(Storage* y) const {
@@ -276,7 +283,7 @@ class DenseTile {
       tile_.load_state(p.grad_y + (p.trajectory ? t * p.B * p.d : 0), p.d, s_ + t * row_);
     }
     copy_vectors(s_ + p.k * row_, row_, ybar_);
-    for (C* sums : {map_sums_.lower, map_sums_.upper, map_sums_.weight}) {
+    for (C* sums : {map_.sums.lower, map_.sums.upper, map_.sums.weight}) {
       if (sums) fill_zero(sums, row_);
     }
   }
@@ -309,9 +316,9 @@ class DenseTile {
       gradient_.end_tile(tile_);
     }
     if (p.dy0) tile_.store_state(s_, p.dy0);
-    if (p.d_lower) tile_.store_state(map_sums_.lower, p.d_lower);
-    if (p.d_upper) tile_.store_state(map_sums_.upper, p.d_upper);
-    if (p.d_weight) tile_.store_state(map_sums_.weight, p.d_weight);
+    if (p.d_lower) tile_.store_state(map_.sums.lower, p.d_lower);
+    if (p.d_upper) tile_.store_state(map_.sums.upper, p.d_upper);
+    if (p.d_weight) tile_.store_state(map_.sums.weight, p.d_weight);
   }
 
   void end_chunk(const MomentumChunk<C>& chunk) const {
@@ -343,8 +350,7 @@ class DenseTile {
   C *s_, *ybar_, *db_, *dQ_;
   // of a proximal map
   C *lower_ = nullptr, *upper_ = nullptr, *weight_ = nullptr;
-  ProxSums<C> map_sums_;
-  States<C> v_;
+  TileMap<C> map_;
 };
 
 // Tiles that take turns in every step: with few rows one tile alone would wait for its own results.

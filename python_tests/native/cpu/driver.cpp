@@ -202,6 +202,22 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
   add_coefficient(in.phi);
   if (flip()) add_coefficient(in.beta), add_coefficient(in.gamma);
 
+  // a proximal map: bounds or weights [B, d], one row for all, or one number
+  std::vector<Array<C>> bounds;
+  const auto add_bound = [&](Rows<C>& x, double low, double high) {
+    const bool single = flip();
+    const int64_t stride = single || flip() || B <= 1 ? 0 : d + static_cast<int64_t>(draw(3));
+    bounds.emplace_back(B == 0 ? 0 : single ? 1 : (B - 1) * stride + d, low, high);
+    x = {bounds.back().data(), stride, single};
+  };
+  if (structure != Structure::spectral) {
+    in.prox = static_cast<Prox>(draw(4));
+    if (in.prox == Prox::box) add_bound(in.lower, -0.4, -0.1);
+    if (in.prox == Prox::box && flip()) add_bound(in.upper, 0.1, 0.4);
+    if (in.prox == Prox::l1) add_bound(in.weight, 0, 0.2);
+    if (in.prox == Prox::soft_threshold) add_coefficient(in.threshold);
+  }
+
   const int64_t y_size = (in.trajectory ? k + 1 : 1) * B * d;
   check("momentum", B, d, k, [&](Outputs& outputs) {
     MomentumForward<Storage> p{in, nullptr};
@@ -221,7 +237,11 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
     if (k > 0 && flip()) {
       outputs.add(p.dphi, schedule_size);
       if (in.beta.data) outputs.add(p.dbeta, schedule_size), outputs.add(p.dgamma, schedule_size);
+      if (in.threshold.data) outputs.add(p.d_threshold, schedule_size);
     }
+    if (in.lower.data && flip()) outputs.add(p.d_lower, B * d);
+    if (in.upper.data && flip()) outputs.add(p.d_upper, B * d);
+    if (in.weight.data && flip()) outputs.add(p.d_weight, B * d);
     momentum_cpu(structure, p);
   });
 }
