@@ -60,7 +60,7 @@ def add_arguments(parser):
     )
     grid = parser.add_argument_group("the grid (each option replaces that of the preset)")
     grid.add_argument(
-        "--preset", choices=PRESETS, default="quick", help="quick (default): a minute; medium: some; paper: days"
+        "--preset", choices=PRESETS, default="quick", help="quick (default), medium: a minute; paper: hours"
     )
     replacing = {"default": argparse.SUPPRESS}
     grid.add_argument("--depths", type=positive, nargs="+", metavar="K", help="steps of the layers", **replacing)
