@@ -234,8 +234,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   const auto columns = [&](const OptionalTensor& x) {
     if (!schedule || !x) return Tensor();
     Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {}) : allocate(b, args.compute, {x->size(0), x->size(1)});
-    // without steps there is nothing to sum, and a coefficient without columns must not look unwanted to the kernels
-    if (args.k == 0) torch::stable::zero_(grad);
+    // without samples or steps there is nothing to sum, and a coefficient without entries looks unwanted to the kernels
+    if (args.B == 0 || args.k == 0) torch::stable::zero_(grad);
     return grad;
   };
   const bool needs_matrix = matrix && needs & need_matrix, needs_observed = observed && needs & need_observed;

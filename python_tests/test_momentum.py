@@ -17,6 +17,7 @@ from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.testing import (
     STRUCTURES,
     bytes_kept_for_backward,
+    poisoned_memory,
     random_quadratic,
 )
 
@@ -55,6 +56,22 @@ def test_edges(backend, structure, method, dtype, warm):
             structure, (B,), d, k, method=method, warm=warm, trajectory=trajectory, device=device_of(backend), seed=3
         )
         compare(problem, backend, DTYPES[dtype])
+
+
+@backends
+@structures
+def test_gradients_of_a_schedule_without_samples(backend, structure):
+    """Zero for what all samples share, whatever the shapes of the other coefficients."""
+    leaves, make_Q, b = random_quadratic(structure, (0,), 3, device=device_of(backend))
+    for shapes in itertools.product([(), (2,), (0, 1), (0, 2)], repeat=2):
+        one, two = (torch.full(shape, 0.3, device=b.device, requires_grad=True) for shape in shapes)
+        with poisoned_memory():
+            for y in (
+                F.nesterov(make_Q(*leaves), b, one, two, 2, backend=backend),
+                F.momentum(make_Q(*leaves), b, one, two, two, 2, backend=backend),
+            ):
+                for x, grad in zip((one, two), torch.autograd.grad(y.sum(), (one, two)), strict=True):
+                    assert torch.equal(grad, torch.zeros_like(x))
 
 
 @backends
