@@ -39,6 +39,32 @@ def run_python(code, **environment):
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "spins"),
+    [
+        (["unrolled-kernels", "info"], False),
+        (["-m", "unrolled_kernels.info"], False),
+        (["-m", "unrolled_kernels.experiments.denoising", "--help"], False),
+        (["-c", "import unrolled_kernels"], True),
+    ],
+    ids=["script", "module", "torchrun's module", "import"],
+)
+def test_threads_of_the_commands_sleep_while_they_wait(tmp_path, command, spins):
+    """As OpenMP read it when it was loaded; a program that imports the package decides for itself."""
+    if command[0] == "unrolled-kernels":
+        script = tmp_path / "unrolled-kernels"
+        script.write_text("import sys\nfrom unrolled_kernels.experiments.cli import main\nsys.exit(main())\n")
+        command = [script, *command[1:]]
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    counts = re.findall(r"GOMP_SPINCOUNT = '(\w+)'", ran.stderr)
+    if not counts:
+        pytest.skip("torch's OpenMP is not GNU's")
+    assert all((count != "0") == spins for count in counts)
+
+
 @pytest.mark.parametrize("hidden", ["unrolled_kernels._C", "triton", "pandas"])
 def test_runs_with_a_module_hidden(hidden):
     result = run_python(HIDE.format(name=hidden) + STEP)

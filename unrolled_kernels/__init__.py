@@ -1,5 +1,6 @@
 """Optimisation algorithms as fast layers: k fused steps of GD, NAG, momentum or an RNN on energies 1/2 yᵀQy + bᵀy."""
 
+from unrolled_kernels import _openmp as _openmp
 from unrolled_kernels import functional, prox, schedules
 from unrolled_kernels._backend import SlowBackendWarning, available_backends, use_backend
 from unrolled_kernels.layers import UnrolledGD, UnrolledMomentum, UnrolledNAG
