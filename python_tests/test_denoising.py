@@ -593,12 +593,22 @@ def test_workers_train_the_same_models(small_run, folder, tmp_path):
 
 
 def test_model_that_diverges_says_so_and_the_others_go_on(folder, tmp_path, capsys):
-    free = ["--step-size", "fixed", "--step-size-start", 50, "--depths", 2, 40]
+    free = ["--step-size", "fixed", "--step-size-start", 1.6, "--depths", 2, 40]
     assert cli.main(command(folder, tmp_path / "run", *free)) == 0
     results = pd.read_parquet(tmp_path / "run" / "results.parquet").set_index("num_steps")
-    assert results.loc[40, "diverged"]
-    assert not results.loc[2, "diverged"]
-    assert "1 of 1" in (tmp_path / "run" / "report.md").read_text()
+    assert results["diverged"].to_dict() == {40: True, 2: False, 0: False}
+    # it is no part of a mean
+    (line,) = (line for line in (tmp_path / "run" / "report.md").read_text().splitlines() if "1 of 1" in line)
+    assert line.count("–") == 5
+
+
+def test_model_that_explodes_to_a_number_has_diverged(folder, tmp_path, capsys):
+    """No two images differ by a squared error of more than 1 a pixel."""
+    assert cli.main(command(folder, tmp_path / "run", "--step-size", "fixed", "--step-size-start", 50)) == 1
+    assert "every model with a layer diverged; take a smaller" in capsys.readouterr().err
+    results = pd.read_parquet(tmp_path / "run" / "results.parquet").set_index("num_steps")
+    assert 1 < results.loc[2, "train_loss"] < np.inf
+    assert results["diverged"].to_dict() == {2: True, 0: False}
 
 
 def test_presets_cover_figure_7():

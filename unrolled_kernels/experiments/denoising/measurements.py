@@ -72,7 +72,7 @@ def guard(task, training, epochs=3, num_steps=30):
             training, epochs=epochs, step_size=kind, step_size_start=1.0, crop=min(training.crop, 32)
         )
         trainer = Trainer(task, trial, changed)
-        while trainer.epoch < epochs and not trainer.diverged:
+        while trainer.epoch < epochs and not trainer.lost:
             trainer.train_epoch()
         losses[kind] = [loss if math.isfinite(loss) else math.inf for loss in trainer.losses]
     return losses

@@ -12,16 +12,18 @@ CLASSICAL = "non-local means", "total variation"
 
 
 def results_table(results):
-    """Mean ± standard deviation over the seeds, a Markdown table."""
+    """Mean ± standard deviation over the seeds whose model did not diverge, a Markdown table."""
     lines = []
     order = {case: i for i, case in enumerate((*CASES, PLAIN))}
     keys = ["case", "algorithm", "num_steps"]
     for (case, algorithm, num_steps), rows in sorted(
         results.groupby(keys), key=lambda item: (order[item[0][0]], item[0][1:])
     ):
-        cells = [f"{rows[c].mean():.3e}" for c in ("train_loss", "test_loss")]
-        cells += [f"{rows['gap'].mean():.1e} ± {rows['gap'].std(ddof=0):.1e}"]
-        cells += [f"{rows[c].mean():.{digits}f}" for c, digits in (("test_psnr", 2), ("test_ssim", 3))]
+        kept = rows[~rows["diverged"]]
+        cells = [f"{kept[c].mean():.3e}" for c in ("train_loss", "test_loss")]
+        cells += [f"{kept['gap'].mean():.1e} ± {kept['gap'].std(ddof=0):.1e}"]
+        cells += [f"{kept[c].mean():.{digits}f}" for c, digits in (("test_psnr", 2), ("test_ssim", 3))]
+        cells = cells if len(kept) else ["–"] * len(cells)
         cells += [f"{rows['diverged'].sum()} of {len(rows)}"]
         lines.append([case, algorithm.upper(), num_steps or "", rows["parameters"].iloc[0], *cells])
     head = "case", "algorithm", "k", "parameters", "train MSE", "test MSE", "gap", "PSNR, dB", "SSIM", "diverged"

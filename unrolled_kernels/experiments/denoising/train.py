@@ -51,9 +51,14 @@ class Trainer:
         self.epoch, self.seconds, self.losses = 0, 0.0, []
 
     @property
-    def diverged(self):
+    def lost(self):
         """Whether the loss has become infinite or NaN, from which nothing returns."""
         return bool(self.losses) and not math.isfinite(self.losses[-1])
+
+    @property
+    def diverged(self):
+        """Whether the last loss, a squared error for each pixel, is above 1, which no two images in [0, 1] reach."""
+        return bool(self.losses) and not self.losses[-1] <= 1
 
     def train_epoch(self):
         """See every training image once; returns the mean loss of its minibatches."""
@@ -173,7 +178,7 @@ def train_one(
         on_epoch(trainer.epoch)
     file = files.checkpoint if first else None
     with checkpoint.kept(file, trial.name, checkpoint_seconds) as keep, _log(files.logs if first else None) as log:
-        while trainer.epoch < training.epochs and not trainer.diverged:
+        while trainer.epoch < training.epochs and not trainer.lost:
             loss = trainer.train_epoch()
             keep(trainer.state)
             psnr = -10 * math.log10(loss) if loss > 0 else math.inf
