@@ -92,7 +92,7 @@ struct MomentumBackward : MomentumInputs<Storage> {
   using Compute = compute_type<Storage>;
   const Storage* grad_y;  // shape of y, contiguous
   // y_0 ... y_k, [k+1, B, d], contiguous, where they were kept; else nullptr, and they are replayed. Only the kernels of a
-  // shared matrix read them, and only where Storage is Compute.
+  // shared matrix read them, and only where Storage is Compute and no box ends the steps.
   const Storage* iterates;
   Storage* d_matrix;       // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
   Storage* d_eigenvalues;  // [B, d], also where eigenvalues_stride is 0. tikhonov: df

@@ -13,6 +13,7 @@ from problems import DTYPES, MomentumProblem, compare
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
+from unrolled_kernels.ops.momentum import function
 from unrolled_kernels.prox import L1, Box, NonNegative, SoftThreshold
 from unrolled_kernels.testing import STRUCTURES, random_quadratic
 
@@ -50,6 +51,18 @@ def test_schedule_forms_and_shared_Q(backend, structure, prox, shared):
             continue
         options = {"form": form, "shared": shared, "warm": warm, "prox": prox, "device": device_of(backend)}
         compare(MomentumProblem(structure, batch, 6, 5, **options), backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] == "cpu"])
+@maps
+@methods
+def test_one_large_matrix(backend, prox, method, monkeypatch):
+    """Kept iterates of a soft threshold give the gradients that replayed ones do; those of a clamp are replayed."""
+    problem = MomentumProblem("dense", (40,), 130, 4, method=method, prox=prox, shared=True)
+    kept = compare(problem, backend, torch.float32)
+    monkeypatch.setattr(function, "KEPT_BYTES", 0)
+    for name, x in problem.run(backend, torch.float32).items():
+        torch.testing.assert_close(kept[name], x, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @backends

@@ -66,8 +66,10 @@ class DenseRows {
     // of step t: rows t count ... (t + 1) count - 1 of both factors of dQ
     const Panels<C> a{tile.a, max(k, 1) * count_ * W}, z{tile.z, a.plane};
     start(z);
-    if (p.iterates && !v_ && std::is_same_v<Storage, C>) {
+    // y_{t+1} does not tell whether v_t was on a bound or beyond
+    if (p.iterates && p.prox != Prox::box && std::is_same_v<Storage, C>) {
       for (int64_t t = 1; t < k; ++t) load_iterate(p, t, z.from(t * count_));
+      for (int64_t t = 0; v_ && t < k; ++t) load_side(p, t);
     } else {
       // the last step is taken for v_(k-1) alone
       for (int64_t t = 0; t + 1 < k || (t < k && v_); ++t) {
@@ -180,6 +182,16 @@ class DenseRows {
         store(m(t).at(r, i), m_t);
         store(z.at(r, i), y + gamma * m_t);
       }
+    }
+  }
+
+  // On which side of a soft threshold v_t was, as an infinity, or 0 within it: what its adjoint asks of v_t.
+  UNROLLED_KERNELS_NOINLINE void load_side(const MomentumBackward<Storage>& p, int64_t t) const {
+    const Vector<C> zero{}, infinity = broadcast(C(__builtin_inf()));
+    load_rows(p.iterates + (t + 1) * p.B * p.d, p.d, rows(v(t)));
+    for (C* side = v(t); side != v(t) + count_ * panels_ * W; side += W) {
+      const Vector<C> y = load(side);
+      store(side, y > zero ? infinity : y < zero ? -infinity : y);
     }
   }
 

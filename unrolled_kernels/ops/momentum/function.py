@@ -77,8 +77,9 @@ def _keeps_iterates(tensors, prox, num_steps):
 
     A replay takes one product in four; the iterates are half of what the eager loop keeps.
     """
-    _, eigenvalues, _, b, *_ = tensors
-    if eigenvalues is not None or any(x is not None for x in prox):
+    (_, eigenvalues, _, b, *_), (lower, upper, _, _) = tensors, prox
+    # y_(t+1) shows on which side of a soft threshold v_t was, but not whether it was on a bound or beyond
+    if eigenvalues is not None or lower is not None or upper is not None:
         return False
     if torch.compiler.is_compiling() or _torch_private.transforms_are_active() or not torch.is_grad_enabled():
         return False
@@ -86,7 +87,7 @@ def _keeps_iterates(tensors, prox, num_steps):
     # where products are not what takes the time, or the iterates are rounded, nothing is gained
     if not (b.shape[0] > 1 and b.shape[1] > 128 and b.element_size() >= 4 and size <= KEPT_BYTES):
         return False
-    return any(x is not None and x.requires_grad for x in tensors)
+    return any(x is not None and x.requires_grad for x in (*tensors, *prox))
 
 
 class MomentumFunction(Function):
