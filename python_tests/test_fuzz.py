@@ -191,19 +191,14 @@ class Problem(Short):
         b = values["b"].abs() + (values["observed"].abs() if "observed" in values else 0)
         return (db * b).abs().sum().item()
 
-    def terms_of_weights(self, values):
-        """Size of the terms of the weights' gradients, sums over the samples, by name."""
-        names = [n for n, leaf in self.leaves.items() if n.startswith("W") and leaf.grad]
-        samples = math.prod(self.batch)
-        if not names or not samples or not self.k:
-            return {}
-        tensors = values | {n: values[n].clone().requires_grad_() for n in names}
-        y = self.call("eager", tensors)
-        # the cotangent of each sample alone
-        alone = torch.eye(samples, dtype=torch.float64).reshape(samples, *self.batch, 1)
-        alone = (alone.unsqueeze(1) if self.trajectory else alone) * self.cotangent_values()
-        grads = torch.autograd.grad(y, [tensors[n] for n in names], alone, is_grads_batched=True, allow_unused=True)
-        return {n: 0.0 if g is None else g.abs().sum(0).max().item() for n, g in zip(names, grads, strict=True)}
+    def terms_of_cells(self, values):
+        """Sizes of the terms whose sums a network's results are, by name.
+
+        With absolute values for all that is given, every sum of the network and of its backward pass is one of
+        positive terms, no smaller than the sum of the absolute terms of the true one: a unit that is off has none.
+        """
+        absolute = {n: x.abs() for n, x in values.items()}
+        return self.run("eager", torch.float64, absolute, full=True, cotangent=self.cotangent_values().abs())
 
     def run(self, backend, dtype, values, *, full=False, cotangent=None):
         """The result as ``"y"`` and the gradients that are wanted, by name.
@@ -321,7 +316,7 @@ def compare(problem, *backends):
     values, dtype = problem.values(), DTYPES[problem.dtype]
     exact = problem.run("eager", torch.float64, values, full=True)
     eager = problem.run("eager", torch.float32 if problem.dtype == "f64" else dtype, values)
-    terms_of_weights = problem.terms_of_weights(values)
+    sizes = problem.terms_of_cells(values) if problem.method == "rnn" else {}
     for backend in backends:
         actual = problem.run(backend, dtype, values)
         assert actual.keys() == {"y"} | {n for n, leaf in problem.leaves.items() if leaf.grad}
@@ -329,7 +324,8 @@ def compare(problem, *backends):
             terms = exact[name]
             # gradients of what is broadcast are sums, whose terms may cancel
             scale = terms.abs().sum_to_size(result.shape).max().item() if terms.numel() else 0.0
-            scale = max(scale, terms_of_weights.get(name, 0.0))
+            if name in sizes and result.numel():
+                scale = max(scale, sizes[name].sum_to_size(result.shape).max().item())
             if name in SCHEDULE:
                 scale = max(10 * scale, problem.terms_of_schedule(values, exact["b"]))
             what = f"{backend}: {name if name == 'y' else f'gradient of {name}'}"
