@@ -11,7 +11,7 @@ FLOORS = [
     ["quadratics"],
     ["annotations"],
     ["_check", "testing"],
-    ["_backend", "regions"],
+    ["_backend", "prox", "regions"],
     ["ops", "info"],
     ["schedules"],
     ["functional"],
