@@ -88,10 +88,10 @@ def train(model, task, steps, batch, lr):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         y, x = task.samples(batch)
-        # every iterate counts, later ones more: the last alone leaves the first steps without a gradient to speak of
-        iterates = model(x, return_trajectory=True)[1:]
-        weights = torch.linspace(0.2, 1, len(iterates))
-        loss = ((iterates - y).square().sum((1, 2)) / y.square().sum() * weights).sum()
+        # in dB every iterate counts, later ones more: the last alone leaves the first steps without a gradient to speak
+        # of, and errors that are summed as they are leave it to the first
+        errors = nmse_db(model(x, return_trajectory=True)[1:], y)
+        loss = (errors * torch.linspace(0.2, 1, len(errors))).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
