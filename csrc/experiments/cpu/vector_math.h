@@ -8,22 +8,22 @@
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
 
-#if UNROLLED_KERNELS_ISA == 2
+#if !defined(__x86_64__) || UNROLLED_KERNELS_VECTOR_BYTES != 16 << UNROLLED_KERNELS_ISA
+template <typename V>
+UNROLLED_KERNELS_INLINE V sqrt(V x) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+#elif UNROLLED_KERNELS_ISA == 2
 // with a mask of ones: GCC 12 takes the plain ones for uses of an uninitialised vector
 UNROLLED_KERNELS_INLINE Vector<float> sqrt(Vector<float> x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
 UNROLLED_KERNELS_INLINE Vector<double> sqrt(Vector<double> x) { return _mm512_maskz_sqrt_pd(0xff, x); }
 #elif UNROLLED_KERNELS_ISA == 1
 UNROLLED_KERNELS_INLINE Vector<float> sqrt(Vector<float> x) { return _mm256_sqrt_ps(x); }
 UNROLLED_KERNELS_INLINE Vector<double> sqrt(Vector<double> x) { return _mm256_sqrt_pd(x); }
-#elif defined(__x86_64__)
+#else
 UNROLLED_KERNELS_INLINE Vector<float> sqrt(Vector<float> x) { return _mm_sqrt_ps(x); }
 UNROLLED_KERNELS_INLINE Vector<double> sqrt(Vector<double> x) { return _mm_sqrt_pd(x); }
-#else
-template <typename V>
-UNROLLED_KERNELS_INLINE V sqrt(V x) {
-  for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
-  return x;
-}
 #endif
 
 template <typename C>
