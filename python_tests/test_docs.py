@@ -94,7 +94,8 @@ def calls(monkeypatch):
 
     def watched(function, layer):
         def call(Q, b, *coefficients, **options):
-            y = function(Q, b, *coefficients, **options)
+            result = function(Q, b, *coefficients, **options)
+            y = result[0] if options.get("return_info") else result
             # a trace, or a transform's tensor, has no values to judge
             traced = torch.compiler.is_compiling() or functorch.is_functorch_wrapped_tensor(y)
             if not traced and type(y) is torch.Tensor:
@@ -103,7 +104,7 @@ def calls(monkeypatch):
                     *coefficients, num_steps = (x.detach() if hasattr(x, "detach") else x for x in coefficients)
                     last = y[-1] if options.get("return_trajectory") else y
                     seen.append((layer(num_steps, *coefficients), Q, b.detach(), options.get("y0"), last.detach()))
-            return y
+            return result
 
         return call
 

@@ -432,8 +432,8 @@ assert_type(theory.recommend(0.1, 1.0, 10, "over").error_factor, float)
 assert_type(theory.stability("gd", 3, 1.0, 0.1).wrt_b, torch.Tensor)
 with uk.use_backend("eager"):
     UnrolledGD("three")  # wrong: arg-type
-    UnrolledNAG(3)([[1.0]], b)  # wrong: arg-type
-    F.gradient_descent(q, b, 1.0)  # wrong: call-arg
+    UnrolledNAG(3)([[1.0]], b)  # wrong: call-overload
+    F.gradient_descent(q, b, 1.0)  # wrong: call-overload
     Diagonal(q).inverse()  # wrong: attr-defined
 """
 

@@ -186,6 +186,27 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
             ValueError,
             "return_trajectory: backward='implicit' takes the last iterate for the minimizer .* got True",
         ),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, tolerance=-1e-3),
+            ValueError,
+            "tolerance: expected a float >= 0 or None, got -0.001",
+        ),
+        (
+            lambda: uk.UnrolledGD(3, tolerance=float("nan")),
+            ValueError,
+            "tolerance: expected a float >= 0 or None, got nan",
+        ),
+        (
+            lambda: F.nesterov(Q, b, 1.0, 0.1, 2, tolerance="small"),
+            TypeError,
+            "tolerance: expected a float >= 0 or None",
+        ),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, tolerance=0.1, backward_steps=1),
+            ValueError,
+            "backward_steps: expected None beside tolerance=0.1, where samples end at different steps, got 1",
+        ),
+        (lambda: F.gradient_descent(Q, b, 1.0, 2, return_info=1), TypeError, "return_info: expected a bool, got 1"),
         (lambda: uk.UnrolledNAG(3, mu=0), ValueError, "mu: expected a number > 0, got 0"),
         (lambda: uk.UnrolledNAG(3, mu=None, learn_mu=True), ValueError, "mu: learn_mu=True needs a number"),
         (

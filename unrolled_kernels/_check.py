@@ -98,6 +98,21 @@ def _weight_name(i, matrices):
     return ("W1", "W2", *(f"W^{i}" for i in range(2, len(matrices) - 1)), "V")[i]
 
 
+def check_tolerance(tolerance, backward_steps):
+    """None, or a float >= 0."""
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(f"tolerance: expected a float >= 0 or None, got {tolerance!r} ({type(tolerance).__name__})")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: expected a float >= 0 or None, got {tolerance}")
+    if backward_steps is not None:
+        raise ValueError(
+            f"backward_steps: expected None beside tolerance={tolerance}, where samples end at different steps, got "
+            f"{backward_steps!r}"
+        )
+
+
 def check_backward(backward, backward_steps):
     """Which gradients are asked for: all steps', the last ``backward_steps``', or those of the minimizer."""
     if backward == "unrolled":

@@ -15,13 +15,14 @@ import functools
 import math
 import operator
 import warnings
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 
 from unrolled_kernels import _backend, _check
 from unrolled_kernels.annotations import Number, Quadratic, Weights
 from unrolled_kernels.ops.momentum import gradients as _gradients
+from unrolled_kernels.ops.momentum import stopping as _stopping
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
@@ -29,9 +30,46 @@ from unrolled_kernels.prox import Prox, SoftThreshold, check_prox
 from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, same_shape, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
-__all__ = ["gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
+__all__ = ["Info", "gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
 
 
+class Info(NamedTuple):
+    """What ``return_info=True`` returns beside y."""
+
+    num_steps: torch.Tensor  # [*batch] int64, the steps taken
+    residual: torch.Tensor  # [*batch], max_i |y_k - y_(k-1)| of the last step taken; not differentiable
+
+
+class _Options(TypedDict, total=False):
+    y0: torch.Tensor | None
+    return_trajectory: bool
+    prox: Prox | None
+    backward: Literal["unrolled", "implicit"]
+    backward_steps: int | None
+    tolerance: float | None
+    backend: str | None
+
+
+@overload
+def gradient_descent(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_size: Number,
+    num_steps: int,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> torch.Tensor: ...
+@overload
+def gradient_descent(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_size: Number,
+    num_steps: int,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[torch.Tensor, Info]: ...
 def gradient_descent(
     Q: Quadratic,
     b: torch.Tensor,
@@ -43,8 +81,10 @@ def gradient_descent(
     prox: Prox | None = None,
     backward: Literal["unrolled", "implicit"] = "unrolled",
     backward_steps: int | None = None,
+    tolerance: float | None = None,
+    return_info: bool = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, Info]:
     """Run ``num_steps`` gradient-descent steps on a batch of quadratic energies.
 
         y_{t+1} = y_t - step_size (Q y_t + b)                  (paper, Eq. 9)
@@ -63,6 +103,10 @@ def gradient_descent(
             place, by k steps of the same method on Qᵀ; y0 and the coefficients get zero. It is as good as y_k is close.
         backward_steps: the gradients of the last n ≥ 1 steps alone, with y_{k-n} as a constant; 1 is known as one-step
             or Jacobian-free. None: of all steps.
+        tolerance: ≥ 0: a sample (of the last dimension, whatever Q is) stops after the first step with
+            max_i |y_{t+1} - y_t| ≤ tolerance · max(1, max_i |y_{t+1}|); from there on its coefficients count as zero,
+            and get zero. ``num_steps`` stays the bound, and all of the steps are computed: it costs a forward more.
+        return_info: return ``(y, info)``, with the steps that each sample took and the size of the last.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; default: ``use_backend``'s, the
             environment variable ``UNROLLED_KERNELS_BACKEND``'s, else the fastest available.
     Returns:
@@ -75,9 +119,43 @@ def gradient_descent(
     """
     num_steps = _check.check_num_steps(num_steps)
     names, schedule = ("step_size", None, None, None), (step_size, None, None, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, (backward, backward_steps), backend)
+    return _run(
+        Q,
+        b,
+        names,
+        schedule,
+        num_steps,
+        y0,
+        return_trajectory,
+        prox,
+        (backward, backward_steps),
+        (tolerance, return_info),
+        backend,
+    )
 
 
+@overload
+def nesterov(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_size: Number,
+    mu: Number | None,
+    num_steps: int,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> torch.Tensor: ...
+@overload
+def nesterov(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_size: Number,
+    mu: Number | None,
+    num_steps: int,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[torch.Tensor, Info]: ...
 def nesterov(
     Q: Quadratic,
     b: torch.Tensor,
@@ -90,15 +168,18 @@ def nesterov(
     prox: Prox | None = None,
     backward: Literal["unrolled", "implicit"] = "unrolled",
     backward_steps: int | None = None,
+    tolerance: float | None = None,
+    return_info: bool = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, Info]:
     """Run ``num_steps`` of Nesterov's accelerated gradient method on a batch of quadratic energies.
 
         y_{t+1} = z_t - step_size (Q z_t + b),   z_{t+1} = y_{t+1} + β (y_{t+1} - y_t),   z_0 = y_0
         β = (1 - √(μ step_size)) / (1 + √(μ step_size))        (paper, Eq. 9)
 
     Args:
-        Q, b, num_steps, y0, return_trajectory, prox, backward, backward_steps, backend: as in ``gradient_descent``.
+        Q, b, num_steps, y0, return_trajectory, prox, backward, backward_steps, tolerance, return_info,
+            backend: as in ``gradient_descent``.
         step_size: φ, a float or a tensor that broadcasts to ``(*batch, num_steps)``; stable for φ ≤ 4/(μ + 3L).
         mu: strong convexity constant μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the
             smallest eigenvalue of each sample's Q (of its symmetric part), detached, and 1e-6 where it is not above:
@@ -115,14 +196,52 @@ def nesterov(
         mu = smallest_eigenvalue(Q).unsqueeze(-1)
     _check.check_number("mu", mu)
     _check.check_positive("mu", mu)
+    names: tuple[str | None, ...]
+    schedule: tuple[Number | None, ...]
     if isinstance(step_size, torch.Tensor) or isinstance(mu, torch.Tensor):
         names, schedule = ("step_size", None, None, "mu"), (step_size, None, None, mu)
     else:
         beta = nesterov_momentum(step_size, mu)
         names, schedule = ("step_size", "mu", "mu", None), (step_size, beta, beta, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, (backward, backward_steps), backend)
+    return _run(
+        Q,
+        b,
+        names,
+        schedule,
+        num_steps,
+        y0,
+        return_trajectory,
+        prox,
+        (backward, backward_steps),
+        (tolerance, return_info),
+        backend,
+    )
 
 
+@overload
+def momentum(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_sizes: Number,
+    momentum: Number,
+    extrapolation: Number,
+    num_steps: int,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> torch.Tensor: ...
+@overload
+def momentum(
+    Q: Quadratic,
+    b: torch.Tensor,
+    step_sizes: Number,
+    momentum: Number,
+    extrapolation: Number,
+    num_steps: int,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[torch.Tensor, Info]: ...
 def momentum(
     Q: Quadratic,
     b: torch.Tensor,
@@ -136,8 +255,10 @@ def momentum(
     prox: Prox | None = None,
     backward: Literal["unrolled", "implicit"] = "unrolled",
     backward_steps: int | None = None,
+    tolerance: float | None = None,
+    return_info: bool = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, Info]:
     """Run ``num_steps`` of a first-order method with a free schedule on a batch of quadratic energies.
 
         m_t = y_t - y_{t-1},   y_{t+1} = y_t + β_t m_t - φ_t (Q (y_t + γ_t m_t) + b)
@@ -145,7 +266,8 @@ def momentum(
     Gradient descent is β = γ = 0, Nesterov's method γ = β, the heavy ball γ = 0; ``schedules`` has the classical ones.
 
     Args:
-        Q, b, num_steps, y0, return_trajectory, prox, backward, backward_steps, backend: as in ``gradient_descent``.
+        Q, b, num_steps, y0, return_trajectory, prox, backward, backward_steps, tolerance, return_info,
+            backend: as in ``gradient_descent``.
         step_sizes, momentum, extrapolation: φ, β, γ, each a float or a tensor that broadcasts to
             ``(*batch, num_steps)``.
     Returns:
@@ -155,7 +277,19 @@ def momentum(
     """
     num_steps = _check.check_num_steps(num_steps)
     names, schedule = ("step_sizes", "momentum", "extrapolation", None), (step_sizes, momentum, extrapolation, None)
-    return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, (backward, backward_steps), backend)
+    return _run(
+        Q,
+        b,
+        names,
+        schedule,
+        num_steps,
+        y0,
+        return_trajectory,
+        prox,
+        (backward, backward_steps),
+        (tolerance, return_info),
+        backend,
+    )
 
 
 def rnn(
@@ -193,8 +327,16 @@ def rnn(
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
             W1, W2, *inner, V = map(_to_float32, matrices)
             weights = (W1, W2, inner, V)
-            options = {"return_trajectory": return_trajectory, "backward_steps": backward_steps, "backend": backend}
-            return rnn(Q, b, weights, num_steps, y0=y0, **options)
+            return rnn(
+                Q,
+                b,
+                weights,
+                num_steps,
+                y0=y0,
+                return_trajectory=return_trajectory,
+                backward_steps=backward_steps,
+                backend=backend,
+            )
     shape = tuple(b.shape) if y0 is None and _is_plain(Q, b) else _full_shape(Q, b, y0)
     _check.check_weight_tensors(matrices, shape[-1], b)
     chosen = _backend.resolve(backend, b.device)
@@ -242,22 +384,26 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
     return -Q.to(work).solve(b.to(work)).to(b.dtype)
 
 
-def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradients, backend):
+def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradients, stopping, backend):
     """Validate, bring the arguments to canonical form, run, and give the result its shape back.
 
     Args:
         names: which arguments φ, β, γ and μ are; None for what is absent.
         schedule: φ, β, γ and μ.
     """
+    tolerance, return_info = stopping
     _check.check_flag("return_trajectory", return_trajectory)
     check_prox(prox)
+    if stopping != _NO_STOPPING:
+        _check.check_tolerance(tolerance, gradients[1])
+        _check.check_flag("return_info", return_info)
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
         # iterating is a reduction over steps: under autocast it runs in float32, as sums do
         with torch.autocast(b.device.type, enabled=False):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
-            return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradients, backend)
+            return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradients, stopping, backend)
     op = _momentum_op if gradients == _EXACT else _other_gradients(*gradients, return_trajectory)
-    if y0 is None and prox is None and _is_plain(Q, b):
+    if y0 is None and prox is None and stopping == _NO_STOPPING and _is_plain(Q, b):
         # where there is nothing to check or to reshape, checks cost a small call more than its kernel
         try:
             plain = _plain_schedule(names, schedule, b)
@@ -274,6 +420,9 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
         None if name is None else _check_coefficient(name, c, shape[:-1], num_steps, b)
         for name, c in zip(names, schedule, strict=True)
     ]
+    if stopping != _NO_STOPPING:
+        # every sample has a row of its own
+        schedule[0] = schedule[0].expand(*shape[:-1], schedule[0].shape[-1] if schedule[0].dim() > 0 else 1)
     if prox is None:
         *tensors, batch = _canonical(Q, b, y0, shape, schedule)
         prox = NO_PROX
@@ -286,12 +435,20 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
         flat = tuple(tensors[3].shape)
         prox = (*(_reshape(x, shape, flat) for x in rows), None if threshold is None else _rows(threshold, batch))
     schedule = [None if c is None else _rows(c, batch) for c in schedule]
-    y = op(chosen, *tensors, *schedule, *prox, num_steps, return_trajectory)
+    tensors = (*tensors, *schedule, *prox)
+    if stopping != _NO_STOPPING:
+        taken, residual = _stopping.measure(chosen, *tensors, num_steps, tolerance=tolerance)
+        info = Info(taken.reshape(shape[:-1]), residual.reshape(shape[:-1]))
+        if tolerance is not None:
+            tensors = _stopping.stopped(tensors, taken, num_steps)
+    y = op(chosen, *tensors, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
-    return y if same_shape(y.shape, final_shape) else y.reshape(final_shape)
+    y = y if same_shape(y.shape, final_shape) else y.reshape(final_shape)
+    return (y, info) if return_info else y
 
 
 _EXACT = ("unrolled", None)
+_NO_STOPPING = (None, False)
 
 
 def _other_gradients(backward, backward_steps, return_trajectory):

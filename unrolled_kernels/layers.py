@@ -1,6 +1,6 @@
 """The layers: modules that run k steps of an algorithm on the energy 1/2 yᵀQy + bᵀy that a network puts out."""
 
-from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ class Options(TypedDict, total=False):
     learn_prox: bool
     backward: Literal["unrolled", "implicit"]
     backward_steps: int | None
+    tolerance: float | None
     backend: str
 
 
@@ -31,17 +32,44 @@ class _Unrolled(nn.Module):
 
     if TYPE_CHECKING:
         # nn.Module's own call takes and returns Any
+        @overload
         def __call__(
-            self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
+            self,
+            Q: Quadratic,
+            b: torch.Tensor,
+            y0: torch.Tensor | None = None,
+            return_trajectory: bool = False,
+            return_info: Literal[False] = False,
         ) -> torch.Tensor: ...
+        @overload
+        def __call__(
+            self,
+            Q: Quadratic,
+            b: torch.Tensor,
+            y0: torch.Tensor | None = None,
+            return_trajectory: bool = False,
+            *,
+            return_info: Literal[True],
+        ) -> tuple[torch.Tensor, F.Info]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def __init__(self, num_steps, backend, prox=None, learn_prox=False, backward="unrolled", backward_steps=None):
+    def __init__(
+        self,
+        num_steps,
+        backend,
+        prox=None,
+        learn_prox=False,
+        backward="unrolled",
+        backward_steps=None,
+        tolerance=None,
+    ):
         super().__init__()
         self.num_steps = _check.check_num_steps(num_steps)
         _backend.check_name(backend)
         self.backend = backend
         _check.check_backward(backward, backward_steps)
-        self.backward, self.backward_steps = backward, backward_steps
+        _check.check_tolerance(tolerance, backward_steps)
+        self.backward, self.backward_steps, self.tolerance = backward, backward_steps, tolerance
         check_prox(prox)
         if learn_prox and prox is None:
             raise ValueError("learn_prox: there is nothing to learn, got prox=None; give a prox, L1(0.1) for instance")
@@ -71,10 +99,10 @@ class _Unrolled(nn.Module):
         else:
             setattr(self, name, float(value))
 
-    def _options(self):
+    def _options(self, return_info):
         """What the functions take besides the problem and the schedule."""
-        gradients = {"backward": self.backward, "backward_steps": self.backward_steps}
-        return {"prox": self.prox, **gradients, "backend": self.backend}
+        names = ("prox", "backward", "backward_steps", "tolerance", "backend")
+        return {name: getattr(self, name) for name in names} | {"return_info": return_info}
 
     def extra_repr(self) -> str:
         shown = [f"num_steps={self.num_steps}", *(f"{name}={self._show(name)}" for name in self._shown)]
@@ -87,6 +115,8 @@ class _Unrolled(nn.Module):
             shown.append(f"backward={self.backward!r}")
         if self.backward_steps is not None:
             shown.append(f"backward_steps={self.backward_steps}")
+        if self.tolerance is not None:
+            shown.append(f"tolerance={self.tolerance}")
         return ", ".join([*shown, f"backend={self.backend!r}"])
 
     def _show(self, name):
@@ -201,6 +231,7 @@ class UnrolledGD(_StepSize):
         learn_prox: make them, and its numbers, ``nn.Parameter``s.
         backward, backward_steps: which gradients: of all steps, ``"implicit"`` ones, or those of the last steps; see
             ``functional.gradient_descent``.
+        tolerance: a sample stops where its steps have become as small as this; see there, too.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
@@ -220,9 +251,10 @@ class UnrolledGD(_StepSize):
         learn_prox: bool = False,
         backward: Literal["unrolled", "implicit"] = "unrolled",
         backward_steps: int | None = None,
+        tolerance: float | None = None,
         backend: str = "auto",
     ) -> None:
-        options = backend, prox, learn_prox, backward, backward_steps
+        options = backend, prox, learn_prox, backward, backward_steps, tolerance
         super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, *options)
 
     @staticmethod
@@ -231,8 +263,13 @@ class UnrolledGD(_StepSize):
         return largest_stable_step("gd", mu, L)
 
     def forward(
-        self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
-    ) -> torch.Tensor:
+        self,
+        Q: Quadratic,
+        b: torch.Tensor,
+        y0: torch.Tensor | None = None,
+        return_trajectory: bool = False,
+        return_info: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, F.Info]:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.gradient_descent``."""
         return F.gradient_descent(
             Q,
@@ -241,7 +278,7 @@ class UnrolledGD(_StepSize):
             self.num_steps,
             y0=y0,
             return_trajectory=return_trajectory,
-            **self._options(),
+            **self._options(return_info),
         )
 
 
@@ -252,8 +289,8 @@ class UnrolledNAG(_StepSize):
         β = (1 - √(μ step_size)) / (1 + √(μ step_size))        (paper, Eq. 9)
 
     Args:
-        num_steps, step_size, learn_step_size, per_step, prox, learn_prox, backward, backward_steps, backend: as in
-            ``UnrolledGD``.
+        num_steps, step_size, learn_step_size, per_step, prox, learn_prox, backward, backward_steps, tolerance,
+            backend: as in ``UnrolledGD``.
         mu: μ > 0, a float or a tensor that broadcasts to ``(*batch, num_steps)``; None: the smallest eigenvalue of
             each sample's Q, as in ``functional.nesterov``.
         learn_mu: learn μ, held as its logarithm so that it stays positive.
@@ -279,9 +316,10 @@ class UnrolledNAG(_StepSize):
         learn_prox: bool = False,
         backward: Literal["unrolled", "implicit"] = "unrolled",
         backward_steps: int | None = None,
+        tolerance: float | None = None,
         backend: str = "auto",
     ) -> None:
-        options = backend, prox, learn_prox, backward, backward_steps
+        options = backend, prox, learn_prox, backward, backward_steps, tolerance
         super().__init__(num_steps, step_size, learn_step_size, per_step, stable_region, *options)
         if mu is None:
             if learn_mu:
@@ -304,8 +342,13 @@ class UnrolledNAG(_StepSize):
         return largest_stable_step("nag", mu, L)
 
     def forward(
-        self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
-    ) -> torch.Tensor:
+        self,
+        Q: Quadratic,
+        b: torch.Tensor,
+        y0: torch.Tensor | None = None,
+        return_trajectory: bool = False,
+        return_info: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, F.Info]:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.nesterov``."""
         return F.nesterov(
             Q,
@@ -315,7 +358,7 @@ class UnrolledNAG(_StepSize):
             self.num_steps,
             y0=y0,
             return_trajectory=return_trajectory,
-            **self._options(),
+            **self._options(return_info),
         )
 
 
@@ -329,7 +372,7 @@ class UnrolledMomentum(_Unrolled):
         step_sizes, momentum, extrapolation: φ, β, γ, each a float or a tensor that broadcasts to
             ``(*batch, num_steps)``. A float becomes a schedule ``[num_steps]`` if learnable.
         learnable: make the three ``nn.Parameter``s.
-        prox, learn_prox, backward, backward_steps, backend: as in ``UnrolledGD``.
+        prox, learn_prox, backward, backward_steps, tolerance, backend: as in ``UnrolledGD``.
     Raises:
         TypeError, ValueError: an argument out of its range; the message names it.
     """
@@ -351,9 +394,10 @@ class UnrolledMomentum(_Unrolled):
         learn_prox: bool = False,
         backward: Literal["unrolled", "implicit"] = "unrolled",
         backward_steps: int | None = None,
+        tolerance: float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(num_steps, backend, prox, learn_prox, backward, backward_steps)
+        super().__init__(num_steps, backend, prox, learn_prox, backward, backward_steps, tolerance)
         for name, value in (("step_sizes", step_sizes), ("momentum", momentum), ("extrapolation", extrapolation)):
             _check.check_number(name, value)
             if learnable and not isinstance(value, torch.Tensor):
@@ -399,8 +443,13 @@ class UnrolledMomentum(_Unrolled):
         return cls._start(schedules.chebyshev(num_steps, mu, L), learnable, options)
 
     def forward(
-        self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
-    ) -> torch.Tensor:
+        self,
+        Q: Quadratic,
+        b: torch.Tensor,
+        y0: torch.Tensor | None = None,
+        return_trajectory: bool = False,
+        return_info: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, F.Info]:
         """``y_k`` ``[*batch, d]`` or y_0 … y_k ``[num_steps + 1, *batch, d]``; see ``functional.momentum``."""
         return F.momentum(
             Q,
@@ -411,7 +460,7 @@ class UnrolledMomentum(_Unrolled):
             self.num_steps,
             y0=y0,
             return_trajectory=return_trajectory,
-            **self._options(),
+            **self._options(return_info),
         )
 
 

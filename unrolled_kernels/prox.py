@@ -46,7 +46,8 @@ class Box(Prox):
             if value is not None:
                 _check.check_number(name, value)
                 _check.check_not_nan(name, value)
-        if _is_number(self.lower) and _is_number(self.upper) and self.lower > self.upper:
+        lower, upper = self.lower, self.upper
+        if isinstance(lower, (int, float)) and isinstance(upper, (int, float)) and lower > upper:
             raise ValueError(f"lower: expected lower <= upper, got lower={self.lower} and upper={self.upper}")
 
 
@@ -111,7 +112,3 @@ def rebuild(cls, values):
     for field, value in zip(cls.__dataclass_fields__, values, strict=True):
         object.__setattr__(prox, field, value)
     return prox
-
-
-def _is_number(value):
-    return isinstance(value, (int, float))

@@ -1,0 +1,140 @@
+"""Samples that stop by themselves: against a plain loop that freezes them, on every backend."""
+
+import pytest
+import torch
+from conftest import BACKENDS, device_of, interpreted
+
+import unrolled_kernels as uk
+import unrolled_kernels.functional as F
+from unrolled_kernels.testing import STRUCTURES, random_quadratic
+
+backends = pytest.mark.parametrize("backend", [pytest.param("eager", id="eager"), *BACKENDS])
+structures = pytest.mark.parametrize("structure", STRUCTURES)
+METHODS = {
+    "gd": lambda Q, b, phi, k, **options: F.gradient_descent(Q, b, phi, k, **options),
+    "nesterov": lambda Q, b, phi, k, **options: F.nesterov(Q, b, phi, 0.1, k, **options),
+    "momentum": lambda Q, b, phi, k, **options: F.momentum(Q, b, phi, 0.4 * phi, 0.3, k, **options),
+}
+
+
+def frozen_loop(run, y0, k, tolerance):
+    """y, steps and last residual, one step more at a time, each sample on its own; ``run(k)`` is y after k steps."""
+    batch = y0.shape[:-1]
+    steps = torch.full(batch, k)
+    y, residual = y0, torch.zeros(batch, dtype=torch.float64)
+    for t in range(k):
+        after = run(t + 1)
+        change = (after - y).abs().amax(-1)
+        moving = steps == k
+        residual = torch.where(moving, change, residual)
+        stops = moving & (change <= tolerance * after.abs().amax(-1).clamp(min=1)) & (t + 1 < k)
+        steps = torch.where(stops, t + 1, steps)
+        y = torch.where(moving.unsqueeze(-1), after, y)
+    return y, steps, residual
+
+
+@backends
+@structures
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_results_and_gradients_are_those_of_a_loop(backend, structure, method):
+    if interpreted(backend) and method == "gd":
+        pytest.skip("interpreted: two methods")
+    device, k, tolerance = device_of(backend), 25, 2e-2
+    leaves, make_Q, b = random_quadratic(structure, (4, 3), 5, dtype=torch.float64, device=device)
+    b = b * torch.linspace(0.01, 30, 12, dtype=torch.float64, device=device).reshape(4, 3, 1)
+    y0 = 0.1 * torch.randn_like(b)
+    phi = (0.3 + 0.2 * torch.rand(k, dtype=torch.float64, device=device)).requires_grad_()
+    inputs = [x.requires_grad_() for x in (*leaves, b)]
+    y, info = METHODS[method](make_Q(*leaves), b, phi, k, y0=y0, tolerance=tolerance, return_info=True, backend=backend)
+    run = lambda t: METHODS[method](make_Q(*leaves), b, phi[:t], t, y0=y0, backend="eager")
+    expected, steps, residual = frozen_loop(run, y0, k, tolerance)
+    assert torch.equal(info.num_steps, steps)
+    assert info.num_steps.dtype == torch.int64
+    assert len(steps.unique()) > 1
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(info.residual, residual.detach())
+    assert not info.residual.requires_grad
+    cotangent = torch.randn_like(y)
+    actual, wanted = (torch.autograd.grad(x, [*inputs, phi], cotangent) for x in (y, expected))
+    torch.testing.assert_close(actual, wanted)
+    assert not actual[-1][int(steps.max()) :].any()
+    plain = METHODS[method](make_Q(*leaves), b, phi, k, y0=y0, tolerance=tolerance, backend=backend)
+    assert torch.equal(plain, y)
+
+
+@backends
+def test_the_schedule_with_zeros(backend):
+    """To the bit what the op makes of the coefficients with zeros, trajectory, thresholds and all."""
+    device, k = device_of(backend), 30
+    if backend in ("cuda", "triton"):
+        pytest.skip("no proximal steps there")
+    (q,), make_Q, b = random_quadratic("diagonal", (6,), 5, dtype=torch.float64, device=device)
+    threshold = torch.tensor(0.05, dtype=torch.float64, device=device)
+
+    def run(phi, beta, threshold, **options):
+        options |= {"prox": uk.prox.SoftThreshold(threshold), "return_trajectory": True, "backend": backend}
+        return F.momentum(make_Q(q), b, phi, beta, beta, k, **options)
+
+    phi, beta = (torch.tensor(x, dtype=torch.float64, device=device) for x in (0.8, 0.3))
+    ys, info = run(phi, beta, threshold, tolerance=1e-2, return_info=True)
+    moves = torch.arange(k, device=device) < info.num_steps.unsqueeze(1)
+    assert not moves.all()
+    assert torch.equal(ys, run(phi * moves, beta * moves, threshold * moves))
+    for i, n in enumerate(info.num_steps.tolist()):
+        assert torch.equal(ys[n:, i], ys[n, i].expand(k + 1 - n, 5))
+
+
+@backends
+def test_info_without_a_tolerance_and_edges(backend):
+    device = device_of(backend)
+    (Q,), _, b = random_quadratic("dense", (3,), 4, dtype=torch.float32, device=device)
+    y, info = F.gradient_descent(Q, b, 0.5, 6, return_info=True, backend=backend)
+    shorter = F.gradient_descent(Q, b, 0.5, 5, backend=backend)
+    assert info.num_steps.tolist() == [6] * 3
+    torch.testing.assert_close(info.residual, (y - shorter).abs().amax(-1))
+    assert torch.equal(y, F.gradient_descent(Q, b, 0.5, 6, backend=backend))
+    y, info = F.gradient_descent(Q, b, 0.5, 0, tolerance=0.1, return_info=True, backend=backend)
+    assert not y.any()
+    assert info.num_steps.tolist() == info.residual.tolist() == [0] * 3
+    # a minimizer is left alone after one look; nothing hangs on NaN
+    y, info = F.gradient_descent(Q, 0 * b, 0.5, 9, tolerance=0.0, return_info=True, backend=backend)
+    assert info.num_steps.tolist() == [1] * 3
+    b[1, 2] = float("nan")
+    y, info = F.gradient_descent(Q, b, 0.5, 9, tolerance=10.0, return_info=True, backend=backend)
+    assert info.num_steps.tolist() == [1, 9, 1]
+    assert y[[0, 2]].isfinite().all()
+    empty = F.gradient_descent(Q[:0], b[:0], 0.5, 9, tolerance=0.1, return_info=True, backend=backend)
+    assert empty[1].num_steps.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_counts_as_float32_does(dtype):
+    (q,), make_Q, b = random_quadratic("diagonal", (40,), 5, dtype=torch.float32)
+    q, b = q.to(dtype), b.to(dtype)
+    y, info = F.nesterov(make_Q(q), b, 0.8, 0.1, 60, tolerance=1e-3, return_info=True)
+    _, expected = F.nesterov(make_Q(q.float()), b.float(), 0.8, 0.1, 60, tolerance=1e-3, return_info=True)
+    assert y.dtype == dtype
+    assert torch.equal(info.num_steps, expected.num_steps)
+
+
+def test_implicit_gradients_of_samples_that_stopped():
+    (Q,), _, b = random_quadratic("dense", (3,), 4, mu=0.3, dtype=torch.float64)
+    inputs = [Q.requires_grad_(), b.requires_grad_()]
+    layer = uk.UnrolledNAG(500, 0.8, 0.3, tolerance=1e-12, backward="implicit")
+    y, info = layer(Q, b, return_info=True)
+    assert (info.num_steps < 200).all()
+    expected = torch.autograd.grad(F.minimize(Q, b).pow(3).sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad(y.pow(3).sum(), inputs), expected)
+    assert "tolerance=1e-12" in repr(layer)
+
+
+def test_compile_and_vmap():
+    (Q,), _, b = random_quadratic("dense", (3, 2), 4, dtype=torch.float64)
+    layer = uk.UnrolledGD(9, 0.5, tolerance=1e-1)
+    expected, info = layer(Q, b, return_info=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda Q, b: layer(Q, b, return_info=True), fullgraph=True, backend="aot_eager")
+    for run in (compiled, torch.func.vmap(lambda Q, b: layer(Q, b, return_info=True))):
+        y, (num_steps, _) = run(Q, b)
+        torch.testing.assert_close(y, expected)
+        assert torch.equal(num_steps, info.num_steps)
