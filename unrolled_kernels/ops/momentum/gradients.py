@@ -44,8 +44,36 @@ def truncated(backend, *arguments, backward_steps):
     if gradient_descent:
         rest = run(backend, *after, backward_steps, trajectory)
     else:
-        rest = reference.forward(*after, backward_steps, trajectory, previous=previous.detach())
+        ys = _steps_with_momentum(backend, after, previous.detach(), backward_steps)
+        rest = torch.stack(ys) if trajectory else ys[-1]
     return torch.cat([begun, rest[1:]]) if trajectory else rest
+
+
+def _steps_with_momentum(backend, tensors, previous, num_steps):
+    """The list y_0 … y_n from y_0 and y_{-1} = ``previous``, each step one of gradient descent from z_t.
+
+    y_{t+1} = p_t(z_t - φ_t (Q z_t + b) + (β_t - γ_t) m_t)
+    """
+    matrix, eigenvalues, observed, b, y, phi, beta, gamma, mu, *prox = tensors
+    if matrix is not None and eigenvalues is not None:
+        rotate = lambda x: common.matvec(matrix.mT, x)
+        diagonal = (None, eigenvalues, None, rotate(b), rotate(y), phi, beta, gamma, mu, *prox)
+        _, *ys = _steps_with_momentum(backend, diagonal, rotate(previous), num_steps)
+        return [y, *(common.matvec(matrix, y_hat) for y_hat in ys)]
+    if mu is not None:
+        beta = gamma = reference.nesterov_momentum(phi, mu)
+    prox, ys = Prox(*prox), [y]
+    phi, betas, gammas = (reference.columns(c, num_steps) for c in (phi, beta, gamma))
+    taus = reference.thresholds(prox, phi, num_steps)
+    for t in range(num_steps):
+        m = ys[t] - previous
+        z = ys[t] + gammas[t] * m
+        v = run(backend, matrix, eigenvalues, observed, b, z, phi[t], None, None, None, *NO_PROX, 1, False)
+        if beta is not gamma:
+            v = v + (betas[t] - gammas[t]) * m
+        previous = ys[t]
+        ys.append(reference.proximal_map(v, prox, taus[t]))
+    return ys
 
 
 def _steps(tensors, first, last):

@@ -28,10 +28,10 @@ NO_PROX = Prox()
 def with_nesterov(forward):
     """A forward that takes μ too, beside one that takes β and γ only."""
 
-    def run(matrix, eigenvalues, observed, b, y0, phi, beta, gamma, mu, *rest, **start):
+    def run(matrix, eigenvalues, observed, b, y0, phi, beta, gamma, mu, *rest):
         if mu is not None:
             beta = gamma = nesterov_momentum(phi, mu)
-        return forward(matrix, eigenvalues, observed, b, y0, phi, beta, gamma, *rest, **start)
+        return forward(matrix, eigenvalues, observed, b, y0, phi, beta, gamma, *rest)
 
     return run
 
@@ -52,26 +52,24 @@ def forward(
     threshold,
     num_steps,
     trajectory,
-    previous=None,
 ):
-    """Run the recurrence on canonical arguments (see the package's docstring), from y_{-1} = ``previous`` if given."""
+    """Run the recurrence on canonical arguments (see the package's docstring)."""
     storage, compute = b.dtype, step_sizes.dtype
     schedule, prox = (step_sizes, momentum, extrapolation), Prox(lower, upper, weight, threshold)
-    matrix, eigenvalues, observed, b, y0, previous = (
-        x if x is None else x.to(compute) for x in (matrix, eigenvalues, observed, b, y0, previous)
+    matrix, eigenvalues, observed, b, y0 = (
+        x if x is None else x.to(compute) for x in (matrix, eigenvalues, observed, b, y0)
     )
     if observed is not None:
         eigenvalues, b = 1 + eigenvalues * eigenvalues, b - observed
     y0 = torch.zeros_like(b) if y0 is None else y0
     if eigenvalues is None:
-        ys, _ = iterates(lambda z: matvec(matrix, z), b, y0, schedule, num_steps, prox, previous)
+        ys, _ = iterates(lambda z: matvec(matrix, z), b, y0, schedule, num_steps, prox)
     elif matrix is None:
-        ys, _ = iterates(lambda z: eigenvalues * z, b, y0, schedule, num_steps, prox, previous)
+        ys, _ = iterates(lambda z: eigenvalues * z, b, y0, schedule, num_steps, prox)
     else:
         # Q = R diag(λ) Rᵀ: the same recurrence, diagonal in the eigenbasis; y_0 itself is never rotated
         b, y0_rotated = matvec(matrix.mT, b), matvec(matrix.mT, y0)
-        previous = None if previous is None else matvec(matrix.mT, previous)
-        ys, _ = iterates(lambda z: eigenvalues * z, b, y0_rotated, schedule, num_steps, previous=previous)
+        ys, _ = iterates(lambda z: eigenvalues * z, b, y0_rotated, schedule, num_steps)
         rotated = ys[1:] if trajectory else ys[-1:]
         ys = [y0] + [matvec(matrix, y) for y in rotated if num_steps > 0]
     y = torch.stack(ys) if trajectory else ys[-1]
@@ -79,23 +77,18 @@ def forward(
     return y.to(storage, copy=num_steps == 0)
 
 
-def iterates(apply_Q, b, y0, schedule, num_steps, prox=NO_PROX, previous=None):
-    """The lists y_0 … y_k and v_0 … v_(k-1) of ``[B, d]`` tensors.
-
-    Args:
-        apply_Q: maps z ``[B, d]`` to Q z.
-        previous: y_{-1}; y_0 if None.
-    """
+def iterates(apply_Q, b, y0, schedule, num_steps, prox=NO_PROX):
+    """The lists y_0 … y_k and v_0 … v_(k-1) of ``[B, d]`` tensors; ``apply_Q`` maps z ``[B, d]`` to Q z."""
     gradient_descent = schedule[1] is None
     phi, beta, gamma = (columns(x, num_steps) for x in schedule)
     taus = thresholds(prox, phi, num_steps)
-    ys, vs, previous = [y0], [], y0 if previous is None else previous
+    ys, vs = [y0], []
     for t in range(num_steps):
         y = ys[t]
         if gradient_descent:
             v = y - phi[t] * (apply_Q(y) + b)
         else:
-            m = y - (ys[t - 1] if t > 0 else previous)
+            m = y - ys[max(t - 1, 0)]
             v = y + beta[t] * m - phi[t] * (apply_Q(y + gamma[t] * m) + b)
         vs.append(v)
         ys.append(proximal_map(v, prox, taus[t]))
