@@ -118,6 +118,27 @@ def test_compile_in_a_stable_region(name):
     torch.testing.assert_close(actual, of(in_eager(model), inputs))
 
 
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the eager loop keeps what it needs")
+@main_layers
+@every_structure
+def test_compiled_code_that_writes_into_what_backward_needs(name, structure):
+    """Refused with torch's own words, as it is without the compiler: no gradient of an input that has changed."""
+    if (name, structure) == ("rnn", "tikhonov"):
+        pytest.skip("b - x is what backward needs, and not b")
+    torch._dynamo.reset()
+    model, (b, *tensors) = Model(name, structure), problem(structure)
+    b = b.detach()
+
+    def spoil(*inputs):
+        y = model(*inputs)
+        inputs[0].mul_(2)
+        return y
+
+    for run in (spoil, torch.compile(spoil, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            run(b.clone(), *tensors).sum().backward()
+
+
 class All(nn.Module):
     """Layers on structures of Q, each on its own inputs."""
 

@@ -209,7 +209,10 @@ def _gradients(ctx, grad_y, backward, manual_backward):
     needs = [any(x) if isinstance(x, (list, tuple)) else bool(x) for x in ctx.needs_input_grad[:-2]]
     tensors = pytree.tree_unflatten(ctx.saved_tensors, ctx.structure)
     grads = backward(grad_y, *tensors, ctx.num_steps, ctx.trajectory, mask(needs))
-    return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None)
+    # nothing in the place of a list is a list of nothing
+    nothing = [[None] * len(x) if isinstance(x, (list, tuple)) else None for x in tensors]
+    found = (g if needed else none for g, none, needed in zip(grads, nothing, needs, strict=True))
+    return (*found, None, None)
 
 
 def fake_gradients(tensors, needs, like):

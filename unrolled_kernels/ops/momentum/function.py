@@ -47,6 +47,9 @@ def momentum(
         may_keep = backend == "cpu" and matrix is not None and matrix.shape[0] == 1 and not trajectory
         if may_keep and _keeps_iterates(tensors, prox, num_steps):
             return KeptMomentumFunction.apply(backend, *tensors, *prox, num_steps, True)[0]
+        if torch.compiler.is_compiling():
+            # the op and its own gradients: of a Function the compiler does not see that what it saved is written into
+            return _LAUNCHERS[backend].forward(*tensors, *prox, num_steps, trajectory)
         return MomentumFunction.apply(
             backend,
             matrix,

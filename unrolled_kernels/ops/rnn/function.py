@@ -36,10 +36,16 @@ def rnn(backend, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, bac
         return reference.forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory)
     tensors = (matrix, eigenvalues, b, y0, *weights)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if torch.compiler.is_compiling() and not differentiated:
+    if torch.compiler.is_compiling() and (not differentiated or _is_fused(backend, b, weights)):
+        # the op and its own gradients: of a Function the compiler does not see that what it saved is written into, and
         # where nothing is differentiated torch.compile counts the arguments of forward, and stumbles over *weights
         return RnnFunction.forward(backend, num_steps, trajectory, *tensors)
     return RnnFunction.apply(backend, num_steps, trajectory, *tensors)
+
+
+def _is_fused(backend, b, weights):
+    """Whether an op with gradients of its own takes the call."""
+    return backend != "manual" and _LAUNCHERS[backend].is_fused(b, weights)
 
 
 class RnnFunction(Function):

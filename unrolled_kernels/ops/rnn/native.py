@@ -37,15 +37,19 @@ class Launcher:
         self._backward = common.register(f"{name}_backward", fake_backward)
         self._forward = common.register(name, fake_forward, self._backward, manual.backward)
 
+    def is_fused(self, b, weights):
+        """Whether the ops take this call."""
+        return is_fused(b.shape[-1], hidden_dims_of(weights), self.max_width)
+
     def forward(self, matrix, eigenvalues, b, y0, weights, num_steps, trajectory):
         """The contract of ``reference.forward``."""
-        fused = is_fused(b.shape[-1], hidden_dims_of(weights), self.max_width)
+        fused = self.is_fused(b, weights)
         forward = self._forward if fused else manual.forward
         return forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory)
 
     def backward(self, grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs):
         """The contract of ``manual.backward``."""
-        fused = is_fused(b.shape[-1], hidden_dims_of(weights), self.max_width)
+        fused = self.is_fused(b, weights)
         if fused:
             return self._backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs)
         with common.without_autocast(b.device.type):
