@@ -21,6 +21,8 @@ class Case:
     op: ClassVar[str]
     # how many of the leaves, the last ones, y stops depending on after many steps
     vanishing: ClassVar[int] = 0
+    # whether y has kinks in its leaves, see ``suite.check``
+    kinked: ClassVar[bool] = False
     # peers that would take minutes
     unreasonable: ClassVar[tuple] = ()
 

@@ -118,6 +118,8 @@ class Momentum(Case):
 class Proximal(Momentum):
     """Steps that end with a proximal map: ISTA, FISTA, LISTA with one Q for the batch, and programs with bounds."""
 
+    kinked = True
+
     @property
     def unreasonable(self):
         """torch.compile unrolls the loop."""

@@ -47,7 +47,13 @@ def check(case, device, names, made=()):
             results = list(zip(peer.results(leaves, cotangent), exact, eager, strict=True))
             for i, (a, x, e) in enumerate(results[:last]):
                 what = f"{case.id} {name} k={k}: {f'gradient of leaf {i - 1}' if i else 'y'}"
-                assert_as_close_as_eager(a, x, e, what=what, scale=0.0 if x.dim() else terms)
+                if i and case.kinked:
+                    # rounding puts a few entries on the other side of a kink, in eager's loop too, and moves the
+                    # gradients of their samples as a whole: what is wrong everywhere is far more than a hundredth
+                    error, size = (a.double() - x).norm().item(), x.norm().item() if x.dim() else terms
+                    assert error <= 0.01 * size, f"{what}: error {error:.3e} in norm, of {size:.3e}"
+                else:
+                    assert_as_close_as_eager(a, x, e, what=what, scale=0.0 if x.dim() else terms)
 
 
 def rotating(calls):
