@@ -101,7 +101,7 @@ def _run(arguments):
     directory = runner.open_directory(out, settings, environment(), Trial)
     first = ranks.rank() == 0
     if first:
-        print(f"{len(trials)} layers of {grid.epochs} epochs; results go to {directory.path}")
+        print(f"{len(trials)} layers of {grid.epochs} epochs; results go to {directory.path}", flush=True)
     runner.train_grid(setup, trials, directory, workers=arguments.workers, show_progress=first)
     if not first:
         return 0
