@@ -261,13 +261,12 @@ def assert_compiled_transforms_agree(problem, backend):
     """Transforms of torch.func inside torch.compile, with respect to b."""
     loss = lambda b: problem.call(backend, problem.leaves | {"b": b}).square().sum()
     along = lambda b: torch.func.jvp(loss, (b,), (torch.ones_like(b),))[1]
-    for transformed in (torch.func.grad(loss), torch.func.vmap(torch.func.grad(loss)), along, torch.func.hessian(loss)):
+    b = problem.leaves["b"]
+    over_several = torch.func.vmap(torch.func.grad(loss)), torch.stack([b, -b])
+    for transformed, point in ((torch.func.grad(loss), b), over_several, (along, b), (torch.func.hessian(loss), b)):
         torch._dynamo.reset()
-        b = problem.leaves["b"]
-        if transformed.__name__ == "vmap":
-            b = torch.stack([b, -b])
         compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(b), transformed(b))
+        torch.testing.assert_close(compiled(point), transformed(point))
 
 
 def ties(dtype, count):
