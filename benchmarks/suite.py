@@ -156,6 +156,8 @@ def main(cases, description, name_of_results, arguments=None):
             print(f"without {peer}: {peers.missing(peer, device)}")
     if not any(harness.usable(name, device) for name in FUSED):
         sys.exit(f"no fused backend runs on {device}: available are {uk.available_backends()}")
+    if options.record and options.only:
+        parser.error("--only: --record writes the whole table anew; give --out FILE instead")
     if options.record:
         options.out = harness.results_directory(device) / f"{name_of_results}.csv"
     where = harness.environment(device)
