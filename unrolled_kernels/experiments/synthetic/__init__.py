@@ -8,20 +8,16 @@ results = synthetic.train_all(task, trials, synthetic.Training(epochs=1000))
 synthetic.draw(synthetic.select_best(results), Path("figures"))
 """
 
-import importlib
+from unrolled_kernels.experiments import lazily
 
-# what a study of one's own needs, and where it is; imported when it is asked for, the core needs no pandas
-_PUBLIC = {
-    "data": ("SyntheticTask", "generate", "load_reference"),
-    "figures": ("draw",),
-    "grid": ("PRESETS", "Grid", "Training", "Trial", "select_best"),
-    "model": ("SpectrumNetwork", "SyntheticModel", "make_layer"),
-    "train": ("train_all", "train_one"),
-}
-
-
-def __getattr__(name):
-    for module, names in _PUBLIC.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# what a study of one's own needs
+__getattr__ = lazily(
+    __name__,
+    {
+        "data": ("SyntheticTask", "generate", "load_reference"),
+        "figures": ("draw",),
+        "grid": ("PRESETS", "Grid", "Training", "Trial", "select_best"),
+        "model": ("SpectrumNetwork", "SyntheticModel", "make_layer"),
+        "train": ("train_all", "train_one"),
+    },
+)
