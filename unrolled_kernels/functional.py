@@ -102,7 +102,7 @@ def gradient_descent(
         backward: ``"unrolled"``: the gradients of all k steps. ``"implicit"``: those of the minimizer, with y_k in its
             place, by k steps of the same method on Qᵀ; y0 and the coefficients get zero. It is as good as y_k is close.
         backward_steps: the gradients of the last n ≥ 1 steps alone, with y_{k-n} as a constant; 1 is known as one-step
-            or Jacobian-free. None: of all steps.
+            or Jacobian-free. A method with momentum keeps the state of each of the n. None: of all steps.
         tolerance: ≥ 0: a sample (of the last dimension, whatever Q is) stops after the first step with
             max_i |y_{t+1} - y_t| ≤ tolerance · max(1, max_i |y_{t+1}|); from there on its coefficients count as zero,
             and get zero. ``num_steps`` stays the bound, and all of the steps are computed: it costs a forward more.
@@ -111,11 +111,12 @@ def gradient_descent(
             environment variable ``UNROLLED_KERNELS_BACKEND``'s, else the fastest available.
     Returns:
         ``y_k``, shape ``[*batch, d]``, dtype of ``b``; with ``return_trajectory`` the iterates y_0 … y_k,
-        ``[num_steps + 1, *batch, d]``.
+        ``[num_steps + 1, *batch, d]``; with ``return_info`` a pair of that and an ``Info``.
     Raises:
         TypeError: an argument of the wrong type or dtype; the message names it.
-        ValueError: shapes that do not broadcast, dtypes or devices that differ, a negative ``num_steps``, an unknown
-            or unavailable backend; the message names the argument, what was got and what was expected.
+        ValueError: shapes that do not broadcast, dtypes or devices that differ, a negative ``num_steps`` or
+            ``tolerance``, ``backward_steps`` below 1 or beside ``"implicit"`` or a tolerance, an unknown or unavailable
+            backend; the message names the argument, what was got and what was expected.
     """
     num_steps = _check.check_num_steps(num_steps)
     names, schedule = ("step_size", None, None, None), (step_size, None, None, None)

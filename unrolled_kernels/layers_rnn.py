@@ -1,7 +1,7 @@
 """The layer whose steps are learned: k cells of a recurrent network on the energy 1/2 yᵀQy + bᵀy."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -44,6 +44,12 @@ class UnrolledRNN(_Unrolled):
     """
 
     _shown = ("dim", "hidden_dims")
+
+    if TYPE_CHECKING:
+        # no return_info: its cells do not stop
+        def __call__(  # type: ignore[override]
+            self, Q: Quadratic, b: torch.Tensor, y0: torch.Tensor | None = None, return_trajectory: bool = False
+        ) -> torch.Tensor: ...
 
     def __init__(
         self,
