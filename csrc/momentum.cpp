@@ -194,6 +194,10 @@ Tensor momentum(OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTenso
   args.check();
   Tensor y = trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
                         : allocate(b, args.storage, {args.B, args.d});
+  if (args.k == 0) {
+    y0 ? torch::stable::copy_(y, *y0) : torch::stable::zero_(y);
+    return y;
+  }
   dispatch_storage(args.storage, [&](auto type) {
     using Storage = decltype(type);
     MomentumForward<Storage> p;
@@ -234,8 +238,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   const auto columns = [&](const OptionalTensor& x) {
     if (!schedule || !x) return Tensor();
     Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {}) : allocate(b, args.compute, {x->size(0), x->size(1)});
-    // without samples or steps there is nothing to sum, and a coefficient without entries looks unwanted to the kernels
-    if (args.B == 0 || args.k == 0) torch::stable::zero_(grad);
+    // without samples there is nothing to sum
+    if (args.B == 0) torch::stable::zero_(grad);
     return grad;
   };
   const bool needs_matrix = matrix && needs & need_matrix, needs_observed = observed && needs & need_observed;
@@ -245,7 +249,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   Tensor dphi = columns(step_sizes), dbeta = columns(momentum), dgamma = columns(extrapolation), dmu = columns(mu);
   Tensor d_lower = bounds(lower && needs & need_lower), d_upper = bounds(upper && needs & need_upper);
   Tensor d_weight = bounds(weight && needs & need_weight), d_threshold = columns(threshold);
-  dispatch_storage(args.storage, [&](auto type) {
+  const auto run = [&](auto type) {
     using Storage = decltype(type);
     using Compute = compute_type<Storage>;
     MomentumBackward<Storage> p{};
@@ -259,19 +263,27 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     p.d_lower = mutable_data<Compute>(d_lower);
     p.d_upper = mutable_data<Compute>(d_upper);
     p.d_weight = mutable_data<Compute>(d_weight);
-    if (args.k > 0) {
-      p.dphi = mutable_data<Compute>(dphi);
-      p.dbeta = mutable_data<Compute>(dbeta);
-      p.dgamma = mutable_data<Compute>(dgamma);
-      p.d_threshold = mutable_data<Compute>(d_threshold);
-    }
+    p.dphi = mutable_data<Compute>(dphi);
+    p.dbeta = mutable_data<Compute>(dbeta);
+    p.dgamma = mutable_data<Compute>(dgamma);
+    p.d_threshold = mutable_data<Compute>(d_threshold);
     if (!mu) return launch(b, args.structure, p);
     NesterovMomentum<Compute> nesterov(p, args.coefficient<Storage>(*args.mu));
     p.beta = p.gamma = nesterov.beta();
     if (p.dphi) nesterov.allocate_gradients(p.dbeta, p.dgamma);
     launch(b, args.structure, p);
     if (p.dphi) nesterov.backward(p.dphi, mutable_data<Compute>(dmu));
-  });
+  };
+  if (args.k > 0) {
+    dispatch_storage(args.storage, run);
+  } else {
+    // y_0 came back and nothing else counts, whatever it is: its product with zero may be NaN
+    for (Tensor* grad :
+         {&d_matrix, &d_eigenvalues, &db, &dphi, &dbeta, &dgamma, &dmu, &d_lower, &d_upper, &d_weight, &d_threshold}) {
+      if (grad->defined()) torch::stable::zero_(*grad);
+    }
+    if (dy0.defined()) torch::stable::copy_(dy0, trajectory ? torch::stable::select(grad_y, 0, 0) : grad_y);
+  }
   // x counts against g
   Tensor d_observed = needs_observed ? negative(db) : Tensor();
   const auto wanted = [&](int64_t bit, Tensor& grad) {

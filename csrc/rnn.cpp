@@ -161,6 +161,10 @@ Tensor rnn(OptionalTensor matrix, OptionalTensor eigenvalues, Tensor b, Optional
   args.check();
   Tensor y = trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
                         : allocate(b, args.storage, {args.B, args.d});
+  if (args.k == 0) {
+    y0 ? torch::stable::copy_(y, *y0) : torch::stable::zero_(y);
+    return y;
+  }
   dispatch_storage(args.storage, [&](auto type) {
     RnnForward<decltype(type)> p{};
     args.fill(p);
@@ -189,7 +193,7 @@ Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eige
   Tensor d_eigenvalues = rows(eigenvalues && needs & need_eigenvalues);
   Tensor db = rows(needs & need_b), dy0 = rows(y0 && needs & need_y0);
   Tensor d_packed = allocate(b, args.compute, {needs & need_weights ? args.packed->numel() : 0});
-  dispatch_storage(args.storage, [&](auto type) {
+  const auto run = [&](auto type) {
     using Storage = decltype(type);
     RnnBackward<Storage> p{};
     args.fill(p);
@@ -200,7 +204,14 @@ Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eige
     p.dy0 = mutable_data<Storage>(dy0);
     p.d_weights = mutable_data<compute_type<Storage>>(d_packed);
     launch(b, p);
-  });
+  };
+  if (args.k > 0) {
+    dispatch_storage(args.storage, run);
+  } else {
+    // y_0 came back and nothing else counts, whatever it is: its product with zero may be NaN
+    for (Tensor* grad : {&d_matrix, &d_eigenvalues, &db, &d_packed}) torch::stable::zero_(*grad);
+    if (dy0.numel() > 0) torch::stable::copy_(dy0, trajectory ? torch::stable::select(grad_y, 0, 0) : grad_y);
+  }
   std::vector<Tensor> d_weights;
   int64_t first = 0;
   for (const auto& [rows, columns] : args.weight_sizes) {

@@ -63,7 +63,7 @@ LAYOUTS = LAYOUTS | {
 
 EXTREMES = {
     "denormal": lambda x, dtype: x * torch.finfo(dtype).tiny / 8,
-    "huge": lambda x, dtype: x * torch.finfo(dtype).max / 64,
+    "huge": lambda x, dtype: x * (torch.finfo(dtype).max / 64),
     "large": lambda x, dtype: x * 1e4,
     "zero": lambda x, dtype: torch.zeros_like(x),
     "negative": lambda x, dtype: -x,

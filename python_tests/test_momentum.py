@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
+from unrolled_kernels import prox
 from unrolled_kernels.ops.momentum import function, reference
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.testing import (
@@ -56,6 +57,29 @@ def test_edges(backend, structure, method, dtype, warm):
             structure, (B,), d, k, method=method, warm=warm, trajectory=trajectory, device=device_of(backend), seed=3
         )
         compare(problem, backend, DTYPES[dtype])
+
+
+@backends
+@structures
+@trajectories
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_without_a_step_nothing_else_counts(backend, structure, trajectory, bad):
+    """y_0 itself, its cotangent for gradient, and zero for every other, whatever they are."""
+    B, d, device = 40, 20, device_of(backend)
+    full = lambda *shape: torch.full(shape, bad, device=device, requires_grad=True)
+    maps = [None]
+    if structure != "spectral" and backend in ("manual", "cpu"):
+        maps += [prox.Box(lower=full(d)), prox.L1(full(d)), prox.SoftThreshold(full(B, 1))]
+    for shared, map_ in itertools.product((False, True), maps):
+        leaves, make_Q, b = random_quadratic(structure, (B,), d, shared=shared, device=device)
+        y0, inputs, phi, mu = b.requires_grad_(), [full(*x.shape) for x in leaves], full(), full(B, 1)
+        options = {"y0": y0, "prox": map_, "return_trajectory": trajectory, "backend": backend}
+        y = F.nesterov(make_Q(*inputs), full(B, d), phi, mu, 0, **options)
+        cotangent = torch.randn_like(y)
+        assert torch.equal(y, y0.unsqueeze(0) if trajectory else y0)
+        of_y0, *others = torch.autograd.grad(y, (y0, *inputs, phi, mu), cotangent)
+        assert torch.equal(of_y0, cotangent.view_as(y0))
+        assert not any(x.any() for x in others)
 
 
 @backends

@@ -50,6 +50,24 @@ def test_edges(backend, structure, dtype, warm):
 
 @backends
 @structures
+@trajectories
+def test_without_a_step_nothing_else_counts(backend, structure, trajectory):
+    """y_0 itself, its cotangent for gradient, and zero for every other, whatever they are."""
+    (Q,), make_Q, b = random_quadratic(structure, (40,), 20, device=device_of(backend))
+    y0, bad = b.clone().requires_grad_(), torch.full_like(b, float("inf"), requires_grad=True)
+    Q = torch.full_like(Q, float("nan"), requires_grad=True)
+    weights = [torch.full(shape, float("nan"), device=b.device, requires_grad=True) for shape in ((20, 20),) * 3]
+    W1, W2, V = weights
+    y = F.rnn(make_Q(Q), bad, (W1, W2, [], V), 0, y0=y0, return_trajectory=trajectory, backend=backend)
+    cotangent = torch.randn_like(y)
+    assert torch.equal(y, y0.unsqueeze(0) if trajectory else y0)
+    first, *others = torch.autograd.grad(y, (y0, Q, bad, *weights), cotangent)
+    assert torch.equal(first, cotangent.view_as(y0))
+    assert not any(x.any() for x in others)
+
+
+@backends
+@structures
 @pytest.mark.parametrize("dtype", ["f64", "f32"])
 @pytest.mark.parametrize("d", [2, 3, 4, 7, 8, 15, 17, 32, 64, 65])
 def test_sizes(backend, structure, dtype, d):

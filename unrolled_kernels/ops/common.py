@@ -222,6 +222,11 @@ def fake_gradients(tensors, needs, like):
     ]
 
 
+def zero_gradients(tensors, needs, like):
+    """What ``fake_gradients`` describes, of zeros."""
+    return [g.zero_() for g in fake_gradients(tensors, needs, like)]
+
+
 def _not_differentiable(ctx, *grads):
     raise RuntimeError(
         "unrolled_kernels: the op of a backward pass is not differentiable by itself; call the layer or the function "

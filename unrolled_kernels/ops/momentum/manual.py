@@ -56,7 +56,7 @@ gradients of every backend are computed.
 
 import torch
 
-from unrolled_kernels.ops.common import matvec
+from unrolled_kernels.ops.common import matvec, zero_gradients
 from unrolled_kernels.ops.momentum import reference
 from unrolled_kernels.ops.momentum.reference import NO_PROX, Prox, columns, iterates, nesterov_momentum, thresholds
 
@@ -92,6 +92,26 @@ def with_nesterov(backward):
     return run
 
 
+def with_no_steps(backward):
+    """A backward that takes no steps too: y_0 came back and nothing else counts, whatever it is."""
+
+    def run(grad_y, *arguments):
+        *tensors, num_steps, trajectory, needs = arguments
+        if num_steps > 0:
+            return backward(grad_y, *arguments)
+        storage, compute = tensors[:5], tensors[5:]
+        grads = [
+            *zero_gradients(storage, needs, like=tensors[3]),
+            *zero_gradients(compute, needs >> 5, like=tensors[5]),
+        ]
+        if grads[4].dim() > 1:
+            grads[4] = (grad_y[0] if trajectory else grad_y).clone()
+        return tuple(grads)
+
+    return run
+
+
+@with_no_steps
 @with_nesterov
 def backward(
     grad_y,
@@ -204,11 +224,9 @@ def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, pr
         d_gamma.append(-phi[t].reshape(-1) * (w * m).sum(-1))
         y_bar = cotangents[t] + carry + (1 + beta[t]) * a - phi[t] * (1 + gamma[t]) * w
         carry = -beta[t] * a + phi[t] * gamma[t] * w
-    empty = b.new_zeros((0, *b.shape))
-    a_stack, z_stack = (torch.stack(x) if num_steps else empty for x in (a_stack, z_stack))
-    per_step = lambda rows: torch.stack(rows[::-1], 1) if num_steps else empty.sum(-1).mT
+    per_step = lambda rows: torch.stack(rows[::-1], 1)
     d_schedule = tuple(map(per_step, (d_phi, d_beta, d_gamma)))
-    d_lower, d_upper, d_weight, d_threshold = zip(*d_prox, strict=True) if num_steps else [()] * 4
+    d_lower, d_upper, d_weight, d_threshold = zip(*d_prox, strict=True)
     total = lambda x, rows: None if x is None else sum(rows, torch.zeros_like(b))
     d_prox = Prox(
         total(prox.lower, d_lower),
@@ -216,7 +234,7 @@ def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, pr
         total(prox.weight, d_weight),
         None if prox.threshold is None else per_step(list(d_threshold)),
     )
-    return y_bar + carry, a_stack, z_stack, d_schedule, d_prox
+    return y_bar + carry, torch.stack(a_stack), torch.stack(z_stack), d_schedule, d_prox
 
 
 def _through_prox(v, y_bar, prox, tau, threshold, phi):

@@ -38,8 +38,13 @@ def _arguments(rest):
     return y0, *schedule, num_steps, trajectory
 
 
+def _forward(*arguments):
+    num_steps = arguments[-2]
+    return (_steps if num_steps > 0 else reference.forward)(*arguments)
+
+
 @reference.with_nesterov
-def _forward(matrix, eigenvalues, observed, b, *rest):
+def _steps(matrix, eigenvalues, observed, b, *rest):
     rest = _arguments(rest)
     if eigenvalues is None:
         return _kernels("dense").forward(matrix, b, *rest)
@@ -48,6 +53,7 @@ def _forward(matrix, eigenvalues, observed, b, *rest):
     return _kernels("spectral").forward(eigenvalues, matrix, b, *rest)
 
 
+@manual.with_no_steps
 @manual.with_nesterov
 def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
     *rest, needs = rest

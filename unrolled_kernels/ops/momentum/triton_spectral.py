@@ -206,8 +206,6 @@ def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
         return y
-    if num_steps == 0:
-        return y.zero_() if y0 is None else y.copy_(y0)
     tile = Tile.find(SPECTRAL_FORWARD, d, b.dtype, step_sizes.dtype)
     if tile is None:
         return _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory)
@@ -231,11 +229,8 @@ def backward(
     B, d = b.shape
     schedule = (step_sizes, momentum, extrapolation)
     needs = (needs_eigenvalues, needs_matrix, needs_b, needs_y0, needs_schedule)
-    if b.numel() == 0 or num_steps == 0:
-        grads = zero_gradients((eigenvalues, matrix), b, schedule, needs[:2], needs_schedule)
-        if b.numel():
-            grads[3].copy_(grad_y[0] if trajectory else grad_y)
-        return grads
+    if b.numel() == 0:
+        return zero_gradients((eigenvalues, matrix), b, schedule, needs[:2], needs_schedule)
     tile = Tile.find(SPECTRAL_BACKWARD, d, b.dtype, step_sizes.dtype)
     if tile is None:
         return _rotated_backward(grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory, *needs)

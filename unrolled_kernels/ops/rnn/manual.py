@@ -23,6 +23,7 @@ gradients of every backend are computed.
 
 import torch
 
+from unrolled_kernels.ops.common import zero_gradients
 from unrolled_kernels.ops.rnn import reference
 from unrolled_kernels.ops.rnn.reference import apply_Q
 
@@ -40,6 +41,12 @@ def backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory,
     """
     storage, compute = b.dtype, weights[0].dtype
     needed = [x is not None and bool(needs >> i & 1) for i, x in enumerate((matrix, eigenvalues, b, y0, weights))]
+    if num_steps == 0:
+        # y_0 came back and nothing else counts, whatever it is
+        d_matrix, d_eigenvalues, db, dy0 = zero_gradients((matrix, eigenvalues, b, y0), needs, like=b)
+        if needed[3]:
+            dy0 = (grad_y[0] if trajectory else grad_y).clone()
+        return d_matrix, d_eigenvalues, db, dy0, [torch.zeros_like(W) for W in weights if needed[4]]
     grad_y, matrix, eigenvalues, b, y0 = (
         x if x is None else x.to(compute) for x in (grad_y, matrix, eigenvalues, b, y0)
     )
@@ -63,18 +70,15 @@ def backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory,
 
     # inputs of the weights in the same order: y_t, g_t, h¹ … hᴸ, the last step first
     inputs = [[cell[i] for cell in reversed(cells)] for i in range(len(weights))]
-    empty = b.new_zeros((0, *b.shape))
-    e, y = (torch.stack(x) if num_steps else empty for x in (e_stack, inputs[0]))
+    e, y = torch.stack(e_stack), torch.stack(inputs[0])
     d_eigenvalues = (e * y).sum(0) if needed[1] else None
     d_matrix, d_weights = None, []
     if needed[0]:
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, e, y).reshape(matrix.shape)
-    if needed[4] and num_steps:
+    if needed[4]:
         outer = lambda left, right: torch.einsum("tbi,tbj->ij", torch.stack(left), torch.stack(right))
         d_weights = map(outer, adjoints, inputs)
-    elif needed[4]:
-        d_weights = map(torch.zeros_like, weights)
     grads = (d_matrix, d_eigenvalues, e.sum(0), a)
     d_inputs = [(g if wanted else b.new_empty(0)).to(storage) for g, wanted in zip(grads, needed, strict=False)]
     return (*d_inputs, list(d_weights))
