@@ -72,12 +72,12 @@ py::dict plan_of(Structure structure, int64_t B, int64_t d, int64_t k, bool back
   p.B = B;
   p.d = d;
   p.k = k;
-  p.matrix = p.eigenvalues = p.b = p.grad_y = &storage;
+  p.matrix = p.diagonal = p.b = p.grad_y = &storage;
   p.matrix_stride = shared ? 0 : d * d;
-  p.eigenvalues_stride = p.b_stride = d;
+  p.diagonal_stride = p.b_stride = d;
   p.phi.data = &one;
   p.d_matrix = structure == Structure::dense ? &storage : nullptr;
-  p.d_eigenvalues = p.db = p.dy0 = &storage;
+  p.d_diagonal = p.db = p.dy0 = &storage;
   p.dphi = &compute;
   const MomentumPlan plan = momentum_plan<Storage>(structure, p, backward ? &p : nullptr);
   const Floors f = floors(structure, static_cast<double>(B), static_cast<double>(d), static_cast<double>(k),
@@ -102,8 +102,8 @@ py::dict rnn_plan_of(bool diagonal, int64_t B, int64_t d, int64_t k, const std::
   p.k = k;
   p.num_layers = static_cast<int>(hidden_dims.size());
   std::copy(hidden_dims.begin(), hidden_dims.end(), p.hidden_dims);
-  (diagonal ? p.eigenvalues : p.matrix) = &storage;
-  (diagonal ? p.d_eigenvalues : p.d_matrix) = &storage;
+  (diagonal ? p.diagonal : p.matrix) = &storage;
+  (diagonal ? p.d_diagonal : p.d_matrix) = &storage;
   p.matrix_stride = shared ? 0 : d * d;
   p.db = p.dy0 = &storage;
   p.d_weights = &compute;

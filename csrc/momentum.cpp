@@ -1,7 +1,7 @@
 // The ops of the family `momentum`: schemas, internal checks and allocation. No autograd, and canonical arguments only:
 //
 //     matrix             dense: Q; spectral: R. [B or 1, d, d], 1 where one serves the batch: its gradient is then summed
-//     eigenvalues        diagonal: q; spectral: lambda; tikhonov: f. [B, d]
+//     diagonal           diagonal: q; spectral: lambda; tikhonov: f. [B, d]
 //     observed           tikhonov: x. [B, d]
 //     b, y0              [B, d]; no y0: zero
 //     step_sizes, momentum, extrapolation
@@ -32,7 +32,7 @@ namespace {
 // bits of `needs`
 enum : int64_t {
   need_matrix = 1 << 0,
-  need_eigenvalues = 1 << 1,
+  need_diagonal = 1 << 1,
   need_observed = 1 << 2,
   need_b = 1 << 3,
   need_y0 = 1 << 4,
@@ -48,7 +48,7 @@ enum : int64_t {
 
 // The tensors of one call, copied where a kernel needs other strides.
 struct Arguments {
-  OptionalTensor matrix, eigenvalues, observed;
+  OptionalTensor matrix, diagonal, observed;
   Tensor b;
   OptionalTensor y0;
   Tensor phi;
@@ -66,10 +66,10 @@ struct Arguments {
   void check() {
     STD_TORCH_CHECK(b.dim() == 2, "b: expected [B, d]");
     STD_TORCH_CHECK(k >= 0, "num_steps: expected a non-negative number");
-    STD_TORCH_CHECK(matrix || eigenvalues, "matrix, eigenvalues: expected one of them or both");
+    STD_TORCH_CHECK(matrix || diagonal, "matrix, diagonal: expected one of them or both");
     STD_TORCH_CHECK(!(matrix && observed), "observed: expected no matrix beside it");
     STD_TORCH_CHECK(beta.has_value() == gamma.has_value(), "momentum and extrapolation: expected both or neither");
-    structure = !eigenvalues ? Structure::dense : matrix ? Structure::spectral : Structure::diagonal;
+    structure = !diagonal ? Structure::dense : matrix ? Structure::spectral : Structure::diagonal;
     B = b.size(0);
     d = b.size(1);
     storage = b.scalar_type();
@@ -82,7 +82,7 @@ struct Arguments {
       layout = prepare_matrix(*matrix, needs_matrix);
     }
     check_rows("b", b);
-    if (eigenvalues) check_rows("eigenvalues", *eigenvalues);
+    if (diagonal) check_rows("diagonal", *diagonal);
     if (observed) check_rows("observed", *observed);
     if (y0) check_rows("y0", *y0);
     check_coefficient("step_sizes", phi);
@@ -111,8 +111,8 @@ struct Arguments {
     p.k = k;
     p.matrix = matrix ? data<Storage>(*matrix) : nullptr;
     p.matrix_stride = matrix ? batch_stride(*matrix) : 0;
-    p.eigenvalues = eigenvalues ? data<Storage>(*eigenvalues) : nullptr;
-    p.eigenvalues_stride = eigenvalues ? batch_stride(*eigenvalues) : 0;
+    p.diagonal = diagonal ? data<Storage>(*diagonal) : nullptr;
+    p.diagonal_stride = diagonal ? batch_stride(*diagonal) : 0;
     p.observed = observed ? data<Storage>(*observed) : nullptr;
     p.observed_stride = observed ? batch_stride(*observed) : 0;
     p.b = data<Storage>(b);
@@ -185,12 +185,12 @@ void launch(const Tensor& like, Structure structure, const Problem& p) {
   momentum_cpu(structure, p);
 }
 
-Tensor momentum(OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTensor observed, Tensor b, OptionalTensor y0,
+Tensor momentum(OptionalTensor matrix, OptionalTensor diagonal, OptionalTensor observed, Tensor b, OptionalTensor y0,
                 Tensor step_sizes, OptionalTensor momentum, OptionalTensor extrapolation, OptionalTensor mu,
                 OptionalTensor lower, OptionalTensor upper, OptionalTensor weight, OptionalTensor threshold,
                 int64_t num_steps, bool trajectory) {
-  Arguments args{matrix, eigenvalues, observed, b,      y0,        step_sizes, momentum,  extrapolation,
-                 mu,     lower,       upper,    weight, threshold, num_steps,  trajectory};
+  Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum,  extrapolation,
+                 mu,     lower,    upper,    weight, threshold, num_steps,  trajectory};
   args.check();
   Tensor y = trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
                         : allocate(b, args.storage, {args.B, args.d});
@@ -215,13 +215,13 @@ Tensor momentum(OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTenso
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eigenvalues, OptionalTensor observed,
+Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor diagonal, OptionalTensor observed,
                             Tensor b, OptionalTensor y0, Tensor step_sizes, OptionalTensor momentum,
                             OptionalTensor extrapolation, OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
                             OptionalTensor weight, OptionalTensor threshold, int64_t num_steps, bool trajectory,
                             int64_t needs, OptionalTensor iterates) {
-  Arguments args{matrix, eigenvalues, observed, b,      y0,        step_sizes, momentum,   extrapolation,
-                 mu,     lower,       upper,    weight, threshold, num_steps,  trajectory, (needs & need_matrix) != 0};
+  Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum,   extrapolation,
+                 mu,     lower,    upper,    weight, threshold, num_steps,  trajectory, (needs & need_matrix) != 0};
   args.check();
   STD_TORCH_CHECK(
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
@@ -244,7 +244,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   };
   const bool needs_matrix = matrix && needs & need_matrix, needs_observed = observed && needs & need_observed;
   Tensor d_matrix = needs_matrix ? allocate(b, args.storage, {matrix->size(0), args.d, args.d}) : Tensor();
-  Tensor d_eigenvalues = rows(eigenvalues && needs & need_eigenvalues);
+  Tensor d_diagonal = rows(diagonal && needs & need_diagonal);
   Tensor db = rows(needs_observed || needs & need_b), dy0 = rows(y0 && needs & need_y0);
   Tensor dphi = columns(step_sizes), dbeta = columns(momentum), dgamma = columns(extrapolation), dmu = columns(mu);
   Tensor d_lower = bounds(lower && needs & need_lower), d_upper = bounds(upper && needs & need_upper);
@@ -257,7 +257,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     p.grad_y = data<Storage>(grad_y);
     p.iterates = iterates ? data<Storage>(*iterates) : nullptr;
     p.d_matrix = mutable_data<Storage>(d_matrix);
-    p.d_eigenvalues = mutable_data<Storage>(d_eigenvalues);
+    p.d_diagonal = mutable_data<Storage>(d_diagonal);
     p.db = mutable_data<Storage>(db);
     p.dy0 = mutable_data<Storage>(dy0);
     p.d_lower = mutable_data<Compute>(d_lower);
@@ -279,7 +279,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   } else {
     // y_0 came back and nothing else counts, whatever it is: its product with zero may be NaN
     for (Tensor* grad :
-         {&d_matrix, &d_eigenvalues, &db, &dphi, &dbeta, &dgamma, &dmu, &d_lower, &d_upper, &d_weight, &d_threshold}) {
+         {&d_matrix, &d_diagonal, &db, &dphi, &dbeta, &dgamma, &dmu, &d_lower, &d_upper, &d_weight, &d_threshold}) {
       if (grad->defined()) torch::stable::zero_(*grad);
     }
     if (dy0.defined()) torch::stable::copy_(dy0, trajectory ? torch::stable::select(grad_y, 0, 0) : grad_y);
@@ -295,8 +295,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   wanted(need_extrapolation, dgamma);
   wanted(need_mu, dmu);
   wanted(need_threshold, d_threshold);
-  return {d_matrix, d_eigenvalues, d_observed, db,      dy0,      dphi,       dbeta,
-          dgamma,   dmu,           d_lower,    d_upper, d_weight, d_threshold};
+  return {d_matrix, d_diagonal, d_observed, db, dy0, dphi, dbeta, dgamma, dmu, d_lower, d_upper, d_weight, d_threshold};
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
@@ -309,11 +308,11 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
   m.def(
-      "momentum(Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
+      "momentum(Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
       "Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, "
       "Tensor? threshold, SymInt num_steps, bool trajectory) -> Tensor");
   m.def(
-      "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, "
+      "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, "
       "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, "
       "Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs, Tensor? iterates=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -62,13 +62,13 @@ struct MomentumInputs {
   const Storage* matrix;
   int64_t matrix_stride;  // elements from sample to sample; 0: one matrix shared by the batch
   // diagonal: q. spectral: lambda. tikhonov: f. each row [d] contiguous. dense: nullptr.
-  const Storage* eigenvalues;
-  int64_t eigenvalues_stride;  // 0: shared
-  const Storage* observed;     // tikhonov, which otherwise is diagonal: x, rows [d], contiguous. else nullptr
-  int64_t observed_stride;     // 0: shared
-  const Storage* b;            // rows [d], contiguous. tikhonov: g
-  int64_t b_stride;            // 0: shared
-  const Storage* y0;           // rows [d], contiguous; nullptr: y_0 = 0, and its product with Q is skipped
+  const Storage* diagonal;
+  int64_t diagonal_stride;  // 0: shared
+  const Storage* observed;  // tikhonov, which otherwise is diagonal: x, rows [d], contiguous. else nullptr
+  int64_t observed_stride;  // 0: shared
+  const Storage* b;         // rows [d], contiguous. tikhonov: g
+  int64_t b_stride;         // 0: shared
+  const Storage* y0;        // rows [d], contiguous; nullptr: y_0 = 0, and its product with Q is skipped
   int64_t y0_stride;
   Coefficient<Compute> phi, beta, gamma;
   Prox prox;
@@ -94,10 +94,10 @@ struct MomentumBackward : MomentumInputs<Storage> {
   // y_0 ... y_k, [k+1, B, d], contiguous, where they were kept; else nullptr, and they are replayed. Only the kernels of a
   // shared matrix read them, and only where Storage is Compute and no box ends the steps.
   const Storage* iterates;
-  Storage* d_matrix;       // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
-  Storage* d_eigenvalues;  // [B, d], also where eigenvalues_stride is 0. tikhonov: df
-  Storage* db;             // [B, d], also where b_stride is 0. tikhonov: dg = -dx
-  Storage* dy0;            // [B, d], also where y0 is nullptr
+  Storage* d_matrix;    // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
+  Storage* d_diagonal;  // [B, d], also where diagonal_stride is 0. tikhonov: df
+  Storage* db;          // [B, d], also where b_stride is 0. tikhonov: dg = -dx
+  Storage* dy0;         // [B, d], also where y0 is nullptr
   // [B or 1, k or 1], summed over what is shared. dbeta, dgamma: nullptr where beta, gamma are 0.
   Compute *dphi, *dbeta, *dgamma, *d_threshold;
   Compute *d_lower, *d_upper, *d_weight;  // [B, d], also where they are shared or single

@@ -1,7 +1,7 @@
 // Ops of the family `rnn`: schemas, internal checks and allocation. No autograd, and canonical arguments only:
 //
-//     matrix        Q, [B or 1, d, d], 1 where one serves the batch: its gradient is then summed; or eigenvalues
-//     eigenvalues   q where Q = diag(q), [B, d]
+//     matrix        Q, [B or 1, d, d], 1 where one serves the batch: its gradient is then summed; or diagonal
+//     diagonal      q where Q = diag(q), [B, d]
 //     b, y0         [B, d]; no y0: zero
 //     weights       W1 [h_1, d], W2 [h_1, d], W^2 [h_2, h_1] ... W^L [h_L, h_{L-1}], V [d, h_L] in the compute dtype
 //     y, grad_y     [B, d], or [k+1, B, d] with trajectory
@@ -41,7 +41,7 @@ void copy_elements(const Tensor& from, int64_t first, Tensor& to, int64_t to_fir
 // bits of `needs`
 enum : int64_t {
   need_matrix = 1 << 0,
-  need_eigenvalues = 1 << 1,
+  need_diagonal = 1 << 1,
   need_b = 1 << 2,
   need_y0 = 1 << 3,
   need_weights = 1 << 4,
@@ -49,7 +49,7 @@ enum : int64_t {
 
 // The tensors of one call, copied where a kernel needs other strides.
 struct Arguments {
-  OptionalTensor matrix, eigenvalues;
+  OptionalTensor matrix, diagonal;
   Tensor b;
   OptionalTensor y0;
   const std::vector<Tensor>& weights;
@@ -67,14 +67,14 @@ struct Arguments {
   void check() {
     STD_TORCH_CHECK(b.dim() == 2, "b: expected [B, d]");
     STD_TORCH_CHECK(k >= 0, "num_steps: expected a non-negative number");
-    STD_TORCH_CHECK(matrix.has_value() != eigenvalues.has_value(), "matrix, eigenvalues: expected one of them");
+    STD_TORCH_CHECK(matrix.has_value() != diagonal.has_value(), "matrix, diagonal: expected one of them");
     B = b.size(0);
     d = b.size(1);
     storage = b.scalar_type();
     compute = compute_scalar_type(storage);
     STD_TORCH_CHECK(d <= max_rnn_dim, "b: expected d <= ", max_rnn_dim, ", got ", d);
     check_rows("b", b);
-    if (eigenvalues) check_rows("eigenvalues", *eigenvalues);
+    if (diagonal) check_rows("diagonal", *diagonal);
     if (y0) check_rows("y0", *y0);
     if (matrix) {
       STD_TORCH_CHECK(matrix->dim() == 3 && (matrix->size(0) == B || matrix->size(0) == 1) && matrix->size(1) == d &&
@@ -106,8 +106,8 @@ struct Arguments {
     p.weights = data<compute_type<Storage>>(*packed);
     p.matrix = matrix ? data<Storage>(*matrix) : nullptr;
     p.matrix_stride = matrix ? batch_stride(*matrix) : 0;
-    p.eigenvalues = eigenvalues ? data<Storage>(*eigenvalues) : nullptr;
-    p.eigenvalues_stride = eigenvalues ? batch_stride(*eigenvalues) : 0;
+    p.diagonal = diagonal ? data<Storage>(*diagonal) : nullptr;
+    p.diagonal_stride = diagonal ? batch_stride(*diagonal) : 0;
     p.b = data<Storage>(b);
     p.b_stride = batch_stride(b);
     p.y0 = y0 ? data<Storage>(*y0) : nullptr;
@@ -155,9 +155,9 @@ void launch(const Tensor& like, const Problem& p) {
   rnn_cpu(p);
 }
 
-Tensor rnn(OptionalTensor matrix, OptionalTensor eigenvalues, Tensor b, OptionalTensor y0, std::vector<Tensor> weights,
+Tensor rnn(OptionalTensor matrix, OptionalTensor diagonal, Tensor b, OptionalTensor y0, std::vector<Tensor> weights,
            int64_t num_steps, bool trajectory) {
-  Arguments args{matrix, eigenvalues, b, y0, weights, num_steps, trajectory};
+  Arguments args{matrix, diagonal, b, y0, weights, num_steps, trajectory};
   args.check();
   Tensor y = trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
                         : allocate(b, args.storage, {args.B, args.d});
@@ -177,9 +177,9 @@ Tensor rnn(OptionalTensor matrix, OptionalTensor eigenvalues, Tensor b, Optional
 // of the arguments of forward, in their order
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
-Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eigenvalues, Tensor b, OptionalTensor y0,
+Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor diagonal, Tensor b, OptionalTensor y0,
                        std::vector<Tensor> weights, int64_t num_steps, bool trajectory, int64_t needs) {
-  Arguments args{matrix, eigenvalues, b, y0, weights, num_steps, trajectory, (needs & need_matrix) != 0};
+  Arguments args{matrix, diagonal, b, y0, weights, num_steps, trajectory, (needs & need_matrix) != 0};
   args.check();
   STD_TORCH_CHECK(
       grad_y.numel() == args.B * args.d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
@@ -190,7 +190,7 @@ Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eige
   const auto rows = [&](bool needed) { return needed ? allocate(b, args.storage, {args.B, args.d}) : nothing(); };
   Tensor d_matrix =
       matrix && needs & need_matrix ? allocate(b, args.storage, {matrix->size(0), args.d, args.d}) : nothing();
-  Tensor d_eigenvalues = rows(eigenvalues && needs & need_eigenvalues);
+  Tensor d_diagonal = rows(diagonal && needs & need_diagonal);
   Tensor db = rows(needs & need_b), dy0 = rows(y0 && needs & need_y0);
   Tensor d_packed = allocate(b, args.compute, {needs & need_weights ? args.packed->numel() : 0});
   const auto run = [&](auto type) {
@@ -199,7 +199,7 @@ Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eige
     args.fill(p);
     p.grad_y = data<Storage>(grad_y);
     p.d_matrix = mutable_data<Storage>(d_matrix);
-    p.d_eigenvalues = mutable_data<Storage>(d_eigenvalues);
+    p.d_diagonal = mutable_data<Storage>(d_diagonal);
     p.db = mutable_data<Storage>(db);
     p.dy0 = mutable_data<Storage>(dy0);
     p.d_weights = mutable_data<compute_type<Storage>>(d_packed);
@@ -209,7 +209,7 @@ Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eige
     dispatch_storage(args.storage, run);
   } else {
     // y_0 came back and nothing else counts, whatever it is: its product with zero may be NaN
-    for (Tensor* grad : {&d_matrix, &d_eigenvalues, &db, &d_packed}) torch::stable::zero_(*grad);
+    for (Tensor* grad : {&d_matrix, &d_diagonal, &db, &d_packed}) torch::stable::zero_(*grad);
     if (dy0.numel() > 0) torch::stable::copy_(dy0, trajectory ? torch::stable::select(grad_y, 0, 0) : grad_y);
   }
   std::vector<Tensor> d_weights;
@@ -220,7 +220,7 @@ Gradients rnn_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor eige
     copy_elements(d_packed, first, d_weights.back(), 0, rows * columns, args.compute_size());
     first += rows * columns;
   }
-  return {d_matrix, d_eigenvalues, db, dy0, std::move(d_weights)};
+  return {d_matrix, d_diagonal, db, dy0, std::move(d_weights)};
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
@@ -233,10 +233,10 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
   m.def(
-      "rnn(Tensor? matrix, Tensor? eigenvalues, Tensor b, Tensor? y0, Tensor[] weights, SymInt num_steps, "
+      "rnn(Tensor? matrix, Tensor? diagonal, Tensor b, Tensor? y0, Tensor[] weights, SymInt num_steps, "
       "bool trajectory) -> Tensor");
   m.def(
-      "rnn_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor b, Tensor? y0, Tensor[] weights, "
+      "rnn_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor b, Tensor? y0, Tensor[] weights, "
       "SymInt num_steps, bool trajectory, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
 }
 

@@ -35,13 +35,13 @@ struct RnnInputs {
   // the weights of every layer, one after the other, shared by the batch:
   // W1 [h_1, d], W2 [h_1, d], W^2 [h_2, h_1] ... W^L [h_L, h_{L-1}], V [d, h_L]
   const Compute* weights;
-  const Storage* matrix;       // Q, each sample [d, d] contiguous; nullptr where Q is diagonal
-  int64_t matrix_stride;       // elements from sample to sample; 0: one Q shared by the batch
-  const Storage* eigenvalues;  // q, each row [d] contiguous; nullptr where Q is dense
-  int64_t eigenvalues_stride;  // 0: shared
-  const Storage* b;            // rows [d], contiguous
-  int64_t b_stride;            // 0: shared
-  const Storage* y0;           // rows [d], contiguous; nullptr: y_0 = 0
+  const Storage* matrix;    // Q, each sample [d, d] contiguous; nullptr where Q is diagonal
+  int64_t matrix_stride;    // elements from sample to sample; 0: one Q shared by the batch
+  const Storage* diagonal;  // q, each row [d] contiguous; nullptr where Q is dense
+  int64_t diagonal_stride;  // 0: shared
+  const Storage* b;         // rows [d], contiguous
+  int64_t b_stride;         // 0: shared
+  const Storage* y0;        // rows [d], contiguous; nullptr: y_0 = 0
   int64_t y0_stride;
   // CPU only. transposed: each sample is the transpose of its matrix; not where one serves the batch. separate: one
   // matrix serves the batch, and yet each sample has a gradient of its own.
@@ -58,12 +58,12 @@ struct RnnForward : RnnInputs<Storage> {
 template <typename Storage>
 struct RnnBackward : RnnInputs<Storage> {
   using Compute = compute_type<Storage>;
-  const Storage* grad_y;   // shape of y, contiguous
-  Storage* d_matrix;       // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
-  Storage* d_eigenvalues;  // [B, d], also where eigenvalues_stride is 0
-  Storage* db;             // [B, d], also where b_stride is 0
-  Storage* dy0;            // [B, d], also where y0 is nullptr
-  Compute* d_weights;      // laid out as weights, summed over the batch in a fixed order
+  const Storage* grad_y;  // shape of y, contiguous
+  Storage* d_matrix;      // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
+  Storage* d_diagonal;    // [B, d], also where diagonal_stride is 0
+  Storage* db;            // [B, d], also where b_stride is 0
+  Storage* dy0;           // [B, d], also where y0 is nullptr
+  Compute* d_weights;     // laid out as weights, summed over the batch in a fixed order
 };
 
 }  // namespace unrolled_kernels

@@ -116,7 +116,7 @@ class MomentumProblem(Problem):
 
 
 def canonical_structure(structure, leaves):
-    """``(matrix, eigenvalues, observed)`` of a structure's leaves as the ops of ``momentum`` take them."""
+    """``(matrix, diagonal, observed)`` of a structure's leaves as the ops of ``momentum`` take them."""
     matrix = {"dense": leaves[0], "spectral": leaves[-1]}.get(structure)
     if matrix is not None and matrix.dim() == 2:
         matrix = matrix.unsqueeze(0)

@@ -110,15 +110,15 @@ class Momentum(Emulation):
             poisoned(x.shape, x.dtype) if x is not None and need else None
             for x, need in zip([*tensors[:2], *tensors[3:]], asked, strict=True)
         ]
-        d_matrix, d_eigenvalues, db, *rest = self._run(True, *tensors, k, trajectory, [grad_y, *outputs])
-        grads = (d_matrix, d_eigenvalues, -db if wanted[2] else None, db, *rest)
+        d_matrix, d_diagonal, db, *rest = self._run(True, *tensors, k, trajectory, [grad_y, *outputs])
+        grads = (d_matrix, d_diagonal, -db if wanted[2] else None, db, *rest)
         grads = (g if need else grad_y.new_empty(0) for g, need in zip(grads, wanted, strict=True))
         # none of μ, which the kernels know as β and γ, and of a proximal map, which they do not know
         return *grads, *(grad_y.new_empty(0) for _ in range(5))
 
-    def _run(self, backward, matrix, eigenvalues, observed, b, y0, phi, beta, gamma, k, trajectory, rest):
+    def _run(self, backward, matrix, diagonal, observed, b, y0, phi, beta, gamma, k, trajectory, rest):
         # the kernels know tikhonov as a diagonal with something observed
-        structure = 0 if eigenvalues is None else 1 if matrix is None else 2
+        structure = 0 if diagonal is None else 1 if matrix is None else 2
         numbers = [
             structure,
             int(backward),
@@ -127,10 +127,10 @@ class Momentum(Emulation):
             *b.shape,
             k,
             int(trajectory),
-            *(stride(x, 0) for x in (matrix, eigenvalues, b, y0, observed)),
+            *(stride(x, 0) for x in (matrix, diagonal, b, y0, observed)),
             *(stride(c, dim) for c in (phi, beta, gamma) for dim in (0, 1)),
         ]
-        arrays = [matrix, eigenvalues, b, y0, observed, phi, beta, gamma, *rest]
+        arrays = [matrix, diagonal, b, y0, observed, phi, beta, gamma, *rest]
         arrays += [None] * (16 - len(arrays))
         return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
 
@@ -157,7 +157,7 @@ def _run(implementation, tensors, k, dtype, needs=255):
     grad, *tensors = (x if x is None else x.to(compute if i > 5 else dtype) for i, x in enumerate(tensors))
     arguments = (*tensors, None, *NO_PROX, k, grad.dim() == 3)
     grads = implementation.backward(grad, *arguments, needs)
-    names = ("d_matrix", "d_eigenvalues", "d_observed", "db", "dy0")
+    names = ("d_matrix", "d_diagonal", "d_observed", "db", "dy0")
     results = {"y": implementation.forward(*arguments)} | dict(zip(names, grads[:5], strict=True))
     # without y0 there is no gradient of it
     return results | {"d_schedule": torch.cat([x.flatten() for x in grads[5:]])}

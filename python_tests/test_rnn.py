@@ -157,8 +157,8 @@ def _canonical(structure, k, B, device, *, permuted=False, trajectory=False):
     if permuted:
         turn = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
         Q, b, y0, grad, *weights = map(turn, (Q, b, y0, grad, *weights))
-    matrix, eigenvalues = (None, Q) if structure == "diagonal" else (Q, None)
-    return grad, (matrix, eigenvalues, b, y0, weights, k, trajectory)
+    matrix, diagonal = (None, Q) if structure == "diagonal" else (Q, None)
+    return grad, (matrix, diagonal, b, y0, weights, k, trajectory)
 
 
 @native_backends

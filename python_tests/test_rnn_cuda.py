@@ -31,21 +31,21 @@ class Rnn(Emulation):
     family, reference = "rnn", manual
     sources = (CSRC / "cuda" / "rnn.cu", EMULATION / "rnn_driver.cpp")
 
-    def forward(self, matrix, eigenvalues, b, y0, weights, k, trajectory):
+    def forward(self, matrix, diagonal, b, y0, weights, k, trajectory):
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
-        return self._run(False, matrix, eigenvalues, b, y0, weights, k, trajectory, [y])[0]
+        return self._run(False, matrix, diagonal, b, y0, weights, k, trajectory, [y])[0]
 
-    def backward(self, grad_y, matrix, eigenvalues, b, y0, weights, k, trajectory, needs):
-        tensors = (matrix, eigenvalues, b, y0, _pack(weights))
+    def backward(self, grad_y, matrix, diagonal, b, y0, weights, k, trajectory, needs):
+        tensors = (matrix, diagonal, b, y0, _pack(weights))
         outputs = [
             poisoned(x.shape, x.dtype) if x is not None and needs >> i & 1 else None for i, x in enumerate(tensors)
         ]
-        *grads, d_weights = self._run(True, matrix, eigenvalues, b, y0, weights, k, trajectory, [grad_y, *outputs])
+        *grads, d_weights = self._run(True, matrix, diagonal, b, y0, weights, k, trajectory, [grad_y, *outputs])
         grads = (b.new_empty(0) if x is None else x for x in grads)
         d_weights = [] if d_weights is None else d_weights.split([W.numel() for W in weights])
         return *grads, [g.view(W.shape) for g, W in zip(d_weights, weights, strict=False)]
 
-    def _run(self, backward, matrix, eigenvalues, b, y0, weights, k, trajectory, rest):
+    def _run(self, backward, matrix, diagonal, b, y0, weights, k, trajectory, rest):
         hidden_dims = hidden_dims_of(weights)
         numbers = [
             int(backward),
@@ -54,12 +54,12 @@ class Rnn(Emulation):
             *b.shape,
             k,
             int(trajectory),
-            *(stride(x, 0) for x in (matrix, eigenvalues, b, y0)),
+            *(stride(x, 0) for x in (matrix, diagonal, b, y0)),
             len(hidden_dims),
             *hidden_dims,
             *[0] * (MAX_LAYERS - len(hidden_dims)),
         ]
-        arrays = [matrix, eigenvalues, b, y0, _pack(weights), *rest]
+        arrays = [matrix, diagonal, b, y0, _pack(weights), *rest]
         arrays += [None] * (11 - len(arrays))
         return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
 
@@ -78,18 +78,18 @@ def _problem(structure, B, d, hidden_dims, k, **options):
 
 def _canonical(problem, grad):
     b, y0, Q = (problem.leaves.get(name) for name in ("b", "y0", "Q0"))
-    matrix, eigenvalues = (Q.reshape(-1, *Q.shape[-2:]), None) if Q.shape != b.shape else (None, Q)
-    return [grad, matrix, eigenvalues, b, y0, [x for name, x in problem.leaves.items() if name.startswith("W")]]
+    matrix, diagonal = (Q.reshape(-1, *Q.shape[-2:]), None) if Q.shape != b.shape else (None, Q)
+    return [grad, matrix, diagonal, b, y0, [x for name, x in problem.leaves.items() if name.startswith("W")]]
 
 
 def _run(implementation, tensors, k, dtype, needs=31):
     """y, and the gradients by name."""
     compute = torch.promote_types(dtype, torch.float32)
-    grad, matrix, eigenvalues, b, y0 = (x if x is None else x.to(dtype) for x in tensors[:5])
+    grad, matrix, diagonal, b, y0 = (x if x is None else x.to(dtype) for x in tensors[:5])
     weights = [W.to(compute) for W in tensors[5]]
-    call = (matrix, eigenvalues, b, y0, weights, k, grad.dim() == 3)
-    d_matrix, d_eigenvalues, db, dy0, d_weights = implementation.backward(grad, *call, needs)
-    results = {"y": implementation.forward(*call), "d_eigenvalues": d_eigenvalues, "d_matrix": d_matrix}
+    call = (matrix, diagonal, b, y0, weights, k, grad.dim() == 3)
+    d_matrix, d_diagonal, db, dy0, d_weights = implementation.backward(grad, *call, needs)
+    results = {"y": implementation.forward(*call), "d_diagonal": d_diagonal, "d_matrix": d_matrix}
     return results | {"db": db, "dy0": dy0} | {f"d_weights {i}": g for i, g in enumerate(d_weights)}
 
 
@@ -149,8 +149,8 @@ def test_strides_and_alignment(structure, dtype):
     hidden_dims = (6, 10)
     grad, *operands, weights = _problem(structure, 5, 7, hidden_dims, 3, seed=6)
     spread = [spread_rows(x if x is None else x.to(DTYPES[dtype])) for x in operands]
-    matrix, eigenvalues, b, y0 = operands
-    expanded = [matrix, eigenvalues, b[:1].expand(5, 7), y0[:1].expand(5, 7)]
+    matrix, diagonal, b, y0 = operands
+    expanded = [matrix, diagonal, b[:1].expand(5, 7), y0[:1].expand(5, 7)]
     for case in (spread, expanded):
         _check(Rnn(shift=1), [grad, *case, weights], 3, DTYPES[dtype])
 

@@ -345,14 +345,14 @@ def rnn(
         Q, b = Q.as_diagonal(b)
     elif isinstance(Q, Spectral):
         Q = Q.to_dense()
-    matrix, eigenvalues = (Q, None) if isinstance(Q, torch.Tensor) else (None, Q.q)
+    matrix, diagonal = (Q, None) if isinstance(Q, torch.Tensor) else (None, Q.q)
     flat = (math.prod(shape[:-1]), shape[-1])
-    eigenvalues, b, y0 = (_reshape(x, shape, flat) for x in (eigenvalues, b, y0))
+    diagonal, b, y0 = (_reshape(x, shape, flat) for x in (diagonal, b, y0))
     matrix = None if matrix is None else _flatten_matrix(matrix, shape[:-1])
     compute = torch.promote_types(b.dtype, torch.float32)
     matrices = tuple(W if W.dtype == compute else W.to(compute) for W in matrices)
     try:
-        y = _rnn_op(chosen, matrix, eigenvalues, b, y0, matrices, num_steps, return_trajectory, backward_steps)
+        y = _rnn_op(chosen, matrix, diagonal, b, y0, matrices, num_steps, return_trajectory, backward_steps)
     except NotImplementedError:
         if isinstance(Q, torch.Tensor):
             _check.check_tensors({"Q": Q, "b": b})
@@ -595,17 +595,17 @@ def _check_rows(name, value, shape, b):
 
 
 def _canonical(Q, b, y0, shape, schedule, bounds=()):
-    """Matrix, eigenvalues, observed, b, y0 as the ops take them, and the batch to flatten the coefficients to."""
-    matrix, eigenvalues, observed = (Q, None, None) if isinstance(Q, torch.Tensor) else Q.operands
+    """Matrix, diagonal, observed, b, y0 as the ops take them, and the batch to flatten the coefficients to."""
+    matrix, diagonal, observed = (Q, None, None) if isinstance(Q, torch.Tensor) else Q.operands
     leading = rows = len(shape) - 1
-    whole = [x for x in (*bounds, eigenvalues, observed, b, y0) if x is not None and x.dim() > 0]
+    whole = [x for x in (*bounds, diagonal, observed, b, y0) if x is not None and x.dim() > 0]
     if matrix is None and all(same_shape(x.shape, shape) for x in whole):
         # elementwise: as few rows as the schedule can tell apart, as long as nothing is broadcast
         rows = max(_varying_dims(c, leading) for c in schedule if c is not None)
     batch, flat = shape[:rows], (math.prod(shape[:rows]), math.prod(shape[rows:]))
-    eigenvalues, observed, b, y0 = (_reshape(x, shape, flat) for x in (eigenvalues, observed, b, y0))
+    diagonal, observed, b, y0 = (_reshape(x, shape, flat) for x in (diagonal, observed, b, y0))
     matrix = None if matrix is None else _flatten_matrix(matrix, batch)
-    return matrix, eigenvalues, observed, b, y0, _Batch(batch, leading)
+    return matrix, diagonal, observed, b, y0, _Batch(batch, leading)
 
 
 def _reshape(x, shape, flat):

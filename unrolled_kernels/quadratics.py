@@ -52,7 +52,7 @@ class Structure:
 
     @property
     def operands(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Matrix, eigenvalues and what was observed, as the ops take them (``unrolled_kernels.ops.momentum``)."""
+        """Matrix, diagonal and what was observed, as the ops take them (``unrolled_kernels.ops.momentum``)."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -168,7 +168,7 @@ class Diagonal(Structure):
 
     @property
     def operands(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Matrix, eigenvalues and what was observed, as the ops take them."""
+        """Matrix, diagonal and what was observed, as the ops take them."""
         return None, self.q, None
 
     def matvec(self, y: torch.Tensor) -> torch.Tensor:
@@ -220,7 +220,7 @@ class Spectral(Structure):
 
     @property
     def operands(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Matrix, eigenvalues and what was observed, as the ops take them."""
+        """Matrix, diagonal and what was observed, as the ops take them."""
         return self.eigenvectors, self.eigenvalues, None
 
     def matvec(self, y: torch.Tensor) -> torch.Tensor:
@@ -271,7 +271,7 @@ class Tikhonov(Structure):
 
     @property
     def operands(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Matrix, eigenvalues and what was observed, as the ops take them."""
+        """Matrix, diagonal and what was observed, as the ops take them."""
         return None, self.f, self.x
 
     def matvec(self, y: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ class DiagonalTiles {
   // Sets lambda and b of a problem in registers; tikhonov makes them from f, g and x.
   template <typename Part, typename Elementwise>
   void set_energy(const Part& part, Elementwise& e) const {
-    e.lambda = input(part, p_.eigenvalues, p_.eigenvalues_stride, p_.observed ? f_ : q_);
+    e.lambda = input(part, p_.diagonal, p_.diagonal_stride, p_.observed ? f_ : q_);
     e.b = input(part, p_.b, p_.b_stride, b_);
     if (!p_.observed) return;
     const C* f = e.lambda;
@@ -189,7 +189,7 @@ class DiagonalTiles {
   template <typename Part>
   void finish_tikhonov(const Part& part, C* dlambda) const {
     if (!p_.observed || !dlambda) return;
-    const C* f = in_place(part) ? input(part, p_.eigenvalues, p_.eigenvalues_stride, f_) : f_;
+    const C* f = in_place(part) ? input(part, p_.diagonal, p_.diagonal_stride, f_) : f_;
     for (int64_t i = 0; i < part.size() * W; i += W) {
       store(dlambda + i, C(2) * load(f + i) * load(dlambda + i));
     }
@@ -223,14 +223,14 @@ class DiagonalTiles {
     e.grad_y = input(part, p.grad_y, p.d, y_);
     for (int64_t t = 1; t <= (p.trajectory ? p.k : 0); ++t) input(part, p.grad_y + t * p.B * p.d, p.d, y_ + t * row_);
     e.row = row(part);
-    e.dlambda = output(part, p.d_eigenvalues, dq_);
+    e.dlambda = output(part, p.d_diagonal, dq_);
     e.db = output(part, p.db, db_);
     e.dy0 = output(part, p.dy0, dy0_);
     e.sums = gradient_.sums();
     e.trace = trace_;
     run_elementwise<true>(e, part.size());
     finish_tikhonov(part, e.dlambda);
-    finish(part, dq_, p.d_eigenvalues);
+    finish(part, dq_, p.d_diagonal);
     finish(part, db_, p.db);
     finish(part, dy0_, p.dy0);
     for (int i = 0; i < 3; ++i) {

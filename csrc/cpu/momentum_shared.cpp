@@ -385,7 +385,7 @@ class SpectralRows {
       e.sums = gradient_.sums();
       e.trace = trace_;
       run_elementwise(e, panels_);
-      if (p.d_eigenvalues) layout(tile.begin + r).store_state(dlambda_, p.d_eigenvalues);
+      if (p.d_diagonal) layout(tile.begin + r).store_state(dlambda_, p.d_diagonal);
       if (gradient_.wanted()) gradient_.end_tile(layout(tile.begin + r));
       for (int64_t i = 0; i < terms; ++i) from_row(out_ + i * row(), right, r * terms + i);
       for (int64_t i = 0; i < 2; ++i) from_row(out_ + i * row(), hat_gradients, 2 * r + i);
@@ -429,7 +429,7 @@ class SpectralRows {
   }
   void stage(int64_t sample, bool first_of_tile) {
     schedule_.stage(layout(sample), first_of_tile);
-    layout(sample).load_state(p_.eigenvalues, p_.eigenvalues_stride, lambda_);
+    layout(sample).load_state(p_.diagonal, p_.diagonal_stride, lambda_);
   }
 
   void multiply(Panels<C> x, int64_t rows, const C* packed, Panels<C> out) const {

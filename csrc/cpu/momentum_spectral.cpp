@@ -109,7 +109,7 @@ class SpectralTiles {
       e.trace = trace_;
       run_elementwise(e, tile_.size());
 
-      if (p.d_eigenvalues) tile_.store_state(dlambda_, p.d_eigenvalues);
+      if (p.d_diagonal) tile_.store_state(dlambda_, p.d_diagonal);
       if (p.db) tile_.store_state(R_.apply(dbh_), p.db);
       if (p.dy0) {
         const C* image = R_.apply(dy0h_);
@@ -139,7 +139,7 @@ class SpectralTiles {
     tile_.count = min(tile_.samples, p_.B - tile_.first);
     schedule_.stage(tile_, first_of_chunk);
     R_.stage(tile_, first_of_chunk);
-    tile_.load_state(p_.eigenvalues, p_.eigenvalues_stride, lambda_);
+    tile_.load_state(p_.diagonal, p_.diagonal_stride, lambda_);
   }
 
   void load_rotated(const Storage* x, int64_t stride, C* state, C* rotated) {

@@ -100,8 +100,8 @@ class Tile {
     adjoints_ += 2 * p.d;
     b_ = panel(p.d);
     y_ = panel(p.d);
-    if (p.eigenvalues) {
-      eigenvalues_ = panel(p.d);
+    if (p.diagonal) {
+      diagonal_ = panel(p.d);
     } else if (shared_) {
       matrix_ = arena_.take<C>(p.d * p.d);
       transposed_ = arena_.take<C>(p.d * p.d);
@@ -116,7 +116,7 @@ class Tile {
     if (gradients_in_rows_) inputs_ = arena_.take<C>((S * segment * W + 1) * padded(activations_));
     if (backward->db) db_ = panel(p.d);
     grad_ = panel(p.d);
-    if (backward->d_eigenvalues) d_eigenvalues_ = panel(p.d);
+    if (backward->d_diagonal) d_diagonal_ = panel(p.d);
     if (backward->d_matrix) d_matrix_ = take(shared_ ? 1 : S, padded(p.d * p.d));
   }
 
@@ -162,7 +162,7 @@ class Tile {
       if (t + 1 < p_.k) output(row(t), row(t + 1));
     }
     if (db_.data) zero(db_, p_.d);
-    if (d_eigenvalues_.data) zero(d_eigenvalues_, p_.d);
+    if (d_diagonal_.data) zero(d_diagonal_, p_.d);
     if (d_matrix_ && !shared_) fill_zero(d_matrix_, S * padded(p_.d * p_.d) * W);
     // y_ is the adjoint of y_{t+1}, then of y_t
     load_panel(p.grad_y + (p_.trajectory ? p_.k * p_.B * p_.d : 0), p_.d, p_.d, y_);
@@ -177,7 +177,7 @@ class Tile {
     }
     if (db_.data) store_panel(db_, p_.d, p.db);
     if (p.dy0) store_panel(y_, p_.d, p.dy0);
-    if (d_eigenvalues_.data) store_panel(d_eigenvalues_, p_.d, p.d_eigenvalues);
+    if (d_diagonal_.data) store_panel(d_diagonal_, p_.d, p.d_diagonal);
     if (d_matrix_ && !shared_) {
       store_panel({d_matrix_, padded(p_.d * p_.d) * W}, p_.d * p_.d, p.d_matrix);
     }
@@ -253,8 +253,8 @@ class Tile {
   void begin_tile(int64_t tile) {
     first_ = tile * S * W;
     load_panel(p_.b, p_.b_stride, p_.d, b_);
-    if (p_.eigenvalues) {
-      load_panel(p_.eigenvalues, p_.eigenvalues_stride, p_.d, eigenvalues_);
+    if (p_.diagonal) {
+      load_panel(p_.diagonal, p_.diagonal_stride, p_.d, diagonal_);
     } else if (!shared_) {
       load_panel(p_.matrix, p_.matrix_stride, p_.d * p_.d, {matrix_, p_.d * p_.d * W});
     }
@@ -264,9 +264,9 @@ class Tile {
   void add_product(bool transposed, P y, P x, P out) const {
     const int64_t d = p_.d;
     const Plus<C> end{x};
-    if (p_.eigenvalues) {
+    if (p_.diagonal) {
       for (int s = 0; s < S; ++s) {
-        const C *q = eigenvalues_.data + s * eigenvalues_.plane, *v = y.data + s * y.plane;
+        const C *q = diagonal_.data + s * diagonal_.plane, *v = y.data + s * y.plane;
         for (int64_t i = 0; i < d; ++i) {
           store(out.data + s * out.plane + i * W, end(i, s, load(q + i * W) * load(v + i * W)));
         }
@@ -315,7 +315,7 @@ class Tile {
     add_product(true, e, into_y, y_);
     for (int s = 0; s < S; ++s) {
       C *db = db_.data ? db_.data + s * db_.plane : nullptr,
-        *dq = d_eigenvalues_.data ? d_eigenvalues_.data + s * d_eigenvalues_.plane : nullptr;
+        *dq = d_diagonal_.data ? d_diagonal_.data + s * d_diagonal_.plane : nullptr;
       const C *es = e.data + s * e.plane, *y = x.data + s * x.plane;
       for (int64_t i = 0; i < d * W; i += W) {
         const Vector<C> ei = load(es + i);
@@ -378,7 +378,7 @@ class Tile {
   Arena arena_;
   Layer<C> layers_[max_rnn_layers + 1];
   int64_t activations_, adjoints_, input_adjoint_;  // vectors of a row of one group, and where [y; g]'s adjoint stands
-  P b_, y_, eigenvalues_{}, db_{}, grad_{}, d_eigenvalues_{};
+  P b_, y_, diagonal_{}, db_{}, grad_{}, d_diagonal_{};
   C *matrix_ = nullptr, *transposed_ = nullptr, *activation_rows_, *adjoint_rows_ = nullptr, *d_matrix_ = nullptr;
   C *first_rows_, *inputs_ = nullptr, *sums_;
 };

@@ -81,7 +81,7 @@ struct DiagonalStart {
   compute_type<Storage> q[n], b[n], x[n], y[n];
 
   __device__ __forceinline__ void load(const MomentumInputs<Storage>& p, int64_t sample, int64_t e, bool exists) {
-    load_elements(p.eigenvalues + sample * p.eigenvalues_stride, e, p.d, exists, q);
+    load_elements(p.diagonal + sample * p.diagonal_stride, e, p.d, exists, q);
     load_elements(p.b + sample * p.b_stride, e, p.d, exists, b);
     load_elements(p.observed + sample * p.observed_stride, e, p.d, exists && p.observed, x);
     load_elements(p.y0 + sample * p.y0_stride, e, p.d, exists && p.y0, y);
@@ -123,16 +123,16 @@ struct DiagonalState {
 
 // the gradient of q, or of f through q = 1 + f^2: f is read again, which is cheaper than to keep it
 template <int n, typename Storage>
-__device__ __forceinline__ void store_d_eigenvalues(const MomentumBackward<Storage>& p, int64_t sample, int64_t e,
-                                                    bool exists, compute_type<Storage> (&dq)[n]) {
-  if (!p.d_eigenvalues) return;
+__device__ __forceinline__ void store_d_diagonal(const MomentumBackward<Storage>& p, int64_t sample, int64_t e,
+                                                 bool exists, compute_type<Storage> (&dq)[n]) {
+  if (!p.d_diagonal) return;
   if (p.observed) {
     compute_type<Storage> f[n];
-    load_elements(p.eigenvalues + sample * p.eigenvalues_stride, e, p.d, exists, f);
+    load_elements(p.diagonal + sample * p.diagonal_stride, e, p.d, exists, f);
 #pragma unroll
     for (int i = 0; i < n; ++i) dq[i] *= 2 * f[i];
   }
-  store_elements(dq, e, p.d, exists, p.d_eigenvalues + sample * p.d);
+  store_elements(dq, e, p.d, exists, p.d_diagonal + sample * p.d);
 }
 
 template <typename C, int n>
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(block, 4)
         a[j] = adjoint[j].a + adjoint[j].carry;
         db[j] = adjoint[j].db;
       }
-      store_d_eigenvalues(p, item.sample, e, item.exists, dq);
+      store_d_diagonal(p, item.sample, e, item.exists, dq);
       if (p.db) store_elements(db, e, p.d, item.exists, p.db + item.sample * p.d);
       if (p.dy0) store_elements(a, e, p.d, item.exists, p.dy0 + item.sample * p.d);
     }
@@ -288,11 +288,11 @@ Problem flattened(Problem p) {
   const auto dense = [&](const void* data, int64_t stride) { return !data || stride == p.d; };
   const bool one_schedule =
       p.phi.batch_stride == 0 && (!p.beta.data || (p.beta.batch_stride == 0 && p.gamma.batch_stride == 0));
-  if (p.B > 1 && one_schedule && dense(p.eigenvalues, p.eigenvalues_stride) && dense(p.observed, p.observed_stride) &&
+  if (p.B > 1 && one_schedule && dense(p.diagonal, p.diagonal_stride) && dense(p.observed, p.observed_stride) &&
       dense(p.b, p.b_stride) && dense(p.y0, p.y0_stride)) {
     p.d *= p.B;
     p.B = 1;
-    p.eigenvalues_stride = p.observed_stride = p.b_stride = p.y0_stride = 0;
+    p.diagonal_stride = p.observed_stride = p.b_stride = p.y0_stride = 0;
   }
   return p;
 }
@@ -306,7 +306,7 @@ bool takes_packs(const MomentumInputs<Storage>& p, std::initializer_list<const S
   for (const Storage* x : outputs) {
     if (!aligned(x, 0)) return false;
   }
-  return p.d > 32 && (p.d % n == 0 || (p.B == 1 && !p.trajectory)) && aligned(p.eigenvalues, p.eigenvalues_stride) &&
+  return p.d > 32 && (p.d % n == 0 || (p.B == 1 && !p.trajectory)) && aligned(p.diagonal, p.diagonal_stride) &&
          aligned(p.observed, p.observed_stride) && aligned(p.b, p.b_stride) && aligned(p.y0, p.y0_stride);
 }
 
@@ -368,7 +368,7 @@ const char* momentum_diagonal(const MomentumBackward<Storage>& problem, void* wo
   const Device device;
   if (device.error != cudaSuccess) return describe(device.error);
   const MomentumBackward<Storage> p = flattened(problem);
-  const std::initializer_list<const Storage*> arrays = {p.grad_y, p.d_eigenvalues, p.db, p.dy0};
+  const std::initializer_list<const Storage*> arrays = {p.grad_y, p.d_diagonal, p.db, p.dy0};
   return with_layout<Storage>(p, arrays, [&](auto n, auto width) {
     return with_momentum(p, [&](auto momentum) -> const char* {
       const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width, momentum>;

@@ -26,7 +26,7 @@ struct SpectralStart {
     const int d = static_cast<int>(p.d);
     load_rows(tile, p.b + sample * p.b_stride, d, exists, b);
     load_rows(tile, p.y0 + sample * p.y0_stride, d, exists && p.y0, y0);
-    load_entries(p.eigenvalues + sample * p.eigenvalues_stride, tile.column, d, exists, eigenvalues);
+    load_entries(p.diagonal + sample * p.diagonal_stride, tile.column, d, exists, eigenvalues);
   }
 };
 
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
     for (int i = 0; i < T::own_rows; ++i) dy0[i] += given[i];
     if (p.db) store_entries(db, tile.row, d, exists, p.db + sample * d);
     if (p.dy0) store_entries(dy0, tile.row, d, exists, p.dy0 + sample * d);
-    if (p.d_eigenvalues) store_entries(d_eigenvalues, tile.column, d, exists, p.d_eigenvalues + sample * d);
+    if (p.d_diagonal) store_entries(d_eigenvalues, tile.column, d, exists, p.d_diagonal + sample * d);
     if (p.d_matrix) {
       MatrixGradient<T> d_matrix;
       if (k > 0) {
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
   const SpectralStreamedMemory<Storage> v(plan.vectors_on_chip ? shared : slot, p.d);
   for (int64_t sample = blockIdx.x; sample < p.B; sample += gridDim.x) {
     const Storage *b = p.b + sample * p.b_stride, *y0 = p.y0 ? p.y0 + sample * p.y0_stride : nullptr;
-    const Storage* eigenvalues = p.eigenvalues + sample * p.eigenvalues_stride;
+    const Storage* eigenvalues = p.diagonal + sample * p.diagonal_stride;
     Storage* out = p.y + sample * p.d;
     if (p.trajectory || p.k == 0) {
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) out[e] = y0 ? y0[e] : to_storage<Storage>(C(0));
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     const SampleSchedule<C> schedule(p, sample);
     const bool momentum = schedule.has_momentum();
     const Storage *b = p.b + sample * p.b_stride, *y0 = p.y0 ? p.y0 + sample * p.y0_stride : nullptr;
-    const Storage *eigenvalues = p.eigenvalues + sample * p.eigenvalues_stride, *cotangent = p.grad_y + sample * p.d;
+    const Storage *eigenvalues = p.diagonal + sample * p.diagonal_stride, *cotangent = p.grad_y + sample * p.d;
     for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
       left[e] = to_compute(b[e]);
       left[n + e] = y0 ? to_compute(y0[e]) : C(0);
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
       const C given = p.trajectory || p.k == 0 ? to_compute(cotangent[e]) : C(0);
       if (p.db) p.db[sample * p.d + e] = to_storage<Storage>(p.k > 0 ? v.x[e] : C(0));
       if (p.dy0) p.dy0[sample * p.d + e] = to_storage<Storage>(p.k > 0 ? given + v.a[e] : given);
-      if (p.d_eigenvalues) p.d_eigenvalues[sample * p.d + e] = to_storage<Storage>(v.d_eigenvalues[e]);
+      if (p.d_diagonal) p.d_diagonal[sample * p.d + e] = to_storage<Storage>(v.d_eigenvalues[e]);
     }
     if (!p.d_matrix) continue;
     if (sums.d_matrix) {

@@ -110,7 +110,7 @@ bool plan_rnn(const Device& device, const Problem& p, RnnPlan<typename T::C>& pl
   plan = {};
   plan.d = d;
   plan.k = backward ? p.k : 0;
-  plan.diagonal = p.eigenvalues;
+  plan.diagonal = p.diagonal;
   plan.shared_matrix = p.matrix && p.matrix_stride == 0;
 
   const auto take = [&](int64_t entries) {

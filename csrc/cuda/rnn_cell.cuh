@@ -74,7 +74,7 @@ class RnnCell {
   __device__ void load_samples(int64_t first, int count) {
     load(p_.b, p_.b_stride, first, count, plan_.b);
     load(p_.y0, p_.y0_stride, first, p_.y0 ? count : 0, 0);
-    if (plan_.diagonal) load(p_.eigenvalues, p_.eigenvalues_stride, first, count, plan_.q);
+    if (plan_.diagonal) load(p_.diagonal, p_.diagonal_stride, first, count, plan_.q);
     if (plan_.diagonal || plan_.shared_matrix) return;
     const int size = d_ * d_;
     for (int n = threadIdx.x; n < T::samples * size; n += blockDim.x) {
@@ -192,7 +192,7 @@ class RnnCell {
         of_products += e * state(t)[i * T::stride + sample];
       }
       if (p.db) p.db[first * d_ + n] = to_storage<Storage>(of_e);
-      if (p.d_eigenvalues) p.d_eigenvalues[first * d_ + n] = to_storage<Storage>(of_products);
+      if (p.d_diagonal) p.d_diagonal[first * d_ + n] = to_storage<Storage>(of_products);
     });
     if (!p.d_matrix || plan_.shared_matrix) return;
     // a thread: one column and `outputs` rows of the matrices of four samples

@@ -186,7 +186,7 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
     rows.emplace_back(B == 0 ? 0 : (B - 1) * stride + d, 0.1, 0.9);
     data = rows.back().data();
   };
-  if (!dense) add_rows(in.eigenvalues, in.eigenvalues_stride);
+  if (!dense) add_rows(in.diagonal, in.diagonal_stride);
   if (kind == Kind::tikhonov) add_rows(in.observed, in.observed_stride);
   add_rows(in.b, in.b_stride);
   if (flip()) add_rows(in.y0, in.y0_stride);
@@ -230,7 +230,7 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
     static_cast<MomentumInputs<Storage>&>(p) = in;
     p.grad_y = grad_y.data();
     if (!elementwise && flip()) outputs.add(p.d_matrix, (in.separate ? B : matrices) * d * d);
-    if (!dense && flip()) outputs.add(p.d_eigenvalues, B * d);
+    if (!dense && flip()) outputs.add(p.d_diagonal, B * d);
     outputs.add(p.db, B * d);
     outputs.add(p.dy0, B * d);
     // as the op does it: no schedule without steps
@@ -260,7 +260,7 @@ void rnn(int kind, int64_t B, int64_t d, int64_t k, std::initializer_list<int64_
   in.transposed = matrices > 1 && flip();
   in.separate = kind == 1 && B > 1 && flip();
   const Array<Storage> q(B * d, 0.1, 0.9), b(B * d, 0.1, 0.9), y0(B * d, 0.1, 0.9);
-  if (kind == 2) in.eigenvalues = q.data(), in.eigenvalues_stride = B == 1 ? 0 : d;
+  if (kind == 2) in.diagonal = q.data(), in.diagonal_stride = B == 1 ? 0 : d;
   in.b = b.data(), in.b_stride = flip() || B == 1 ? 0 : d;
   if (flip()) in.y0 = y0.data(), in.y0_stride = B == 1 ? 0 : d;
 
@@ -276,7 +276,7 @@ void rnn(int kind, int64_t B, int64_t d, int64_t k, std::initializer_list<int64_
     static_cast<RnnInputs<Storage>&>(p) = in;
     p.grad_y = grad_y.data();
     if (kind < 2 && flip()) outputs.add(p.d_matrix, (in.separate ? B : matrices) * d * d);
-    if (kind == 2 && flip()) outputs.add(p.d_eigenvalues, B * d);
+    if (kind == 2 && flip()) outputs.add(p.d_diagonal, B * d);
     outputs.add(p.db, B * d);
     outputs.add(p.dy0, B * d);
     if (flip()) outputs.add(p.d_weights, weights.size());
@@ -490,9 +490,9 @@ std::vector<char> last_of_momentum(Structure structure, bool tikhonov, int64_t B
     p.matrix_stride = d * d;
   }
   if (structure != Structure::dense) {
-    call.input(p.eigenvalues, d, 0.1, 0.9);
-    call.output(p.d_eigenvalues, d);
-    p.eigenvalues_stride = d;
+    call.input(p.diagonal, d, 0.1, 0.9);
+    call.output(p.d_diagonal, d);
+    p.diagonal_stride = d;
   }
   if (tikhonov) call.input(p.observed, d, 0.1, 0.9), p.observed_stride = d;
   call.input(p.b, d, 0.1, 0.9), p.b_stride = d;
@@ -527,8 +527,8 @@ std::vector<char> last_of_rnn(bool dense, int64_t B, int64_t d) {
     call.input(p.matrix, d * d, 0, 0.5 / static_cast<double>(d)), p.matrix_stride = d * d;
     call.output(p.d_matrix, d * d);
   } else {
-    call.input(p.eigenvalues, d, 0.1, 0.9), p.eigenvalues_stride = d;
-    call.output(p.d_eigenvalues, d);
+    call.input(p.diagonal, d, 0.1, 0.9), p.diagonal_stride = d;
+    call.output(p.d_diagonal, d);
   }
   call.input(p.b, d, 0.1, 0.9), p.b_stride = d;
   call.input(p.y0, d, 0.1, 0.9), p.y0_stride = d;

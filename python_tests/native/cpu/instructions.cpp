@@ -21,14 +21,13 @@ int main(int count, char** arguments) {
                                                    : Structure::dense;
   const int64_t matrices = kind == "diagonal" ? 0 : kind == "shared" ? 1 : B;
   std::vector<float> matrix(matrices * d * d, 0.5f / static_cast<float>(d)), d_matrix(matrix.size());
-  std::vector<float> eigenvalues(B * d, 0.5f), d_eigenvalues(B * d), b(B * d, 1.0f), db(B * d), y(B * d),
-      ybar(B * d, 1);
+  std::vector<float> diagonal(B * d, 0.5f), d_diagonal(B * d), b(B * d, 1.0f), db(B * d), y(B * d), ybar(B * d, 1);
   float phi = 0.5f, beta = 0.4f, gradients[3];
 
   MomentumForward<float> forward{};
   forward.B = B, forward.d = d, forward.k = k;
   if (matrices) forward.matrix = matrix.data(), forward.matrix_stride = matrices == 1 ? 0 : d * d;
-  if (structure != Structure::dense) forward.eigenvalues = eigenvalues.data(), forward.eigenvalues_stride = d;
+  if (structure != Structure::dense) forward.diagonal = diagonal.data(), forward.diagonal_stride = d;
   forward.b = b.data(), forward.b_stride = d;
   forward.phi = {&phi, 0, 0};
   if (method == "nag") forward.beta = forward.gamma = {&beta, 0, 0};
@@ -38,7 +37,7 @@ int main(int count, char** arguments) {
   static_cast<MomentumInputs<float>&>(backward) = forward;
   backward.grad_y = ybar.data();
   if (matrices) backward.d_matrix = d_matrix.data();
-  if (forward.eigenvalues) backward.d_eigenvalues = d_eigenvalues.data();
+  if (forward.diagonal) backward.d_diagonal = d_diagonal.data();
   backward.db = db.data();
   backward.dphi = gradients;
   if (forward.beta.data) backward.dbeta = gradients + 1, backward.dgamma = gradients + 2;

@@ -1,8 +1,8 @@
 // Runs one call of the launcher of `momentum` on the CPU, see driver.h:
 //
 //     structure, backward, dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
-//     B, d, k, trajectory, strides of matrix, eigenvalues, b, y0, observed, then (batch, step) of phi, beta, gamma
-//     bytes of matrix, eigenvalues, b, y0, observed, phi, beta, gamma, then of y, or of grad_y and the gradients in the order of
+//     B, d, k, trajectory, strides of matrix, diagonal, b, y0, observed, then (batch, step) of phi, beta, gamma
+//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, then of y, or of grad_y and the gradients in the order of
 //     MomentumBackward; -1: nullptr. Then their contents, in that order.
 //
 // shift: bytes from a multiple of 16 to the arrays of the storage type.
@@ -36,15 +36,14 @@ const char* run(const Header& h, void* const* pointers) {
   };
   MomentumInputs<Storage> in{};
   in.B = h.sizes[0], in.d = h.sizes[1], in.k = h.sizes[2], in.trajectory = h.sizes[3] != 0;
-  in.matrix_stride = h.sizes[4], in.eigenvalues_stride = h.sizes[5], in.b_stride = h.sizes[6],
-  in.y0_stride = h.sizes[7];
+  in.matrix_stride = h.sizes[4], in.diagonal_stride = h.sizes[5], in.b_stride = h.sizes[6], in.y0_stride = h.sizes[7];
   in.observed_stride = h.sizes[8];
-  in.matrix = storage(0), in.eigenvalues = storage(1), in.b = storage(2), in.y0 = storage(3), in.observed = storage(4);
+  in.matrix = storage(0), in.diagonal = storage(1), in.b = storage(2), in.y0 = storage(3), in.observed = storage(4);
   in.phi = coefficient(0), in.beta = coefficient(1), in.gamma = coefficient(2);
   if (!h.backward) return run(h.structure, MomentumForward<Storage>{in, storage(8)});
   MomentumBackward<Storage> p{};
   static_cast<MomentumInputs<Storage>&>(p) = in;
-  p.grad_y = storage(8), p.d_matrix = storage(9), p.d_eigenvalues = storage(10), p.db = storage(11);
+  p.grad_y = storage(8), p.d_matrix = storage(9), p.d_diagonal = storage(10), p.db = storage(11);
   p.dy0 = storage(12), p.dphi = compute(13), p.dbeta = compute(14), p.dgamma = compute(15);
   return run(h.structure, p);
 }

@@ -3,8 +3,8 @@
 Every module here takes the *canonical* arguments that ``functional`` prepares:
 
     matrix         dense: Q, spectral: R, ``[B or 1, d, d]`` (1: shared by the batch); diagonal, tikhonov: None
-    eigenvalues    diagonal: q, spectral: λ, tikhonov: f, ``[B, d]``; dense: None
-    observed       None, or x ``[B, d]``: then Q = diag(1 + eigenvalues²), and b - x takes the place of b (tikhonov)
+    diagonal       diagonal: q, spectral: λ, tikhonov: f, ``[B, d]``; dense: None
+    observed       None, or x ``[B, d]``: then Q = diag(1 + diagonal²), and b - x takes the place of b (tikhonov)
     b, y0          ``[B, d]``; ``y0=None`` means zero
     step_sizes, momentum, extrapolation
                    φ, β, γ, ``[B or 1, num_steps or 1]``, or ``[]`` for one number, in the compute dtype (float32 for

@@ -20,7 +20,7 @@ _LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native.Cuda, "triton": tr
 def momentum(
     backend,
     matrix,
-    eigenvalues,
+    diagonal,
     observed,
     b,
     y0,
@@ -41,7 +41,7 @@ def momentum(
         mu: Nesterov's method for μ, shaped like a coefficient; ``momentum`` and ``extrapolation`` are then None. That
             both follow from it costs no node of autograd's graph.
     """
-    tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
+    tensors = (matrix, diagonal, observed, b, y0, step_sizes, momentum, extrapolation, mu)
     if backend != "eager" and not common.runs_in_eager():
         prox = (lower, upper, weight, threshold)
         may_keep = backend == "cpu" and matrix is not None and matrix.shape[0] == 1 and not trajectory
@@ -53,7 +53,7 @@ def momentum(
         return MomentumFunction.apply(
             backend,
             matrix,
-            eigenvalues,
+            diagonal,
             observed,
             b,
             y0,
@@ -80,9 +80,9 @@ def _keeps_iterates(tensors, prox, num_steps):
 
     A replay takes one product in four; the iterates are half of what the eager loop keeps.
     """
-    (_, eigenvalues, _, b, *_), (lower, upper, _, _) = tensors, prox
+    (_, diagonal, _, b, *_), (lower, upper, _, _) = tensors, prox
     # y_(t+1) shows on which side of a soft threshold v_t was, but not whether it was on a bound or beyond
-    if eigenvalues is not None or lower is not None or upper is not None:
+    if diagonal is not None or lower is not None or upper is not None:
         return False
     if torch.compiler.is_compiling() or _torch_private.transforms_are_active() or not torch.is_grad_enabled():
         return False
@@ -101,7 +101,7 @@ class MomentumFunction(Function):
     def forward(
         backend,
         matrix,
-        eigenvalues,
+        diagonal,
         observed,
         b,
         y0,
@@ -116,7 +116,7 @@ class MomentumFunction(Function):
         num_steps,
         trajectory,
     ):
-        tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
+        tensors = (matrix, diagonal, observed, b, y0, step_sizes, momentum, extrapolation, mu)
         return _LAUNCHERS[backend].forward(*tensors, lower, upper, weight, threshold, num_steps, trajectory)
 
     @staticmethod
@@ -138,12 +138,12 @@ class MomentumFunction(Function):
         else:
             # nothing will differentiate this backward: straight to the launcher
             grads = _LAUNCHERS[ctx.backend].backward(*arguments, *saved[13:])
-        d_matrix, d_eigenvalues, d_observed, db, dy0, d_phi, d_beta, d_gamma, d_mu, *d_prox = grads
+        d_matrix, d_diagonal, d_observed, db, dy0, d_phi, d_beta, d_gamma, d_mu, *d_prox = grads
         d_lower, d_upper, d_weight, d_tau = d_prox
         return (
             None,
             d_matrix if Q else None,
-            d_eigenvalues if q else None,
+            d_diagonal if q else None,
             d_observed if x else None,
             db if b else None,
             dy0 if y0 else None,
@@ -196,7 +196,7 @@ class MomentumBackwardFunction(Function):
         backend,
         grad_y,
         matrix,
-        eigenvalues,
+        diagonal,
         observed,
         b,
         y0,
@@ -212,7 +212,7 @@ class MomentumBackwardFunction(Function):
         trajectory,
         needs,
     ):
-        tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
+        tensors = (matrix, diagonal, observed, b, y0, step_sizes, momentum, extrapolation, mu)
         prox = (lower, upper, weight, threshold)
         grads = _LAUNCHERS[backend].backward(grad_y, *tensors, *prox, num_steps, trajectory, needs)
         # a Function's outputs are tensors

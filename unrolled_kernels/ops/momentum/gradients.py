@@ -54,11 +54,11 @@ def _steps_with_momentum(backend, tensors, previous, num_steps):
 
     y_{t+1} = p_t(z_t - φ_t (Q z_t + b) + (β_t - γ_t) m_t)
     """
-    matrix, eigenvalues, observed, b, y, phi, beta, gamma, mu, *prox = tensors
-    if matrix is not None and eigenvalues is not None:
+    matrix, diagonal, observed, b, y, phi, beta, gamma, mu, *prox = tensors
+    if matrix is not None and diagonal is not None:
         rotate = lambda x: common.matvec(matrix.mT, x)
-        diagonal = (None, eigenvalues, None, rotate(b), rotate(y), phi, beta, gamma, mu, *prox)
-        _, *ys = _steps_with_momentum(backend, diagonal, rotate(previous), num_steps)
+        in_eigenbasis = (None, diagonal, None, rotate(b), rotate(y), phi, beta, gamma, mu, *prox)
+        _, *ys = _steps_with_momentum(backend, in_eigenbasis, rotate(previous), num_steps)
         return [y, *(common.matvec(matrix, y_hat) for y_hat in ys)]
     if mu is not None:
         beta = gamma = reference.nesterov_momentum(phi, mu)
@@ -68,7 +68,7 @@ def _steps_with_momentum(backend, tensors, previous, num_steps):
     for t in range(num_steps):
         m = ys[t] - previous
         z = ys[t] + gammas[t] * m
-        v = run(backend, matrix, eigenvalues, observed, b, z, phi[t], None, None, None, *NO_PROX, 1, False)
+        v = run(backend, matrix, diagonal, observed, b, z, phi[t], None, None, None, *NO_PROX, 1, False)
         if beta is not gamma:
             v = v + (betas[t] - gammas[t]) * m
         previous = ys[t]
@@ -89,12 +89,12 @@ def _steps(tensors, first, last):
 def implicit(backend, *arguments):
     """``momentum`` with the gradients that its last iterate would have if it were the minimizer."""
     *tensors, num_steps, _ = arguments
-    matrix, eigenvalues, observed, b, y0, *schedule = tensors[:9]
-    if matrix is not None and eigenvalues is not None:
+    matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
+    if matrix is not None and diagonal is not None:
         # in the eigenbasis, between rotations that torch differentiates
-        R, diagonal, b_hat, y0_hat = (x if x is None else x.to(schedule[0].dtype) for x in (matrix, eigenvalues, b, y0))
+        R, lambda_, b_hat, y0_hat = (x if x is None else x.to(schedule[0].dtype) for x in (matrix, diagonal, b, y0))
         b_hat, y0_hat = (x if x is None else common.matvec(R.mT, x) for x in (b_hat, y0_hat))
-        y_hat = implicit(backend, None, diagonal, None, b_hat, y0_hat, *schedule, *NO_PROX, num_steps, False)
+        y_hat = implicit(backend, None, lambda_, None, b_hat, y0_hat, *schedule, *NO_PROX, num_steps, False)
         return common.matvec(R, y_hat).to(b.dtype)
     if not (common.runs_in_eager() or torch.compiler.is_exporting()):
         return ImplicitFunction.apply(backend, *tensors, num_steps)
@@ -104,19 +104,19 @@ def implicit(backend, *arguments):
     y = run(backend, *map(constant, tensors), num_steps, False).detach()
     held = _Held(y, Prox(*tensors[9:]))
     y = held.with_bounds(y)
-    gradient = _energy_gradient(matrix, eigenvalues, observed, b, y) + held.weight_at(y)
+    gradient = _energy_gradient(matrix, diagonal, observed, b, y) + held.weight_at(y)
     change = (gradient - gradient.detach()).to(b.dtype)
-    constants = constant(matrix), constant(eigenvalues), _zero(observed), change, None, *map(constant, schedule)
+    constants = constant(matrix), constant(diagonal), _zero(observed), change, None, *map(constant, schedule)
     return y + run(backend, *constants, *held.at_zero(schedule[0].dtype), num_steps, False)
 
 
-def _energy_gradient(matrix, eigenvalues, observed, b, y):
+def _energy_gradient(matrix, diagonal, observed, b, y):
     """Q y + b."""
-    if eigenvalues is None:
+    if diagonal is None:
         return common.matvec(matrix, y) + b
     if observed is not None:
-        return (1 + eigenvalues * eigenvalues) * y + b - observed
-    return eigenvalues * y + b
+        return (1 + diagonal * diagonal) * y + b - observed
+    return diagonal * y + b
 
 
 def _zero(observed):
@@ -182,7 +182,7 @@ class ImplicitFunction(Function):
     def forward(
         backend,
         matrix,
-        eigenvalues,
+        diagonal,
         observed,
         b,
         y0,
@@ -196,7 +196,7 @@ class ImplicitFunction(Function):
         threshold,
         num_steps,
     ):
-        tensors = (matrix, eigenvalues, observed, b, y0, step_sizes, momentum, extrapolation, mu)
+        tensors = (matrix, diagonal, observed, b, y0, step_sizes, momentum, extrapolation, mu)
         return run(backend, *tensors, lower, upper, weight, threshold, num_steps, False)
 
     @staticmethod
@@ -207,28 +207,28 @@ class ImplicitFunction(Function):
     @staticmethod
     def backward(ctx, grad_y):
         *tensors, y = ctx.saved_tensors
-        matrix, eigenvalues, observed, b, y0, *schedule = tensors[:9]
-        needs_matrix, needs_eigenvalues, needs_observed, _, *others_needed = ctx.needs_input_grad[1:10]
+        matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
+        needs_matrix, needs_diagonal, needs_observed, _, *others_needed = ctx.needs_input_grad[1:10]
         held = _Held(y, Prox(*tensors[9:]))
         # b̄ is what the same method makes of Qᵀ, with ȳ for b and the entries held at zero
         transposed = None if matrix is None else matrix.mT
-        adjoint = (transposed, eigenvalues, _zero(observed), grad_y, None, *schedule, *held.at_zero(schedule[0].dtype))
+        adjoint = (transposed, diagonal, _zero(observed), grad_y, None, *schedule, *held.at_zero(schedule[0].dtype))
         differentiate = implicit if common.is_differentiated() else run
         db = differentiate(ctx.backend, *adjoint, ctx.num_steps, False)
-        d_matrix = d_eigenvalues = None
+        d_matrix = d_diagonal = None
         if needs_matrix:
             shared = matrix.shape[0] != b.shape[0]
             d_matrix = (db.mT @ y).unsqueeze(0) if shared else db.unsqueeze(-1) * y.unsqueeze(-2)
-        if needs_eigenvalues:
-            d_eigenvalues = db * y if observed is None else 2 * eigenvalues * (db * y)
+        if needs_diagonal:
+            d_diagonal = db * y if observed is None else 2 * diagonal * (db * y)
         d_observed = -db if needs_observed else None
         # y_k forgets where it began and how it got there
         others = (
             torch.zeros_like(x) if needed else None for x, needed in zip((y0, *schedule), others_needed, strict=True)
         )
-        adjoint_of_y = lambda: _energy_gradient(transposed, eigenvalues, _zero(observed), 0.0, db)
+        adjoint_of_y = lambda: _energy_gradient(transposed, diagonal, _zero(observed), 0.0, db)
         d_prox = held.gradients(grad_y, adjoint_of_y, db, y)
-        return None, d_matrix, d_eigenvalues, d_observed, db, *others, *d_prox, None
+        return None, d_matrix, d_diagonal, d_observed, db, *others, *d_prox, None
 
     @staticmethod
     def vmap(info, in_dims, backend, *arguments):

@@ -73,8 +73,8 @@ def with_nesterov(backward):
     That one has the same bits of ``needs`` without that of μ, and returns an empty tensor in the place of μ's gradient.
     """
 
-    def run(grad_y, matrix, eigenvalues, observed, b, y0, phi, beta, gamma, mu, *rest):
-        tensors, (*constants, needs) = (grad_y, matrix, eigenvalues, observed, b, y0, phi), rest
+    def run(grad_y, matrix, diagonal, observed, b, y0, phi, beta, gamma, mu, *rest):
+        tensors, (*constants, needs) = (grad_y, matrix, diagonal, observed, b, y0, phi), rest
         nothing = phi.new_empty(0)
         if mu is None:
             return backward(*tensors, beta, gamma, *constants, needs & ~_MU)
@@ -116,7 +116,7 @@ def with_no_steps(backward):
 def backward(
     grad_y,
     matrix,
-    eigenvalues,
+    diagonal,
     observed,
     b,
     y0,
@@ -136,49 +136,49 @@ def backward(
     Args:
         needs: bit i for the gradient of tensor i, in the order of forward's arguments.
     Returns:
-        ``(d_matrix like matrix, d_eigenvalues, d_observed, db, dy0 [B, d], d_step_sizes, d_momentum,
+        ``(d_matrix like matrix, d_diagonal, d_observed, db, dy0 [B, d], d_step_sizes, d_momentum,
         d_extrapolation, d_mu, d_lower, d_upper, d_weight [B, d], d_threshold)``, those of the schedule and of the
         threshold shaped like their inputs; what is not needed, or absent, is a tensor of shape ``[0]``, and so is
         d_mu. With ``observed`` the second is f̄.
     """
     storage, compute = b.dtype, step_sizes.dtype
     schedule, prox = (step_sizes, momentum, extrapolation), Prox(lower, upper, weight, threshold)
-    tensors = (matrix, eigenvalues, observed, b, y0, *schedule, None, *prox)
+    tensors = (matrix, diagonal, observed, b, y0, *schedule, None, *prox)
     needed = [x is not None and bool(needs >> i & 1) for i, x in enumerate(tensors)]
-    grad_y, matrix, eigenvalues, observed, b, y0 = (
-        x if x is None else x.to(compute) for x in (grad_y, matrix, eigenvalues, observed, b, y0)
+    grad_y, matrix, diagonal, observed, b, y0 = (
+        x if x is None else x.to(compute) for x in (grad_y, matrix, diagonal, observed, b, y0)
     )
-    f = eigenvalues
+    f = diagonal
     if observed is not None:
-        eigenvalues, b = 1 + f * f, b - observed
+        diagonal, b = 1 + f * f, b - observed
     y0 = torch.zeros_like(b) if y0 is None else y0
     zero = torch.zeros_like(b)
     cotangents = list(grad_y.unbind(0)) if trajectory else [zero] * num_steps + [grad_y]
 
-    if eigenvalues is None:
+    if diagonal is None:
         apply_Q, apply_Qt = lambda x: matvec(matrix, x), lambda x: matvec(matrix.mT, x)
         d_y0, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, prox)
         db = a.sum(0)
-        d_eigenvalues = None
+        d_diagonal = None
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, a, z).reshape(matrix.shape) if needed[0] else None
     elif matrix is None:
-        apply_Q = lambda x: eigenvalues * x
+        apply_Q = lambda x: diagonal * x
         d_y0, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents, prox)
         db = a.sum(0)
-        d_eigenvalues = (a * z).sum(0)
+        d_diagonal = (a * z).sum(0)
         if observed is not None:
-            d_eigenvalues = 2 * f * d_eigenvalues
+            d_diagonal = 2 * f * d_diagonal
         d_matrix = None
     else:
-        apply_Q = lambda x: eigenvalues * x
+        apply_Q = lambda x: diagonal * x
         b_hat, y0_hat = matvec(matrix.mT, b), matvec(matrix.mT, y0)
         hat = [zero] + [matvec(matrix.mT, c) for c in cotangents[1:]]
         d_y0_hat, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Q, b_hat, y0_hat, schedule, num_steps, hat)
         db_hat = a.sum(0)
         db = matvec(matrix, db_hat)
         d_y0 = cotangents[0] + matvec(matrix, d_y0_hat)
-        d_eigenvalues = (a * z).sum(0)
+        d_diagonal = (a * z).sum(0)
         d_matrix = None
         if needed[0]:
             y_hat, _ = iterates(apply_Q, b_hat, y0_hat, schedule, num_steps)
@@ -190,7 +190,7 @@ def backward(
     d_observed = None if observed is None else -db
     shared = (*d_schedule, d_prox.threshold)
     shared = [x if c is None else x.sum_to_size(c.shape) for x, c in zip(shared, (*schedule, threshold), strict=True)]
-    grads = (d_matrix, d_eigenvalues, d_observed, db, d_y0, *shared[:3], None, *d_prox[:3], shared[3])
+    grads = (d_matrix, d_diagonal, d_observed, db, d_y0, *shared[:3], None, *d_prox[:3], shared[3])
     dtypes = [storage] * 5 + [compute] * 8
     return tuple(
         (g if wanted else b.new_empty(0)).to(dtype) for g, wanted, dtype in zip(grads, needed, dtypes, strict=True)

@@ -5,7 +5,7 @@ from unrolled_kernels.ops import common
 from unrolled_kernels.ops.momentum import manual, reference
 
 
-def fake_forward(matrix, eigenvalues, observed, b, *rest):
+def fake_forward(matrix, diagonal, observed, b, *rest):
     """Shape and dtype of y."""
     *_, num_steps, trajectory = rest
     return b.new_empty((num_steps + 1, *b.shape) if trajectory else b.shape)

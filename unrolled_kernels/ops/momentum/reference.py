@@ -28,10 +28,10 @@ NO_PROX = Prox()
 def with_nesterov(forward):
     """A forward that takes μ too, beside one that takes β and γ only."""
 
-    def run(matrix, eigenvalues, observed, b, y0, phi, beta, gamma, mu, *rest):
+    def run(matrix, diagonal, observed, b, y0, phi, beta, gamma, mu, *rest):
         if mu is not None:
             beta = gamma = nesterov_momentum(phi, mu)
-        return forward(matrix, eigenvalues, observed, b, y0, phi, beta, gamma, *rest)
+        return forward(matrix, diagonal, observed, b, y0, phi, beta, gamma, *rest)
 
     return run
 
@@ -39,7 +39,7 @@ def with_nesterov(forward):
 @with_nesterov
 def forward(
     matrix,
-    eigenvalues,
+    diagonal,
     observed,
     b,
     y0,
@@ -56,20 +56,18 @@ def forward(
     """Run the recurrence on canonical arguments (see the package's docstring)."""
     storage, compute = b.dtype, step_sizes.dtype
     schedule, prox = (step_sizes, momentum, extrapolation), Prox(lower, upper, weight, threshold)
-    matrix, eigenvalues, observed, b, y0 = (
-        x if x is None else x.to(compute) for x in (matrix, eigenvalues, observed, b, y0)
-    )
+    matrix, diagonal, observed, b, y0 = (x if x is None else x.to(compute) for x in (matrix, diagonal, observed, b, y0))
     if observed is not None:
-        eigenvalues, b = 1 + eigenvalues * eigenvalues, b - observed
+        diagonal, b = 1 + diagonal * diagonal, b - observed
     y0 = torch.zeros_like(b) if y0 is None else y0
-    if eigenvalues is None:
+    if diagonal is None:
         ys, _ = iterates(lambda z: matvec(matrix, z), b, y0, schedule, num_steps, prox)
     elif matrix is None:
-        ys, _ = iterates(lambda z: eigenvalues * z, b, y0, schedule, num_steps, prox)
+        ys, _ = iterates(lambda z: diagonal * z, b, y0, schedule, num_steps, prox)
     else:
         # Q = R diag(λ) Rᵀ: the same recurrence, diagonal in the eigenbasis; y_0 itself is never rotated
         b, y0_rotated = matvec(matrix.mT, b), matvec(matrix.mT, y0)
-        ys, _ = iterates(lambda z: eigenvalues * z, b, y0_rotated, schedule, num_steps)
+        ys, _ = iterates(lambda z: diagonal * z, b, y0_rotated, schedule, num_steps)
         rotated = ys[1:] if trajectory else ys[-1:]
         ys = [y0] + [matvec(matrix, y) for y in rotated if num_steps > 0]
     y = torch.stack(ys) if trajectory else ys[-1]

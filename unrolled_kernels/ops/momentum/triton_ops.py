@@ -11,12 +11,12 @@ from unrolled_kernels.ops.momentum import manual, native, reference
 # the schemas of csrc/momentum.cpp; CompositeExplicitAutograd is CUDA, and the CPU for Triton's interpreter
 _library = torch.library.Library("unrolled_kernels", "FRAGMENT")
 _library.define(
-    "momentum_triton(Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
+    "momentum_triton(Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
     "Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, "
     "Tensor? threshold, SymInt num_steps, bool trajectory) -> Tensor"
 )
 _library.define(
-    "momentum_triton_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor? observed, Tensor b, "
+    "momentum_triton_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, "
     "Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, "
     "Tensor? upper, Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -44,39 +44,39 @@ def _forward(*arguments):
 
 
 @reference.with_nesterov
-def _steps(matrix, eigenvalues, observed, b, *rest):
+def _steps(matrix, diagonal, observed, b, *rest):
     rest = _arguments(rest)
-    if eigenvalues is None:
+    if diagonal is None:
         return _kernels("dense").forward(matrix, b, *rest)
     if matrix is None:
-        return _kernels("diagonal").forward(eigenvalues, b, *rest, observed=observed)
-    return _kernels("spectral").forward(eigenvalues, matrix, b, *rest)
+        return _kernels("diagonal").forward(diagonal, b, *rest, observed=observed)
+    return _kernels("spectral").forward(diagonal, matrix, b, *rest)
 
 
 @manual.with_no_steps
 @manual.with_nesterov
-def _backward(grad_y, matrix, eigenvalues, observed, b, *rest):
+def _backward(grad_y, matrix, diagonal, observed, b, *rest):
     *rest, needs = rest
     coefficients, rest = rest[1:4], _arguments(rest)
-    needs_matrix, needs_eigenvalues, needs_observed, needs_b, needs_y0, *needs_schedule = (
+    needs_matrix, needs_diagonal, needs_observed, needs_b, needs_y0, *needs_schedule = (
         bool(needs >> i & 1) for i in range(8)
     )
     needs_observed = needs_observed and observed is not None
     needs_y0 = needs_y0 and rest[0] is not None
     # what was observed counts against b
     common_needs = (needs_b or needs_observed, needs_y0, any(needs_schedule))
-    d_matrix = d_eigenvalues = None
-    if eigenvalues is None:
+    d_matrix = d_diagonal = None
+    if diagonal is None:
         arguments = (grad_y, matrix, b, *rest, needs_matrix, *common_needs)
         d_matrix, db, dy0, *d_schedule = _kernels("dense").backward(*arguments)
     elif matrix is None:
-        arguments = (grad_y, eigenvalues, b, *rest, needs_eigenvalues, *common_needs)
-        d_eigenvalues, db, dy0, *d_schedule = _kernels("diagonal").backward(*arguments, observed=observed)
+        arguments = (grad_y, diagonal, b, *rest, needs_diagonal, *common_needs)
+        d_diagonal, db, dy0, *d_schedule = _kernels("diagonal").backward(*arguments, observed=observed)
     else:
-        arguments = (grad_y, eigenvalues, matrix, b, *rest, needs_eigenvalues, needs_matrix, *common_needs)
-        d_eigenvalues, d_matrix, db, dy0, *d_schedule = _kernels("spectral").backward(*arguments)
+        arguments = (grad_y, diagonal, matrix, b, *rest, needs_diagonal, needs_matrix, *common_needs)
+        d_diagonal, d_matrix, db, dy0, *d_schedule = _kernels("spectral").backward(*arguments)
     d_observed = -db if needs_observed else None
-    gradients = (d_matrix, d_eigenvalues, d_observed, db if needs_b else None, dy0 if needs_y0 else None)
+    gradients = (d_matrix, d_diagonal, d_observed, db if needs_b else None, dy0 if needs_y0 else None)
     return (
         *(b.new_empty(0) if g is None else g for g in gradients),
         *(

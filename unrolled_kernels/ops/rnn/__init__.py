@@ -3,7 +3,7 @@
 Every module here takes the *canonical* arguments that ``functional`` prepares:
 
     matrix         dense: Q ``[B or 1, d, d]`` (1: shared by the batch); diagonal: None
-    eigenvalues    diagonal: q ``[B, d]``; dense: None
+    diagonal       diagonal: q ``[B, d]``; dense: None
     b, y0          ``[B, d]``; ``y0=None`` means zero
     weights        W₁ ``[h_1, d]``, W₂ ``[h_1, d]``, W² ``[h_2, h_1]`` … Wᴸ ``[h_L, h_{L-1}]``, V ``[d, h_L]``, in the
                    compute dtype (float32 for float16, bfloat16 and float32; float64 for float64)

@@ -16,7 +16,7 @@ from unrolled_kernels.ops.rnn import manual, native, reference, triton_ops
 _LAUNCHERS = {"manual": manual, "cpu": native.LAUNCHER, "cuda": native.LAUNCHER, "triton": triton_ops.LAUNCHER}
 
 
-def rnn(backend, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, backward_steps=None):
+def rnn(backend, matrix, diagonal, b, y0, weights, num_steps, trajectory, backward_steps=None):
     """Run the cells on ``backend``, differentiably in every tensor.
 
     Args:
@@ -25,7 +25,7 @@ def rnn(backend, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, bac
     if backward_steps is not None and backward_steps < num_steps:
         storage, compute, first = b.dtype, weights[0].dtype, num_steps - backward_steps
         # the state in between is not rounded
-        tensors = [x if x is None or storage == compute else x.to(compute) for x in (matrix, eigenvalues, b, y0)]
+        tensors = [x if x is None or storage == compute else x.to(compute) for x in (matrix, diagonal, b, y0)]
         with torch.no_grad():
             begun = rnn(backend, *tensors, weights, first, trajectory)
         begun = begun.detach()  # forward mode knows no torch.no_grad
@@ -33,8 +33,8 @@ def rnn(backend, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, bac
         y = rnn(backend, *tensors[:3], y0, weights, backward_steps, trajectory)
         return (torch.cat([begun, y[1:]]) if trajectory else y).to(storage)
     if backend == "eager" or common.runs_in_eager():
-        return reference.forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory)
-    tensors = (matrix, eigenvalues, b, y0, *weights)
+        return reference.forward(matrix, diagonal, b, y0, weights, num_steps, trajectory)
+    tensors = (matrix, diagonal, b, y0, *weights)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if torch.compiler.is_compiling() and (not differentiated or _is_fused(backend, b, weights)):
         # the op and its own gradients: of a Function the compiler does not see that what it saved is written into, and
@@ -55,8 +55,8 @@ class RnnFunction(Function):
     """
 
     @staticmethod
-    def forward(backend, num_steps, trajectory, matrix, eigenvalues, b, y0, *weights):
-        return _LAUNCHERS[backend].forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory)
+    def forward(backend, num_steps, trajectory, matrix, diagonal, b, y0, *weights):
+        return _LAUNCHERS[backend].forward(matrix, diagonal, b, y0, weights, num_steps, trajectory)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -68,13 +68,13 @@ class RnnFunction(Function):
         needs = ctx.needs_input_grad[3:]
         bits = needs[0] | needs[1] << 1 | needs[2] << 2 | needs[3] << 3 | any(needs[4:]) << 4
         arguments = (ctx.num_steps, ctx.trajectory, bits)
-        matrix, eigenvalues, b, y0, *weights = ctx.saved_tensors
+        matrix, diagonal, b, y0, *weights = ctx.saved_tensors
         if common.is_differentiated():
-            tensors = (grad_y, matrix, eigenvalues, b, y0, *weights)
+            tensors = (grad_y, matrix, diagonal, b, y0, *weights)
             grads = RnnBackwardFunction.apply(ctx.backend, *arguments, *tensors)
         else:
             # nothing will differentiate this backward: straight to the launcher
-            tensors = (grad_y, matrix, eigenvalues, b, y0, weights)
+            tensors = (grad_y, matrix, diagonal, b, y0, weights)
             *grads, d_weights = _LAUNCHERS[ctx.backend].backward(*tensors, *arguments)
             grads += d_weights
         return (None, None, None, *(g if needed else None for g, needed in itertools.zip_longest(grads, needs)))
@@ -93,8 +93,8 @@ class RnnBackwardFunction(Function):
     """The gradients of ``RnnFunction`` as a differentiable function of the cotangent and of the inputs."""
 
     @staticmethod
-    def forward(backend, num_steps, trajectory, needs, grad_y, matrix, eigenvalues, b, y0, *weights):
-        tensors = (grad_y, matrix, eigenvalues, b, y0, weights)
+    def forward(backend, num_steps, trajectory, needs, grad_y, matrix, diagonal, b, y0, *weights):
+        tensors = (grad_y, matrix, diagonal, b, y0, weights)
         *grads, d_weights = _LAUNCHERS[backend].backward(*tensors, num_steps, trajectory, needs)
         return (*grads, *d_weights)
 

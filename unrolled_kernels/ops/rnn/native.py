@@ -18,15 +18,15 @@ def hidden_dims_of(weights):
     return [weights[0].shape[0], *(W.shape[0] for W in weights[2:-1])]
 
 
-def fake_forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory):
+def fake_forward(matrix, diagonal, b, y0, weights, num_steps, trajectory):
     """Shape and dtype of y."""
     return b.new_empty((num_steps + 1, *b.shape) if trajectory else b.shape)
 
 
-def fake_backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs):
+def fake_backward(grad_y, matrix, diagonal, b, y0, weights, num_steps, trajectory, needs):
     """Shapes and dtypes of the gradients."""
     d_weights = [W.new_empty(W.shape) for W in weights] if needs >> 4 & 1 else []
-    return (*common.fake_gradients((matrix, eigenvalues, b, y0), needs, like=b), d_weights)
+    return (*common.fake_gradients((matrix, diagonal, b, y0), needs, like=b), d_weights)
 
 
 class Launcher:
@@ -41,19 +41,19 @@ class Launcher:
         """Whether the ops take this call."""
         return is_fused(b.shape[-1], hidden_dims_of(weights), self.max_width)
 
-    def forward(self, matrix, eigenvalues, b, y0, weights, num_steps, trajectory):
+    def forward(self, matrix, diagonal, b, y0, weights, num_steps, trajectory):
         """The contract of ``reference.forward``."""
         fused = self.is_fused(b, weights)
         forward = self._forward if fused else manual.forward
-        return forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory)
+        return forward(matrix, diagonal, b, y0, weights, num_steps, trajectory)
 
-    def backward(self, grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs):
+    def backward(self, grad_y, matrix, diagonal, b, y0, weights, num_steps, trajectory, needs):
         """The contract of ``manual.backward``."""
         fused = self.is_fused(b, weights)
         if fused:
-            return self._backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs)
+            return self._backward(grad_y, matrix, diagonal, b, y0, weights, num_steps, trajectory, needs)
         with common.without_autocast(b.device.type):
-            return manual.backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs)
+            return manual.backward(grad_y, matrix, diagonal, b, y0, weights, num_steps, trajectory, needs)
 
 
 LAUNCHER = None if _backend.extension() is None else Launcher("rnn")

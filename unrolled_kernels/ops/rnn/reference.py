@@ -11,14 +11,14 @@ import torch
 from unrolled_kernels.ops.common import matvec
 
 
-def forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory):
+def forward(matrix, diagonal, b, y0, weights, num_steps, trajectory):
     """Run the cells on canonical arguments (see the package's docstring)."""
     storage, compute = b.dtype, weights[0].dtype
-    matrix, eigenvalues, b, y0 = (x if x is None else x.to(compute) for x in (matrix, eigenvalues, b, y0))
+    matrix, diagonal, b, y0 = (x if x is None else x.to(compute) for x in (matrix, diagonal, b, y0))
     W1, W2, *inner, V = weights
     ys = [torch.zeros_like(b) if y0 is None else y0]
     for _ in range(num_steps):
-        g = apply_Q(matrix, eigenvalues, ys[-1]) + b
+        g = apply_Q(matrix, diagonal, ys[-1]) + b
         h = torch.relu(ys[-1] @ W1.mT + g @ W2.mT)
         for W in inner:
             h = torch.relu(h @ W.mT)
@@ -28,9 +28,9 @@ def forward(matrix, eigenvalues, b, y0, weights, num_steps, trajectory):
     return y.to(storage, copy=num_steps == 0)
 
 
-def apply_Q(matrix, eigenvalues, y):
+def apply_Q(matrix, diagonal, y):
     """Q y for y ``[B, d]``."""
-    return matvec(matrix, y) if eigenvalues is None else eigenvalues * y
+    return matvec(matrix, y) if diagonal is None else diagonal * y
 
 
 def weight_shapes(hidden_dims, d):

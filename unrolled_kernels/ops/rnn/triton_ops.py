@@ -10,11 +10,11 @@ from unrolled_kernels.ops.rnn import native
 # the schemas of csrc/rnn.cpp; CompositeExplicitAutograd is CUDA, and the CPU for Triton's interpreter
 _library = torch.library.Library("unrolled_kernels", "FRAGMENT")
 _library.define(
-    "rnn_triton(Tensor? matrix, Tensor? eigenvalues, Tensor b, Tensor? y0, Tensor[] weights, SymInt num_steps, "
+    "rnn_triton(Tensor? matrix, Tensor? diagonal, Tensor b, Tensor? y0, Tensor[] weights, SymInt num_steps, "
     "bool trajectory) -> Tensor"
 )
 _library.define(
-    "rnn_triton_backward(Tensor grad_y, Tensor? matrix, Tensor? eigenvalues, Tensor b, Tensor? y0, Tensor[] weights, "
+    "rnn_triton_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor b, Tensor? y0, Tensor[] weights, "
     "SymInt num_steps, bool trajectory, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 
@@ -25,16 +25,16 @@ def _kernels():
     return importlib.import_module("unrolled_kernels.ops.rnn.triton_cell")
 
 
-def _forward(matrix, eigenvalues, *rest):
-    return _kernels().forward(matrix if eigenvalues is None else eigenvalues, *rest)
+def _forward(matrix, diagonal, *rest):
+    return _kernels().forward(matrix if diagonal is None else diagonal, *rest)
 
 
-def _backward(grad_y, matrix, eigenvalues, b, y0, weights, num_steps, trajectory, needs):
-    Q, needs_Q = (matrix, needs & 1) if eigenvalues is None else (eigenvalues, needs & 2)
+def _backward(grad_y, matrix, diagonal, b, y0, weights, num_steps, trajectory, needs):
+    Q, needs_Q = (matrix, needs & 1) if diagonal is None else (diagonal, needs & 2)
     wanted = (bool(needs_Q), bool(needs & 4), bool(needs & 8) and y0 is not None, bool(needs & 16))
     *gradients, d_weights = _kernels().backward(grad_y, Q, b, y0, weights, num_steps, trajectory, *wanted)
     d_Q, db, dy0 = (b.new_empty(0) if g is None else g for g in gradients)
-    return (*((d_Q, b.new_empty(0)) if eigenvalues is None else (b.new_empty(0), d_Q)), db, dy0, d_weights)
+    return (*((d_Q, b.new_empty(0)) if diagonal is None else (b.new_empty(0), d_Q)), db, dy0, d_weights)
 
 
 _library.impl("rnn_triton", _forward, "CompositeExplicitAutograd")
