@@ -45,6 +45,22 @@ def truncated_loop(structure, leaves, b, y0, phi, beta, gamma, k, n, prox=None):
 
 
 @backends
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "spectral"])
+def test_the_gradient_of_gamma_does_not_cancel(backend, structure):
+    """-φ (Qᵀa)ᵀm, as exact where Q is tiny as anywhere: aᵀm is a million times larger."""
+    leaves, make_Q, b = random_quadratic(structure, (3,), 4, mu=1e-7, L=1e-6, dtype=torch.float64)
+
+    def gradient(name, dtype):
+        to = lambda x: x.to(device_of(name) if name != "eager" else "cpu", dtype)
+        gamma = to(torch.tensor(0.6)).requires_grad_()
+        Q, g = make_Q(*map(to, leaves)), to(b)
+        y = F.momentum(Q, g, 0.5, 0.4, gamma, 3, backward_steps=1, backend=name)
+        return torch.autograd.grad(y.sum(), gamma)[0].double().cpu()
+
+    torch.testing.assert_close(gradient(backend, torch.float32), gradient("eager", torch.float64), rtol=2e-5, atol=0)
+
+
+@backends
 @structures
 @pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 6])

@@ -67,10 +67,17 @@ def _steps_with_momentum(backend, tensors, previous, num_steps):
     taus = reference.thresholds(prox, phi, num_steps)
     for t in range(num_steps):
         m = ys[t] - previous
-        z = ys[t] + gammas[t] * m
+        gamma_t = gammas[t]
+        # where γ is learned, by itself: through z less m its gradient would be a difference that cancels
+        by_itself = beta is not gamma and gamma_t.requires_grad
+        if by_itself:
+            gamma_t = gamma_t.detach()
+        z = ys[t] + gamma_t * m
         v = run(backend, matrix, diagonal, observed, b, z, phi[t], None, None, None, *NO_PROX, 1, False)
         if beta is not gamma:
-            v = v + (betas[t] - gammas[t]) * m
+            v = v + (betas[t] - gamma_t) * m
+        if by_itself:
+            v = v - (gammas[t] - gamma_t) * phi[t] * _times_Q(matrix, diagonal, observed, m)
         previous = ys[t]
         ys.append(reference.proximal_map(v, prox, taus[t]))
     return ys
@@ -112,11 +119,13 @@ def implicit(backend, *arguments):
 
 def _energy_gradient(matrix, diagonal, observed, b, y):
     """Q y + b."""
+    return _times_Q(matrix, diagonal, observed, y) + (b if observed is None else b - observed)
+
+
+def _times_Q(matrix, diagonal, observed, y):
     if diagonal is None:
-        return common.matvec(matrix, y) + b
-    if observed is not None:
-        return (1 + diagonal * diagonal) * y + b - observed
-    return diagonal * y + b
+        return common.matvec(matrix, y)
+    return (diagonal if observed is None else 1 + diagonal * diagonal) * y
 
 
 def _zero(observed):
