@@ -46,6 +46,24 @@ def truncated_loop(structure, leaves, b, y0, phi, beta, gamma, k, n, prox=None):
 
 @backends
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "spectral"])
+def test_the_implicit_solution_may_be_larger_than_float16_holds(backend, structure):
+    """b̄ is 10⁶, y 10⁻³: what is neither is q̄ or Q̄, their product."""
+    leaves, make_Q, _ = random_quadratic(structure, (3,), 4, mu=1.0, L=1.0, dtype=torch.float64)
+
+    def gradients(name, dtype):
+        to = lambda x: x.to(device_of(name) if name != "eager" else "cpu", dtype)
+        inputs = [to(x).requires_grad_() for x in leaves]
+        b, y0 = to(torch.zeros(3, 4)), to(torch.full((3, 4), 1e-5))
+        y = F.gradient_descent(make_Q(*inputs), b, -9.0, 2, y0=y0, backward="implicit", backend=name)
+        return torch.autograd.grad(y, inputs, torch.full_like(y, 10_000))
+
+    for grad, exact in zip(gradients(backend, torch.float16), gradients("eager", torch.float64), strict=True):
+        error = (grad.cpu().double() - exact).abs().max()
+        assert error <= 4e-3 * exact.abs().max()
+
+
+@backends
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "spectral"])
 def test_the_gradient_of_gamma_does_not_cancel(backend, structure):
     """-φ (Qᵀa)ᵀm, as exact where Q is tiny as anywhere: aᵀm is a million times larger."""
     leaves, make_Q, b = random_quadratic(structure, (3,), 4, mu=1e-7, L=1e-6, dtype=torch.float64)

@@ -25,11 +25,9 @@ def truncated(backend, *arguments, backward_steps):
     first = num_steps - backward_steps
     if first <= 0:
         return run(backend, *arguments)
-    storage, compute = tensors[_B].dtype, tensors[_PHI].dtype
-    if storage != compute:
+    if tensors[_B].dtype != tensors[_PHI].dtype:
         # the iterate in between is not rounded
-        tensors[: _Y0 + 1] = [x if x is None else x.to(compute) for x in tensors[: _Y0 + 1]]
-        return truncated(backend, *tensors, num_steps, trajectory, backward_steps=backward_steps).to(storage)
+        return _in_compute_dtype(truncated, backend, *arguments, backward_steps=backward_steps)
     gradient_descent = tensors[_MOMENTUM] is None and tensors[_MU] is None
     with torch.no_grad():
         begun = run(backend, *_steps(tensors, 0, first), first, trajectory)
@@ -47,6 +45,12 @@ def truncated(backend, *arguments, backward_steps):
         ys = _steps_with_momentum(backend, after, previous.detach(), backward_steps)
         rest = torch.stack(ys) if trajectory else ys[-1]
     return torch.cat([begun, rest[1:]]) if trajectory else rest
+
+
+def _in_compute_dtype(function, backend, *arguments, **options):
+    """What ``function`` gives for the same numbers in the compute dtype, rounded once."""
+    tensors = [x if x is None else x.to(arguments[_PHI].dtype) for x in arguments[: _Y0 + 1]]
+    return function(backend, *tensors, *arguments[_Y0 + 1 :], **options).to(arguments[_B].dtype)
 
 
 def _steps_with_momentum(backend, tensors, previous, num_steps):
@@ -96,13 +100,15 @@ def _steps(tensors, first, last):
 def implicit(backend, *arguments):
     """``momentum`` with the gradients that its last iterate would have if it were the minimizer."""
     *tensors, num_steps, _ = arguments
+    if tensors[_B].dtype != tensors[_PHI].dtype:
+        # the solution for ȳ may be larger than any gradient
+        return _in_compute_dtype(implicit, backend, *arguments)
     matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
     if matrix is not None and diagonal is not None:
         # in the eigenbasis, between rotations that torch differentiates
-        R, lambda_, b_hat, y0_hat = (x if x is None else x.to(schedule[0].dtype) for x in (matrix, diagonal, b, y0))
-        b_hat, y0_hat = (x if x is None else common.matvec(R.mT, x) for x in (b_hat, y0_hat))
-        y_hat = implicit(backend, None, lambda_, None, b_hat, y0_hat, *schedule, *NO_PROX, num_steps, False)
-        return common.matvec(R, y_hat).to(b.dtype)
+        b_hat, y0_hat = (x if x is None else common.matvec(matrix.mT, x) for x in (b, y0))
+        y_hat = implicit(backend, None, diagonal, None, b_hat, y0_hat, *schedule, *NO_PROX, num_steps, False)
+        return common.matvec(matrix, y_hat)
     if not (common.runs_in_eager() or torch.compiler.is_exporting()):
         return ImplicitFunction.apply(backend, *tensors, num_steps)
     # forward mode and exported programs keep no Function: y_k + K (Q y_k + b), whose value is y_k, and of which all but
@@ -112,7 +118,7 @@ def implicit(backend, *arguments):
     held = _Held(y, Prox(*tensors[9:]))
     y = held.with_bounds(y)
     gradient = _energy_gradient(matrix, diagonal, observed, b, y) + held.weight_at(y)
-    change = (gradient - gradient.detach()).to(b.dtype)
+    change = gradient - gradient.detach()
     constants = constant(matrix), constant(diagonal), _zero(observed), change, None, *map(constant, schedule)
     return y + run(backend, *constants, *held.at_zero(schedule[0].dtype), num_steps, False)
 
