@@ -1,5 +1,6 @@
 """What the report says beyond the trained models: the speed of a training step, its memory, and the guard at work."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -10,7 +11,7 @@ from unrolled_kernels.experiments.denoising.grid import Training, Trial
 from unrolled_kernels.experiments.denoising.model import energy_layer
 from unrolled_kernels.experiments.denoising.train import Trainer
 from unrolled_kernels.experiments.timing import in_turns
-from unrolled_kernels.testing import bytes_kept_for_backward
+from unrolled_kernels.testing import assert_as_close_as_eager, bytes_kept_for_backward
 
 _BATCH, _ROUNDS = 10, 5
 _DEPTHS = (3, 12, 48)
@@ -32,6 +33,7 @@ def speed(task, device="cpu", backend="auto"):
             name: Trainer(task, Trial("about-right", algorithm, 12, 0), Training(epochs=1), device, name)
             for name in ("eager", backend)
         }
+        _check_gradients(trainers, clean)
         steps = {name: lambda trainer=t: trainer.train_step(clean, clean, _BATCH) for name, t in trainers.items()}
         layers = {name: _layer_call(clean, algorithm, 12, name) for name in ("eager", backend)}
         for what, calls in (("layer", layers), ("training step", steps)):
@@ -39,6 +41,18 @@ def speed(task, device="cpu", backend="auto"):
             eager, fused = (1e3 * timings[name].p50 for name in ("eager", backend))
             rows.append({"what": f"{algorithm.upper()}, {what}", "eager_ms": eager, "fused_ms": fused})
     return rows
+
+
+def _check_gradients(trainers, clean):
+    """What is timed is right: the parameters' gradients are as close to float64's as the eager loop's."""
+    eager, fused = (trainer.model for trainer in trainers.values())
+    gradients = []
+    for model, dtype in ((fused, torch.float32), (eager, torch.float64), (eager, torch.float32)):
+        # a copy: the statistics of batch norms are not to move
+        model, images = copy.deepcopy(model).to(dtype).train(), clean.to(dtype)
+        loss = (model(0.9 * images) - images).square().mean()
+        gradients.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(model.parameters()))]))
+    assert_as_close_as_eager(*gradients, what=f"gradients of {trainers['eager'].trial.name}")
 
 
 def saved_for_backward(task, backend="auto"):
