@@ -185,30 +185,62 @@ void launch(const Tensor& like, Structure structure, const Problem& p) {
   momentum_cpu(structure, p);
 }
 
+// Where a forward pass leaves the state after `step` steps.
+struct Begun {
+  int64_t step;
+  Tensor y, m;  // m: undefined where gradient descent has none
+};
+
+Tensor forward(Arguments& args, const Begun& begun) {
+  args.check();
+  const Tensor& b = args.b;
+  Tensor y = args.trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
+                             : allocate(b, args.storage, {args.B, args.d});
+  if (args.k == 0) {
+    args.y0 ? torch::stable::copy_(y, *args.y0) : torch::stable::zero_(y);
+    return y;
+  }
+  dispatch_storage(args.storage, [&](auto type) {
+    using Storage = decltype(type);
+    MomentumForward<Storage> p{};
+    args.fill(p);
+    p.y = mutable_data<Storage>(y);
+    p.begun = begun.step;
+    p.y_begun = mutable_data<Storage>(begun.y);
+    p.m_begun = mutable_data<Storage>(begun.m);
+    if (!args.mu) return launch(b, args.structure, p);
+    const NesterovMomentum<compute_type<Storage>> nesterov(p, args.coefficient<Storage>(*args.mu));
+    p.beta = p.gamma = nesterov.beta();
+    launch(b, args.structure, p);
+  });
+  return y;
+}
+
 Tensor momentum(OptionalTensor matrix, OptionalTensor diagonal, OptionalTensor observed, Tensor b, OptionalTensor y0,
                 Tensor step_sizes, OptionalTensor momentum, OptionalTensor extrapolation, OptionalTensor mu,
                 OptionalTensor lower, OptionalTensor upper, OptionalTensor weight, OptionalTensor threshold,
                 int64_t num_steps, bool trajectory) {
   Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum,  extrapolation,
                  mu,     lower,    upper,    weight, threshold, num_steps,  trajectory};
-  args.check();
-  Tensor y = trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
-                        : allocate(b, args.storage, {args.B, args.d});
-  if (args.k == 0) {
-    y0 ? torch::stable::copy_(y, *y0) : torch::stable::zero_(y);
-    return y;
-  }
-  dispatch_storage(args.storage, [&](auto type) {
-    using Storage = decltype(type);
-    MomentumForward<Storage> p;
-    args.fill(p);
-    p.y = mutable_data<Storage>(y);
-    if (!mu) return launch(b, args.structure, p);
-    const NesterovMomentum<compute_type<Storage>> nesterov(p, args.coefficient<Storage>(*args.mu));
-    p.beta = p.gamma = nesterov.beta();
-    launch(b, args.structure, p);
-  });
-  return y;
+  return forward(args, {});
+}
+
+// y_k, and y_t and m_t at t = begun, where a backward pass of the steps after it begins; of a dense Q, on a CPU
+std::tuple<Tensor, Tensor, Tensor> momentum_begun(Tensor matrix, Tensor b, OptionalTensor y0, Tensor step_sizes,
+                                                  OptionalTensor momentum, OptionalTensor extrapolation,
+                                                  OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
+                                                  OptionalTensor weight, OptionalTensor threshold, int64_t num_steps,
+                                                  int64_t begun) {
+  Arguments args{matrix, {},    {},    b,      y0,        step_sizes, momentum, extrapolation,
+                 mu,     lower, upper, weight, threshold, num_steps,  false};
+  STD_TORCH_CHECK(begun >= 0 && begun < num_steps, "begun: expected 0 ... num_steps - 1");
+  STD_TORCH_CHECK(b.is_cpu() && b.dim() == 2, "b: expected [B, d], on a CPU");
+  const auto rows = [&](bool present) {
+    return present ? allocate(b, b.scalar_type(), {b.size(0), b.size(1)}) : Tensor();
+  };
+  const Begun state{begun, rows(true), rows(momentum || mu)};
+  Tensor y = forward(args, state);
+  return {y, state.y, state.m};
 }
 
 // of the arguments of forward, in their order
@@ -219,7 +251,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
                             Tensor b, OptionalTensor y0, Tensor step_sizes, OptionalTensor momentum,
                             OptionalTensor extrapolation, OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
                             OptionalTensor weight, OptionalTensor threshold, int64_t num_steps, bool trajectory,
-                            int64_t needs, OptionalTensor iterates) {
+                            int64_t needs, OptionalTensor iterates, OptionalTensor m0, OptionalTensor minimizer) {
   Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum,   extrapolation,
                  mu,     lower,    upper,    weight, threshold, num_steps,  trajectory, (needs & need_matrix) != 0};
   args.check();
@@ -230,6 +262,12 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   STD_TORCH_CHECK(!iterates || (iterates->numel() == args.B * args.d * (args.k + 1) && iterates->is_contiguous() &&
                                 iterates->scalar_type() == args.storage),
                   "iterates: expected [num_steps + 1, B, d], contiguous, in the dtype of b");
+  for (const OptionalTensor& x : {m0, minimizer}) {
+    STD_TORCH_CHECK(!x || (x->numel() == args.B * args.d && x->is_contiguous() && x->scalar_type() == args.storage &&
+                           args.structure == Structure::dense && b.is_cpu()),
+                    "m0, minimizer: expected [B, d], contiguous, in the dtype of b, with a dense Q on a CPU");
+  }
+  STD_TORCH_CHECK(!m0 || (y0 && (momentum || mu)), "m0: expected y0 and momentum beside it");
 
   const auto rows = [&](bool needed) { return needed ? allocate(b, args.storage, {args.B, args.d}) : Tensor(); };
   const auto bounds = [&](bool needed) { return needed ? allocate(b, args.compute, {args.B, args.d}) : Tensor(); };
@@ -256,6 +294,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     args.fill(p);
     p.grad_y = data<Storage>(grad_y);
     p.iterates = iterates ? data<Storage>(*iterates) : nullptr;
+    p.m0 = m0 ? data<Storage>(*m0) : nullptr;
+    p.minimizer = minimizer ? data<Storage>(*minimizer) : nullptr;
     p.d_matrix = mutable_data<Storage>(d_matrix);
     p.d_diagonal = mutable_data<Storage>(d_diagonal);
     p.db = mutable_data<Storage>(db);
@@ -300,6 +340,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("momentum", TORCH_BOX(&momentum));
+  m.impl("momentum_begun", TORCH_BOX(&momentum_begun));
   m.impl("momentum_backward", TORCH_BOX(&momentum_backward));
 }
 
@@ -312,9 +353,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
       "Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, "
       "Tensor? threshold, SymInt num_steps, bool trajectory) -> Tensor");
   m.def(
+      "momentum_begun(Tensor matrix, Tensor b, Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, "
+      "Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, Tensor? threshold, SymInt num_steps, SymInt begun) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
       "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, "
       "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, "
-      "Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs, Tensor? iterates=None) -> "
+      "Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs, Tensor? iterates=None, "
+      "Tensor? m0=None, Tensor? minimizer=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -84,6 +84,9 @@ struct MomentumInputs {
 template <typename Storage>
 struct MomentumForward : MomentumInputs<Storage> {
   Storage* y;  // [B, d] or [k+1, B, d], contiguous, written in full
+  // CPU only, of a dense Q: y_t and m_t at t = begun, [B, d], contiguous; m_begun only beside beta. nullptr: not wanted
+  int64_t begun;
+  Storage *y_begun, *m_begun;
 };
 
 // Every output is written in full, whatever was in it; a null pointer says that the gradient is not wanted.
@@ -94,10 +97,13 @@ struct MomentumBackward : MomentumInputs<Storage> {
   // y_0 ... y_k, [k+1, B, d], contiguous, where they were kept; else nullptr, and they are replayed. Only the kernels of a
   // shared matrix read them, and only where Storage is Compute and no box ends the steps.
   const Storage* iterates;
-  Storage* d_matrix;    // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
-  Storage* d_diagonal;  // [B, d], also where diagonal_stride is 0. tikhonov: df
-  Storage* db;          // [B, d], also where b_stride is 0. tikhonov: dg = -dx
-  Storage* dy0;         // [B, d], also where y0 is nullptr
+  // CPU only, of a dense Q, rows [d], contiguous:
+  const Storage* m0;         // beside y0 and beta: where the first step comes from; nullptr: m_0 = 0
+  const Storage* minimizer;  // y: dQ is db y' instead; nullptr: that of the steps
+  Storage* d_matrix;         // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
+  Storage* d_diagonal;       // [B, d], also where diagonal_stride is 0. tikhonov: df
+  Storage* db;               // [B, d], also where b_stride is 0. tikhonov: dg = -dx
+  Storage* dy0;              // [B, d], also where y0 is nullptr
   // [B or 1, k or 1], summed over what is shared. dbeta, dgamma: nullptr where beta, gamma are 0.
   Compute *dphi, *dbeta, *dgamma, *d_threshold;
   Compute *d_lower, *d_upper, *d_weight;  // [B, d], also where they are shared or single

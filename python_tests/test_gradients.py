@@ -232,7 +232,11 @@ def test_every_dtype(backend, structure, method, mode, dtype):
         pytest.skip("interpreted: one dtype")
     if backend == "eager":
         pytest.skip("is the reference")
-    for B, d, form, shared in ((3, 5, "both", False), (7, 33, "step", True)):
+    cases = [(3, 5, "both", False), (7, 33, "step", True)]
+    if structure == "dense" and backend == "cpu":
+        # each layout of the kernels
+        cases += [(9, 20, "both", False), (2, 64, "sample", False), (40, 20, "step", True)]
+    for B, d, form, shared in cases:
         problem = MomentumProblem(
             structure, (B,), d, 5, method=method, form=form, shared=shared, device=device_of(backend)
         )

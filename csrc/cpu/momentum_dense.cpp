@@ -107,15 +107,15 @@ struct Trace {
 // How many tiles take turns is known to the compiler, and their traces are copied to where nothing else can write: what
 // they point to is worked out once and not in every step.
 
-// From y_0 on, `products` of the k steps. k - 1 give every z_t.
+// The steps `begin` ... `end` - 1 of the k. k - 1 give every z_t.
 template <bool momentum, bool proximal, int groups, typename Matrix, typename C>
 UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k,
-                                      int64_t products) {
+                                      int64_t begin, int64_t end) {
   constexpr int64_t W = lanes<C>;
   Trace<C> traces[groups];
 #pragma GCC unroll 2
   for (int g = 0; g < groups; ++g) traces[g] = all[g];
-  for (int64_t t = 0; t < products; ++t) {
+  for (int64_t t = begin; t < end; ++t) {
 #pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) {
       const Trace<C>& s = traces[g];
@@ -140,13 +140,14 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matri
 }
 
 template <typename Inputs, int groups, typename Matrix, typename C>
-void replay(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t products) {
+void replay(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t begin,
+            int64_t end) {
   if (p.prox == Prox::none) {
-    p.beta.data ? replay<true, false>(traces, matrices, p.k, products)
-                : replay<false, false>(traces, matrices, p.k, products);
+    p.beta.data ? replay<true, false>(traces, matrices, p.k, begin, end)
+                : replay<false, false>(traces, matrices, p.k, begin, end);
   } else {
-    p.beta.data ? replay<true, true>(traces, matrices, p.k, products)
-                : replay<false, true>(traces, matrices, p.k, products);
+    p.beta.data ? replay<true, true>(traces, matrices, p.k, begin, end)
+                : replay<false, true>(traces, matrices, p.k, begin, end);
   }
 }
 
@@ -163,14 +164,16 @@ UNROLLED_KERNELS_NOINLINE void adjoint_map(const Trace<C>& trace, int64_t t, Vec
   }
 }
 
+// s_t for t = k ... first
 template <bool momentum, bool per_step, int groups, typename Matrix, typename C>
-UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k) {
+UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k,
+                                       int64_t first) {
   constexpr int64_t W = lanes<C>;
   Trace<C> traces[groups];
 #pragma GCC unroll 2
   for (int g = 0; g < groups; ++g) traces[g] = all[g];
   const int64_t row = matrices[0].size() * W;
-  for (int64_t t = k - 1; t >= 0; --t) {
+  for (int64_t t = k - 1; t >= first; --t) {
 #pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) {
       const Trace<C>& trace = traces[g];
@@ -276,7 +279,17 @@ class DenseTile {
     }
   }
 
+  void store_begun(const MomentumForward<Storage>& p) const {
+    tile_.store_state(y_.at(p.begun), p.y_begun);
+    if (p.m_begun) tile_.store_state(m_.at(p.begun), p.m_begun);
+  }
+
   UNROLLED_KERNELS_NOINLINE void stage_cotangents(const MomentumBackward<Storage>& p, bool first_of_chunk) {
+    if (p.m0) {
+      tile_.load_state(p.m0, p.d, m_.data);
+      const Vector<C> gamma = schedule_.view().template at<true>(0).gamma;
+      for (int64_t n = 0; n < row_; n += W) store(z_.data + n, load(z_.data + n) + gamma * load(m_.data + n));
+    }
     if (gradient_.wanted()) gradient_.begin_tile(first_of_chunk);
     if (first_of_chunk && shares_matrix(p) && p.d_matrix) fill_zero(dQ_, Q_.image_size());
     for (int64_t t = p.trajectory ? 0 : p.k; t <= p.k; ++t) {
@@ -291,7 +304,7 @@ class DenseTile {
   UNROLLED_KERNELS_NOINLINE void store_backward(const MomentumBackward<Storage>& p, bool per_step) {
     const Vector<C> scale = per_step || p.k == 0 ? broadcast(C(-1)) : -schedule_.view().template at<false>(0).phi;
     Vector<C> phi_sum{};
-    const bool sum_wanted = p.db || (!per_step && gradient_.wanted());
+    const bool sum_wanted = p.db || p.minimizer || (!per_step && gradient_.wanted());
     for (int64_t n = 0; sum_wanted && n < row_; n += W) {
       Vector<C> partial[4] = {};
       const C* a = s_ + row_ + n;
@@ -306,7 +319,10 @@ class DenseTile {
       store(db_ + n, scale * sum);
     }
     if (p.db) tile_.store_state(db_, p.db);
-    if (p.d_matrix) {
+    if (p.d_matrix && p.minimizer) {
+      tile_.load_state(p.minimizer, p.d, z_.data);
+      Q_.outer(p, tile_, db_, z_.data, 1, broadcast(C(1)), false, dQ_);
+    } else if (p.d_matrix) {
       const int64_t first = p.y0 || p.k == 0 ? 0 : 1;  // z_0 = y_0 may be zero
       phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_.at(first), p.k - first, scale,
                           !per_step && gradient_.wanted(), dQ_);
@@ -422,8 +438,15 @@ class DenseTiles {
     for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
       const int active = static_cast<int>(min(groups_, chunk.end - i));
       for (int g = 0; g < active; ++g) tiles_[g]->stage(i + g, i == chunk.begin);
-      with_matrices<C>(first_, second_, active, p.d,
-                       [&](const auto& traces, const auto& matrices) { replay(p, traces, matrices, p.k); });
+      const auto run = [&](int64_t begin, int64_t end) {
+        with_matrices<C>(first_, second_, active, p.d,
+                         [&](const auto& traces, const auto& matrices) { replay(p, traces, matrices, begin, end); });
+      };
+      if (p.y_begun) {
+        run(0, p.begun);
+        for (int g = 0; g < active; ++g) tiles_[g]->store_begun(p);
+      }
+      run(p.begun, p.k);
       for (int g = 0; g < active; ++g) tiles_[g]->store_forward(p.y);
     }
   }
@@ -436,11 +459,15 @@ class DenseTiles {
         tiles_[g]->stage_cotangents(p, i == chunk.begin);
       }
       with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
-        replay(p, traces, matrices, p.prox == Prox::none ? p.k - 1 : p.k);
+        if (needs_iterates(p)) replay(p, traces, matrices, 0, p.prox == Prox::none ? p.k - 1 : p.k);
+        // s_0 is dy_0, and dphi_0 comes with it or of dQ; dbeta_0 and dgamma_0 are zero with m_0
+        const int64_t first_s = per_step || p.dy0 || p.m0 ? 0 : 1;
         if (p.beta.data) {
-          per_step ? adjoint<true, true>(traces, matrices, p.k) : adjoint<true, false>(traces, matrices, p.k);
+          per_step ? adjoint<true, true>(traces, matrices, p.k, first_s)
+                   : adjoint<true, false>(traces, matrices, p.k, first_s);
         } else {
-          per_step ? adjoint<false, true>(traces, matrices, p.k) : adjoint<false, false>(traces, matrices, p.k);
+          per_step ? adjoint<false, true>(traces, matrices, p.k, first_s)
+                   : adjoint<false, false>(traces, matrices, p.k, first_s);
         }
       });
       for (int g = 0; g < active; ++g) tiles_[g]->store_backward(p, per_step);

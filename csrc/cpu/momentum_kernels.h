@@ -87,6 +87,12 @@ bool is_shared(Structure structure, const MomentumInputs<Storage>& p) {
   return p.d > (structure == Structure::dense && p.B >= 32 ? 40 : 16);
 }
 
+// Whether backward reads more than the adjoints of the steps: db and dy0 alone do not ask where they were.
+template <typename Storage>
+bool needs_iterates(const MomentumBackward<Storage>& p) {
+  return (p.d_matrix && !p.minimizer) || p.dphi || p.prox != Prox::none;
+}
+
 #define UNROLLED_KERNELS_DECLARE(isa)                        \
   namespace isa {                                            \
   template <typename Storage>                                \

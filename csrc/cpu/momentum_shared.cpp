@@ -54,6 +54,10 @@ class DenseRows {
     start(rows(z_));
     for (int64_t t = 0;; ++t) {
       const Panels<C> z = rows(z_ + t % 2 * size_);
+      if (p.y_begun && t == p.begun) {
+        store_rows(p.beta.data ? rows(y_) : z, p.y_begun);
+        if (p.m_begun) store_rows(rows(m_), p.m_begun);
+      }
       if (p.trajectory || t == p.k) store_rows(p.beta.data ? rows(y_) : z, p.y + (p.trajectory ? t * p.B * p.d : 0));
       if (t == p.k) return;
       step(t, tile.packed, z, rows(z_ + (t + 1) % 2 * size_), rows(m_), rows(m_), nullptr);
@@ -64,15 +68,17 @@ class DenseRows {
     begin(tile);
     const int64_t k = p.k;
     // of step t: rows t count ... (t + 1) count - 1 of both factors of dQ
-    const Panels<C> a{tile.a, max(k, 1) * count_ * W}, z{tile.z, a.plane};
+    const Panels<C> a{tile.a, (p.minimizer ? 1 : max(k, 1)) * count_ * W}, z{tile.z, a.plane};
     start(z);
+    if (p.m0) start_moving(p, z);
+    const int64_t replayed = needs_iterates(p) ? k : 0;
     // y_{t+1} does not tell whether v_t was on a bound or beyond
     if (p.iterates && p.prox != Prox::box && std::is_same_v<Storage, C>) {
-      for (int64_t t = 1; t < k; ++t) load_iterate(p, t, z.from(t * count_));
-      for (int64_t t = 0; v_ && t < k; ++t) load_side(p, t);
+      for (int64_t t = 1; t < replayed; ++t) load_iterate(p, t, z.from(t * count_));
+      for (int64_t t = 0; v_ && t < replayed; ++t) load_side(p, t);
     } else {
       // the last step is taken for v_(k-1) alone
-      for (int64_t t = 0; t + 1 < k || (t < k && v_); ++t) {
+      for (int64_t t = 0; t + 1 < replayed || (t < replayed && v_); ++t) {
         const Panels<C> z_next = t + 1 < k ? z.from((t + 1) * count_) : rows(ybar_);
         step(t, tile.packed, z.from(t * count_), z_next, m(t), m(t + 1), v(t));
       }
@@ -102,9 +108,13 @@ class DenseRows {
           const Vector<C> weighted = -(phi * load(s(t + 1).at(r, i)));
           C* db = rows(db_).at(r, i);
           store(db, load(db) + weighted);
-          if (p.d_matrix) store(a.at(t * count_ + r, i), weighted);
+          if (p.d_matrix && !p.minimizer) store(a.at(t * count_ + r, i), weighted);
         }
       }
+    }
+    if (p.d_matrix && p.minimizer) {
+      load_rows(p.minimizer, p.d, z);
+      for (int64_t i = 0; i < panels_; ++i) copy_vectors(rows(db_).at(0, i), count_ * W, a.at(0, i));
     }
     if (p.db) store_rows(rows(db_), p.db);
     if (p.dy0) store_rows(s(0), p.dy0);
@@ -167,6 +177,15 @@ class DenseRows {
     if (!p_.beta.data) return;
     for (int64_t i = 0; i < panels_; ++i) copy_vectors(z.at(0, i), count_ * W, rows(y_).at(0, i));
     fill_zero(m_, count_ * panels_ * W);
+  }
+
+  // m_0 that is not zero, and z_0 with it
+  UNROLLED_KERNELS_NOINLINE void start_moving(const MomentumBackward<Storage>& p, Panels<C> z) const {
+    load_rows(p.m0, p.d, m(0));
+    for (int64_t r = 0; r < count_; ++r) {
+      const Vector<C> gamma = coefficients<true>(r, 0).gamma;
+      for (int64_t i = 0; i < panels_; ++i) store(z.at(r, i), load(z.at(r, i)) + gamma * load(m(0).at(r, i)));
+    }
   }
 
   // z_t and m_t of iterates that were kept
@@ -479,7 +498,7 @@ SharedMomentumPlan shared_plan(const MomentumInputs<Storage>& p, int64_t terms) 
 
 template <typename Storage>
 SharedMomentumPlan dense_plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
-  SharedMomentumPlan plan = shared_plan(p, p.k);
+  SharedMomentumPlan plan = shared_plan(p, backward && backward->minimizer ? min(p.k, 1) : p.k);
   plan.packs = backward ? 2 : 1;
   plan.scratch_bytes = DenseRows<Storage>(nullptr, p, plan, backward).scratch_bytes();
   return plan;

@@ -1,16 +1,17 @@
 """Gradients other than those of all k steps: truncated, and implicit.
 
 Both are derived in ``manual``, take the canonical arguments of the package's docstring, and are made of the op itself,
-so they hold for every backend.
+so they hold for every backend. Of a dense Q on a CPU the kernels have them to themselves.
 """
 
 import math
 
 import torch
 
+from unrolled_kernels import _torch_private
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
-from unrolled_kernels.ops.momentum import reference
+from unrolled_kernels.ops.momentum import native, reference
 from unrolled_kernels.ops.momentum.function import momentum as run
 from unrolled_kernels.ops.momentum.reference import NO_PROX, Prox
 
@@ -28,23 +29,80 @@ def truncated(backend, *arguments, backward_steps):
     if tensors[_B].dtype != tensors[_PHI].dtype:
         # the iterate in between is not rounded
         return _in_compute_dtype(truncated, backend, *arguments, backward_steps=backward_steps)
-    gradient_descent = tensors[_MOMENTUM] is None and tensors[_MU] is None
+    if backend == "cpu" and tensors[1] is None and not (trajectory or _is_transformed()):
+        return TruncatedFunction.apply(tensors[0], *tensors[_B:], num_steps, first)
+    return _composed(backend, tensors, num_steps, trajectory, backward_steps)
+
+
+def _is_transformed():
+    return torch.compiler.is_compiling() or _torch_private.transforms_are_active() or common.runs_in_eager()
+
+
+def _composed(backend, tensors, num_steps, trajectory, backward_steps):
+    first, previous = num_steps - backward_steps, None
     with torch.no_grad():
         begun = run(backend, *_steps(tensors, 0, first), first, trajectory)
-        if not gradient_descent:
+        if tensors[_MOMENTUM] is not None or tensors[_MU] is not None:
             # the last step goes on as momentum
             shorter = (*_steps(tensors, 0, first - 1), first - 1)
             previous = begun[-2] if trajectory else run(backend, *shorter, False)
     # detached: forward mode knows no torch.no_grad
-    begun = begun.detach()
+    begun, previous = (x if x is None else x.detach() for x in (begun, previous))
     after = _steps(tensors, first, num_steps)
-    after[_Y0] = begun[-1] if trajectory else begun
-    if gradient_descent:
-        rest = run(backend, *after, backward_steps, trajectory)
-    else:
-        ys = _steps_with_momentum(backend, after, previous.detach(), backward_steps)
-        rest = torch.stack(ys) if trajectory else ys[-1]
-    return torch.cat([begun, rest[1:]]) if trajectory else rest
+    if not trajectory:
+        return _last_steps(backend, after, begun, previous, backward_steps, False)
+    return torch.cat([begun, _last_steps(backend, after, begun[-1], previous, backward_steps, True)[1:]])
+
+
+def _last_steps(backend, tensors, begun, previous, num_steps, trajectory):
+    """``num_steps`` from y_0 = ``begun``, and y_{-1} = ``previous`` where there is momentum."""
+    tensors[_Y0] = begun
+    if previous is None:
+        return run(backend, *tensors, num_steps, trajectory)
+    ys = _steps_with_momentum(backend, tensors, previous, num_steps)
+    return torch.stack(ys) if trajectory else ys[-1]
+
+
+class TruncatedFunction(Function):
+    """y_k of a dense Q on a CPU; keeps its inputs, and y_t and m_t where the last steps begin."""
+
+    @staticmethod
+    def forward(ctx, matrix, b, y0, phi, beta, gamma, mu, lower, upper, weight, threshold, num_steps, first):
+        tensors = (matrix, b, y0, phi, beta, gamma, mu, lower, upper, weight, threshold)
+        y, y_begun, m_begun = native.begun(*tensors, num_steps, first)
+        ctx.num_steps, ctx.first = num_steps, first
+        ctx.save_for_backward(*tensors, y_begun, m_begun)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (matrix, *tensors), (y_begun, m_begun) = ctx.saved_tensors[:-2], ctx.saved_tensors[-2:]
+        tensors = [matrix, None, None, *tensors]
+        num_steps, first = ctx.num_steps, ctx.first
+        if common.is_differentiated():
+            previous = None if m_begun is None else y_begun - m_begun
+            with torch.enable_grad():
+                # as variables of their own: a tensor may follow from another
+                tensors = [x if x is None else x.view_as(x) for x in tensors]
+                after = _steps(tensors, first, num_steps)
+                y = _last_steps("cpu", after, y_begun, previous, num_steps - first, False)
+            wanted = [i for i, x in enumerate(tensors) if x is not None and x.requires_grad and i != _Y0]
+            grads = [None] * len(tensors)
+            found = torch.autograd.grad(y, [tensors[i] for i in wanted], grad_y, create_graph=True, allow_unused=True)
+            for i, g in zip(wanted, found, strict=True):
+                grads[i] = g
+            return (grads[0], *grads[3:], None, None)
+        needed = ctx.needs_input_grad
+        needs = common.mask((needed[0], False, False, needed[1], False, *needed[3:11]))
+        after = _steps(tensors, first, num_steps)
+        after[_Y0] = y_begun
+        grads = native.backward(grad_y, *after, num_steps - first, False, needs, None, m_begun)
+        # of the steps before: zero
+        grads = [
+            torch.nn.functional.pad(g, (first, 0)) if g is not None and g.shape != x.shape else g
+            for g, x in zip(grads, tensors, strict=True)
+        ]
+        return (grads[0], *grads[3:], None, None)
 
 
 def _in_compute_dtype(function, backend, *arguments, **options):
@@ -212,6 +270,8 @@ class ImplicitFunction(Function):
         num_steps,
     ):
         tensors = (matrix, diagonal, observed, b, y0, step_sizes, momentum, extrapolation, mu)
+        if backend == "cpu":
+            return native.forward(*tensors, lower, upper, weight, threshold, num_steps, False)
         return run(backend, *tensors, lower, upper, weight, threshold, num_steps, False)
 
     @staticmethod
@@ -224,7 +284,17 @@ class ImplicitFunction(Function):
         *tensors, y = ctx.saved_tensors
         matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
         needs_matrix, needs_diagonal, needs_observed, _, *others_needed = ctx.needs_input_grad[1:10]
-        held = _Held(y, Prox(*tensors[9:]))
+        # y_k forgets where it began and how it got there
+        others = (
+            torch.zeros_like(x) if needed else None for x, needed in zip((y0, *schedule), others_needed, strict=True)
+        )
+        prox = tensors[9:]
+        if ctx.backend == "cpu" and diagonal is None and prox == [None] * 4 and not common.is_differentiated():
+            needs = needs_matrix | 1 << _B
+            same = matrix, None, None, b, None, *schedule, *NO_PROX, ctx.num_steps, False, needs, None, None, y
+            d_matrix, _, _, db, *_ = native.backward(grad_y, *same)
+            return None, d_matrix, None, None, db, *others, None, None, None, None, None
+        held = _Held(y, Prox(*prox))
         # b̄ is what the same method makes of Qᵀ, with ȳ for b and the entries held at zero
         transposed = None if matrix is None else matrix.mT
         adjoint = (transposed, diagonal, _zero(observed), grad_y, None, *schedule, *held.at_zero(schedule[0].dtype))
@@ -237,10 +307,6 @@ class ImplicitFunction(Function):
         if needs_diagonal:
             d_diagonal = db * y if observed is None else 2 * diagonal * (db * y)
         d_observed = -db if needs_observed else None
-        # y_k forgets where it began and how it got there
-        others = (
-            torch.zeros_like(x) if needed else None for x, needed in zip((y0, *schedule), others_needed, strict=True)
-        )
         adjoint_of_y = lambda: _energy_gradient(transposed, diagonal, _zero(observed), 0.0, db)
         d_prox = held.gradients(grad_y, adjoint_of_y, db, y)
         return None, d_matrix, d_diagonal, d_observed, db, *others, *d_prox, None

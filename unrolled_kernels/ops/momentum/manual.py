@@ -42,7 +42,10 @@ Q dy + dQ y + db = 0, so with Qᵀa = ȳ
 
     ȳᵀdy = -aᵀ(dQ y + db)          b̄ = -a          Q̄ = b̄ yᵀ          the coefficients and y_0 get zero
 
-and b̄ = -(Qᵀ)⁻¹ȳ is what k steps of the same method make of Qᵀ with ȳ for b. Q = diag(q): q̄ = b̄ y.
+and b̄ = -(Qᵀ)⁻¹ȳ is what k steps of the same method make of Qᵀ with ȳ for b. From y_0 = 0 they make P(Q) b of b, P a
+polynomial, and P(Qᵀ) = P(Q)ᵀ: it is the b̄ of the steps themselves, whose adjoints do not ask where they were.
+
+Q = diag(q): q̄ = b̄ y.
 Q = R diag(λ) Rᵀ: the same in the eigenbasis. With a proximal map, let N be the entries that it holds at a bound or at
 zero, F the others. Where (Q y + b + weight sign(y))_F = 0 and y_N is the bound or zero, dy_N is that of the bound and
 

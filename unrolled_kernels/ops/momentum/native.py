@@ -11,6 +11,11 @@ def fake_forward(matrix, diagonal, observed, b, *rest):
     return b.new_empty((num_steps + 1, *b.shape) if trajectory else b.shape)
 
 
+def fake_begun(matrix, b, y0, phi, beta, gamma, mu, *rest):
+    """Shapes and dtypes of y_k and of the state before the last steps."""
+    return tuple(b.new_empty(b.shape) for _ in range(3))
+
+
 def fake_backward(grad_y, *arguments):
     """Shapes and dtypes of the gradients, None for what is not needed."""
     tensors, needs = arguments[:13], arguments[15]
@@ -31,7 +36,8 @@ class Cuda:
         return backward(*arguments[:9], None, *arguments[9:])
 
 
-forward = backward = None  # without the extension
+forward = backward = begun = None  # without the extension
 if _backend.extension() is not None:
     backward = common.register("momentum_backward", fake_backward)
+    begun = common.register("momentum_begun", fake_begun)
     forward = common.register("momentum", fake_forward, backward, manual.backward)
