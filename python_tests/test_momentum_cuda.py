@@ -69,7 +69,8 @@ REGISTERS = {
     [pytest.param(a, marks=[] if a == "90" else pytest.mark.slow, id=f"sm_{a}") for a in ARCHITECTURES],
 )
 @pytest.mark.parametrize(
-    "stem", [pytest.param(s, marks=pytest.mark.slow if s == "momentum_spectral" else []) for s in STEMS]
+    "stem",
+    [pytest.param(s, marks=[] if s in ("momentum_dense", "momentum_diagonal") else pytest.mark.slow) for s in STEMS],
 )
 def test_resources(stem, architecture):
     """float32 kernels of tiles spill nothing, use no local memory and keep to their budget of registers."""

@@ -438,6 +438,7 @@ with uk.use_backend("eager"):
 """
 
 
+@pytest.mark.slow
 def test_types(tmp_path):
     """mypy passes on the package, and knows its types in a program that imports it: what is right and what is not."""
     pytest.importorskip("mypy")
