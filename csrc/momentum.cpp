@@ -338,10 +338,99 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   return {d_matrix, d_diagonal, d_observed, db, dy0, dphi, dbeta, dgamma, dmu, d_lower, d_upper, d_weight, d_threshold};
 }
 
+// The VJP of momentum_backward, of a dense Q without a proximal map, on a CPU: cotangents of dmatrix, db and so on, shaped
+// like them, none: zero. Bit i of `needs` for the gradient i of grad_y, matrix, b, y0, step_sizes, momentum, extrapolation.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_second_order(
+    Tensor grad_y, Tensor matrix, Tensor b, OptionalTensor y0, Tensor step_sizes, OptionalTensor momentum,
+    OptionalTensor extrapolation, OptionalTensor d_matrix, OptionalTensor d_b, OptionalTensor d_y0,
+    OptionalTensor d_step_sizes, OptionalTensor d_momentum, OptionalTensor d_extrapolation, int64_t num_steps,
+    bool trajectory, int64_t needs) {
+  Arguments args{matrix, {}, {}, b,  y0, step_sizes, momentum,   extrapolation,
+                 {},     {}, {}, {}, {}, num_steps,  trajectory, (needs & 2) != 0};
+  args.check();
+  const int64_t B = args.B, d = args.d;
+  STD_TORCH_CHECK(b.is_cpu() && args.storage == args.compute && num_steps > 0,
+                  "b: expected float32 or float64, on a CPU; num_steps: one or more");
+  STD_TORCH_CHECK(grad_y.numel() == B * d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
+                  "grad_y: expected the shape and dtype of y");
+  // of what it is the cotangent, and how many entries that has
+  const auto prepare = [&](OptionalTensor& x, int64_t size) {
+    STD_TORCH_CHECK(!x || (x->numel() == size && x->scalar_type() == args.storage),
+                    "cotangents: expected the shapes and the dtype of the gradients");
+    if (x && !x->is_contiguous()) x = as_contiguous(*x);
+  };
+  prepare(d_matrix, matrix.numel());
+  prepare(d_b, B * d);
+  prepare(d_y0, B * d);
+  prepare(d_step_sizes, step_sizes.numel());
+  prepare(d_momentum, momentum ? momentum->numel() : 0);
+  prepare(d_extrapolation, extrapolation ? extrapolation->numel() : 0);
+  STD_TORCH_CHECK(!d_step_sizes || (d_momentum.has_value() == momentum.has_value() &&
+                                    d_extrapolation.has_value() == extrapolation.has_value()),
+                  "cotangents: expected those of all coefficients or of none");
+  if (!grad_y.is_contiguous()) grad_y = as_contiguous(grad_y);
+
+  const auto wanted = [&](int64_t bit) { return (needs >> bit & 1) != 0; };
+  const auto like = [&](bool needed, const OptionalTensor& x) {
+    if (!needed || !x) return Tensor();
+    Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {}) : allocate(b, args.compute, {x->size(0), x->size(1)});
+    if (B == 0) torch::stable::zero_(grad);
+    return grad;
+  };
+  const bool schedule = wanted(4) || wanted(5) || wanted(6);
+  Tensor y_tangent = !wanted(0)   ? Tensor()
+                     : trajectory ? allocate(b, args.storage, {args.k + 1, B, d})
+                                  : allocate(b, args.storage, {B, d});
+  Tensor matrix_grad = wanted(1) ? allocate(b, args.storage, {matrix.size(0), d, d}) : Tensor();
+  Tensor b_grad = like(wanted(2), b), y0_grad = like(wanted(3), y0);
+  Tensor phi_grad = like(schedule, step_sizes), beta_grad = like(schedule, momentum),
+         gamma_grad = like(schedule, extrapolation);
+  const auto run = [&](auto type) {
+    using Storage = decltype(type);
+    const auto of = [](const OptionalTensor& x) { return x ? data<Storage>(*x) : nullptr; };
+    MomentumTangents<Storage> tangents{};
+    tangents.matrix = of(d_matrix);
+    tangents.matrix_stride = matrix.size(0) == 1 ? 0 : d * d;
+    tangents.b = of(d_b);
+    tangents.y0 = of(d_y0);
+    const auto shaped = [](const OptionalTensor& x, const OptionalTensor& like) {
+      if (!x) return Coefficient<compute_type<Storage>>{};
+      const int64_t rows = like->dim() ? like->size(0) : 1, columns = like->dim() ? like->size(1) : 1;
+      return Coefficient<compute_type<Storage>>{data<compute_type<Storage>>(*x), rows == 1 ? 0 : columns,
+                                                columns == 1 ? 0 : 1};
+    };
+    if (d_step_sizes) {
+      tangents.phi = shaped(d_step_sizes, step_sizes);
+      tangents.beta = shaped(d_momentum, momentum);
+      tangents.gamma = shaped(d_extrapolation, extrapolation);
+    }
+    tangents.y = mutable_data<Storage>(y_tangent);
+    MomentumBackward<Storage> p{};
+    args.fill(p);
+    p.grad_y = data<Storage>(grad_y);
+    p.tangents = &tangents;
+    p.d_matrix = mutable_data<Storage>(matrix_grad);
+    p.db = mutable_data<Storage>(b_grad);
+    p.dy0 = mutable_data<Storage>(y0_grad);
+    using Compute = compute_type<Storage>;
+    p.dphi = mutable_data<Compute>(phi_grad);
+    p.dbeta = mutable_data<Compute>(beta_grad);
+    p.dgamma = mutable_data<Compute>(gamma_grad);
+    launch(b, args.structure, p);
+  };
+  if (args.storage == ScalarType::Double) {
+    run(double());
+  } else {
+    run(float());
+  }
+  return {y_tangent, matrix_grad, b_grad, y0_grad, phi_grad, beta_grad, gamma_grad};
+}
+
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("momentum", TORCH_BOX(&momentum));
   m.impl("momentum_begun", TORCH_BOX(&momentum_begun));
   m.impl("momentum_backward", TORCH_BOX(&momentum_backward));
+  m.impl("momentum_second_order", TORCH_BOX(&momentum_second_order));
 }
 
 }  // namespace
@@ -362,6 +451,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
       "Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs, Tensor? iterates=None, "
       "Tensor? m0=None, Tensor? minimizer=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "momentum_second_order(Tensor grad_y, Tensor matrix, Tensor b, Tensor? y0, Tensor step_sizes, Tensor? momentum, "
+      "Tensor? extrapolation, Tensor? d_matrix, Tensor? d_b, Tensor? d_y0, Tensor? d_step_sizes, Tensor? d_momentum, "
+      "Tensor? d_extrapolation, SymInt num_steps, bool trajectory, int needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unrolled_kernels, CPU, m) { unrolled_kernels::register_kernels(m); }

@@ -89,6 +89,18 @@ struct MomentumForward : MomentumInputs<Storage> {
   Storage *y_begun, *m_begun;
 };
 
+// A direction in the space of inputs, and the derivative of y along it.
+template <typename Storage>
+struct MomentumTangents {
+  using Compute = compute_type<Storage>;
+  const Storage* matrix;  // like Q, contiguous; nullptr: zero
+  int64_t matrix_stride;
+  const Storage *b, *y0;  // [B, d], contiguous; nullptr: zero
+  // like those of the problem, all that it has; nullptr: zero, all of them
+  Coefficient<Compute> phi, beta, gamma, threshold;
+  Storage* y;  // output, shape of y; nullptr: not wanted
+};
+
 // Every output is written in full, whatever was in it; a null pointer says that the gradient is not wanted.
 template <typename Storage>
 struct MomentumBackward : MomentumInputs<Storage> {
@@ -100,10 +112,13 @@ struct MomentumBackward : MomentumInputs<Storage> {
   // CPU only, of a dense Q, rows [d], contiguous:
   const Storage* m0;         // beside y0 and beta: where the first step comes from; nullptr: m_0 = 0
   const Storage* minimizer;  // y: dQ is db y' instead; nullptr: that of the steps
-  Storage* d_matrix;         // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
-  Storage* d_diagonal;       // [B, d], also where diagonal_stride is 0. tikhonov: df
-  Storage* db;               // [B, d], also where b_stride is 0. tikhonov: dg = -dx
-  Storage* dy0;              // [B, d], also where y0 is nullptr
+  // The outputs are the gradients of <grad_y, derivative of y along these>: where these are cotangents of backward's
+  // outputs, its VJP. No prox, not of the kernels of a shared matrix, Storage is Compute. nullptr: those of <grad_y, y>
+  const MomentumTangents<Storage>* tangents;
+  Storage* d_matrix;    // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
+  Storage* d_diagonal;  // [B, d], also where diagonal_stride is 0. tikhonov: df
+  Storage* db;          // [B, d], also where b_stride is 0. tikhonov: dg = -dx
+  Storage* dy0;         // [B, d], also where y0 is nullptr
   // [B or 1, k or 1], summed over what is shared. dbeta, dgamma: nullptr where beta, gamma are 0.
   Compute *dphi, *dbeta, *dgamma, *d_threshold;
   Compute *d_lower, *d_upper, *d_weight;  // [B, d], also where they are shared or single

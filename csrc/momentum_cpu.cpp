@@ -142,7 +142,7 @@ void with_schedule_sums(const MomentumBackward<Storage>& p, const MomentumPlan& 
 template <typename Storage>
 void momentum_cpu(Structure structure, const MomentumBackward<Storage>& p) {
   using C = compute_type<Storage>;
-  if (is_shared(structure, p)) {
+  if (is_shared(structure, p) && !p.tangents) {
     const SharedMomentum<Storage> shared(structure, p, &p);
     return with_schedule_sums(p, shared.plan(), [&](double* schedule, int64_t size) { shared.run(p, schedule, size); });
   }

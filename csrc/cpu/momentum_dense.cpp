@@ -7,6 +7,10 @@
 //
 // With one phi for all steps, dphi = -(<sum_t s z', Q> + (sum_t s)'b) falls out of the last pass, unless a proximal map
 // ends the steps: it takes one product more in the replay, which keeps v_t too.
+//
+// Second order runs the same passes on twice the state: y and behind it its tangent, the derivative along a direction X of
+// Q, x of b and so on; backward, in the same places, the adjoints of both. Q becomes [Q 0; X Q], and of its gradient the
+// two blocks with Q are one sum over twice the terms.
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -66,6 +70,46 @@ UNROLLED_KERNELS_INLINE void multiply_transposed(const StaticMatrix<d, C>& Q, co
   Q.multiply(x, lanes<C>, d * lanes<C>, end);
 }
 
+// [Q 0; X Q] for states with their tangents behind them
+template <typename Matrix, typename C>
+struct DualMatrix {
+  static constexpr int64_t W = lanes<C>;
+  Matrix Q, X;  // X.data is nullptr: zero
+  C* products;  // two states: Q z, or Q's of the second half; and what X adds, zero without X
+
+  UNROLLED_KERNELS_INLINE int64_t size() const { return 2 * Q.size(); }
+};
+template <typename Matrix, typename C, typename End>
+UNROLLED_KERNELS_INLINE void multiply(const DualMatrix<Matrix, C>& m, const C* x, bool backwards, const End& end) {
+  constexpr int64_t W = lanes<C>;
+  const int64_t size = m.Q.size();
+  C *const first = m.products, *const added = first + size * W;
+  multiply(m.Q, x, backwards, [&](int64_t n, Vector<C> v) {
+    store(first + n * W, v);
+    end(n, v);
+  });
+  if (m.X.data) multiply(m.X, x, backwards, [&](int64_t n, Vector<C> v) { store(added + n * W, v); });
+  multiply(m.Q, x + size * W, backwards, [&](int64_t n, Vector<C> v) { end(size + n, v + load(added + n * W)); });
+}
+template <typename Matrix, typename C, typename End>
+UNROLLED_KERNELS_INLINE void multiply_transposed(const DualMatrix<Matrix, C>& m, const C* x, bool backwards,
+                                                 const End& end) {
+  constexpr int64_t W = lanes<C>;
+  const int64_t size = m.Q.size();
+  C *const first = m.products, *const added = first + size * W;
+  const C* second = x + size * W;
+  multiply_transposed(m.Q, second, backwards, [&](int64_t n, Vector<C> v) {
+    store(first + n * W, v);
+    end(size + n, v);
+  });
+  if (m.X.data) multiply_transposed(m.X, second, backwards, [&](int64_t n, Vector<C> v) { store(added + n * W, v); });
+  multiply_transposed(m.Q, x, backwards, [&](int64_t n, Vector<C> v) { end(n, v + load(added + n * W)); });
+}
+template <typename Matrix>
+constexpr bool is_dual = false;
+template <typename Matrix, typename C>
+constexpr bool is_dual<DualMatrix<Matrix, C>> = true;
+
 // The states of one step after another: every one kept, two in turns, or one that is overwritten.
 template <typename C>
 struct States {
@@ -96,6 +140,9 @@ struct Trace {
   ScheduleView<C> schedule;
   ScheduleSums<C> sums;
   const TileMap<C>* map;  // nullptr: none
+  // second order: the tangents of the coefficients, if they have any, and the products of DualMatrix
+  const ScheduleView<C>* tangents;
+  const C* products;
 
   // that of step t
   UNROLLED_KERNELS_INLINE StepMap<C> step_map(int64_t t, Vector<C> phi) const {
@@ -106,6 +153,25 @@ struct Trace {
 
 // How many tiles take turns is known to the compiler, and their traces are copied to where nothing else can write: what
 // they point to is worked out once and not in every step.
+
+// What the tangents of the coefficients add to those of y_{t+1}, m_{t+1} and z_{t+1}, which lie `half` behind.
+template <bool momentum, typename C>
+UNROLLED_KERNELS_NOINLINE void add_tangents(const Trace<C>& trace, int64_t t, Vector<C> gamma_next, int64_t half,
+                                            int64_t k) {
+  const auto d = trace.tangents->template at<momentum>(t);
+  const Vector<C> d_gamma_next =
+      momentum ? trace.tangents->template at<momentum>(min(t + 1, k - 1)).gamma : Vector<C>{};
+  const auto add = [](C* p, Vector<C> v) { store(p, load(p) + v); };
+  for (int64_t n = 0; n < half; n += lanes<C>) {
+    Vector<C> moved = -d.phi * (load(trace.products + n) + load(trace.b + n));
+    if constexpr (momentum) {
+      moved += d.beta * load(trace.m.at(t) + n);
+      add(trace.m.at(t + 1) + half + n, moved);
+      add(trace.z.at(t + 1) + half + n, moved + gamma_next * moved + d_gamma_next * load(trace.m.at(t + 1) + n));
+    }
+    add(trace.y.at(t + 1) + half + n, moved);
+  }
+}
 
 // The steps `begin` ... `end` - 1 of the k. k - 1 give every z_t.
 template <bool momentum, bool proximal, int groups, typename Matrix, typename C>
@@ -135,6 +201,9 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matri
       } else {
         multiply(matrices[g], static_cast<const C*>(s.z.at(t)), t % 2 != 0, step);
       }
+      if constexpr (is_dual<Matrix>) {
+        if (s.tangents) add_tangents<momentum>(all[g], t, gamma_next, matrices[g].Q.size() * W, k);
+      }
     }
   }
 }
@@ -142,10 +211,10 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matri
 template <typename Inputs, int groups, typename Matrix, typename C>
 void replay(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t begin,
             int64_t end) {
-  if (p.prox == Prox::none) {
+  if (is_dual<Matrix> || p.prox == Prox::none) {
     p.beta.data ? replay<true, false>(traces, matrices, p.k, begin, end)
                 : replay<false, false>(traces, matrices, p.k, begin, end);
-  } else {
+  } else if constexpr (!is_dual<Matrix>) {
     p.beta.data ? replay<true, true>(traces, matrices, p.k, begin, end)
                 : replay<false, true>(traces, matrices, p.k, begin, end);
   }
@@ -161,6 +230,29 @@ UNROLLED_KERNELS_NOINLINE void adjoint_map(const Trace<C>& trace, int64_t t, Vec
   if (trace.sums.phi) {
     trace.sums.add_phi(t, -terms.phi);
     trace.sums.add_threshold(t, -terms.threshold);
+  }
+}
+
+// What the tangents of the coefficients add to s_t and ybar_t of y, which lie `half` before those of its tangent; then
+// weights s_{t+1} for the sums over t.
+template <bool momentum, typename C>
+UNROLLED_KERNELS_NOINLINE void add_adjoint_tangents(const Trace<C>& trace, int64_t t, const StepCoefficients<C>& c,
+                                                    int64_t half, StepSums<C>& sums) {
+  auto d = trace.tangents->template at<momentum>(t);
+  if (t == 0) d.beta = d.gamma = Vector<C>{};
+  const auto add = [](C* p, Vector<C> v) { store(p, load(p) + v); };
+  C *const s_t = trace.s + t * 2 * half, *const s = s_t + 2 * half;
+  for (int64_t n = 0; n < half; n += lanes<C>) {
+    const Vector<C> w = load(trace.products + n), a = load(s + half + n), v = d.phi * w;
+    if constexpr (momentum) {
+      sums.gamma += v * load(trace.m.at(t) + n);
+      add(trace.ybar + n, -v);
+      add(s_t + n, d.beta * a - v - c.gamma * v - d.gamma * (c.phi * w));
+    } else {
+      add(s_t + n, -v);
+    }
+    store(s + n, c.phi * load(s + n) + d.phi * a);
+    store(s + half + n, c.phi * a);
   }
 }
 
@@ -187,7 +279,12 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matr
       multiply_transposed(matrices[g], static_cast<const C*>(s), t % 2 != 0, [&](int64_t n, Vector<C> w) {
         adjoint_step<momentum, per_step>(rows, c, trajectory, n * W, w, sums);
       });
-      if constexpr (per_step) {
+      bool weighted = false;
+      if constexpr (is_dual<Matrix>) {
+        weighted = trace.tangents != nullptr;
+        if (weighted) add_adjoint_tangents<momentum>(all[g], t, c, row / 2, sums);
+      }
+      if (per_step && !weighted) {
         for (int64_t n = 0; n < row; n += W) store(s + n, c.phi * load(s + n));
       }
       if (trace.sums.phi) {
@@ -198,14 +295,65 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matr
   }
 }
 
-// One tile and its scratch.
+// What second order takes beside the tile: X, the tangents of the coefficients, and the products of DualMatrix.
 template <typename Storage, template <typename> class Layout, template <typename> class Operand>
+class TileTangents {
+  using C = compute_type<Storage>;
+
+ public:
+  TileTangents(Arena& arena, const MomentumInputs<Storage>& p, const MomentumTangents<Storage>& tangents, int64_t size,
+               int64_t steps)
+      : p_(tangents),
+        inputs_(with_matrix(p, tangents)),
+        X_(arena, inputs_, size),
+        schedule_(arena, tangents, steps),
+        row_(size * lanes<C>),
+        products_(arena.take<C>(2 * row_)) {}
+
+  void stage(const Layout<C>& tile, bool first_of_chunk) {
+    if (p_.matrix) X_.stage(tile, first_of_chunk);
+    if (p_.phi.data) schedule_.stage(tile, first_of_chunk);
+    view_ = schedule_.view();
+    fill_zero(products_, 2 * row_);
+  }
+
+  // x, or zeros
+  void load_state(const Layout<C>& tile, const Storage* x, C* out) const {
+    x ? tile.load_state(x, tile.d, out) : fill_zero(out, row_);
+  }
+
+  template <typename Matrix>
+  DualMatrix<Matrix, C> dual(const Matrix& Q) const {
+    return {Q, p_.matrix ? X_.view() : Matrix{}, products_};
+  }
+  const MomentumTangents<Storage>& directions() const { return p_; }
+  const ScheduleView<C>* schedule() const { return p_.phi.data ? &view_ : nullptr; }
+  const C* products() const { return products_; }
+
+ private:
+  static MomentumInputs<Storage> with_matrix(MomentumInputs<Storage> p, const MomentumTangents<Storage>& tangents) {
+    p.matrix = tangents.matrix, p.matrix_stride = tangents.matrix_stride, p.transposed = false;
+    return p;
+  }
+
+  const MomentumTangents<Storage>& p_;
+  MomentumInputs<Storage> inputs_;
+  TileMatrix<Storage, Layout, Operand> X_;
+  Schedule<C> schedule_;
+  ScheduleView<C> view_{};
+  int64_t row_;
+  C* products_;
+};
+struct NoTangents {};
+
+// One tile and its scratch. `dual`: its states have their tangents behind them.
+template <typename Storage, template <typename> class Layout, template <typename> class Operand, bool dual>
 class DenseTile {
   using C = compute_type<Storage>;
   static constexpr int64_t W = lanes<C>;
 
  public:
-  static constexpr bool may_take_turns = Layout<C>::E == 1;
+  static constexpr bool may_take_turns = Layout<C>::E == 1 && !dual;
   static constexpr bool static_d = may_take_turns && std::is_same_v<Operand<C>, VectorOperand<C>>;
 
   // `backward` may be nullptr; of what it points to, the constructor reads which outputs are wanted
@@ -214,16 +362,18 @@ class DenseTile {
       : p_(p),
         tile_{p.B, p.d, 0, 0},
         row_(tile_.size() * W),
+        width_(dual ? 2 * row_ : row_),
         schedule_(arena, p, steps),
         gradient_(arena, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
         Q_(arena, p, tile_.size()),
-        b_(arena.take<C>(row_)),
+        tangents_(tangents(arena, p, backward, tile_.size(), steps)),
+        b_(arena.take<C>(width_)),
         // a step reads all of z_t before the last of z_{t+1} is there; y_t and m_t are overwritten as they are read
         z_(states(arena, backward || (p.trajectory && !p.beta.data) ? keep_all : keep_two)),
-        y_(!p.beta.data ? z_ : states(arena, p.trajectory && !backward ? keep_all : keep_one)),
+        y_(!p.beta.data ? z_ : states(arena, p.trajectory && (dual || !backward) ? keep_all : keep_one)),
         m_(!p.beta.data ? States<C>{} : states(arena, backward ? keep_all : keep_one)),
-        s_(backward ? arena.take<C>((p.k + 1) * row_) : nullptr),
-        ybar_(backward ? arena.take<C>(row_) : nullptr),
+        s_(backward ? arena.take<C>((p.k + 1) * width_) : nullptr),
+        ybar_(backward ? arena.take<C>(width_) : nullptr),
         db_(backward ? arena.take<C>(row_) : nullptr),
         dQ_(backward ? arena.take<C>(Q_.image_size()) : nullptr) {
     map_.prox = p.prox;
@@ -252,25 +402,35 @@ class DenseTile {
     } else {
       fill_zero(y_.data, row_);
     }
+    if constexpr (dual) {
+      tangents_.stage(tile_, first_of_chunk);
+      tangents_.load_state(tile_, tangents_.directions().b, b_ + row_);
+      tangents_.load_state(tile_, tangents_.directions().y0, y_.data + row_);
+    }
     if (!p_.beta.data) return;
-    copy_vectors(y_.data, row_, z_.data);
-    fill_zero(m_.data, row_);
+    copy_vectors(y_.data, width_, z_.data);
+    fill_zero(m_.data, width_);
   }
 
   const TileMatrix<Storage, Layout, Operand>& Q() const { return Q_; }
+  auto dual_matrix() const { return tangents_.dual(Q_.view()); }
 
   Trace<C> trace() const {
-    return {b_,
-            y_,
-            m_,
-            z_,
-            s_,
-            ybar_,
-            p_.y0 == nullptr,
-            p_.trajectory,
-            schedule_.view(),
-            gradient_.sums(),
-            map_.prox == Prox::none ? nullptr : &map_};
+    Trace<C> trace{b_,
+                   y_,
+                   m_,
+                   z_,
+                   s_,
+                   ybar_,
+                   !starts(),
+                   p_.trajectory,
+                   schedule_.view(),
+                   gradient_.sums(),
+                   map_.prox == Prox::none ? nullptr : &map_,
+                   nullptr,
+                   nullptr};
+    if constexpr (dual) trace.tangents = tangents_.schedule(), trace.products = tangents_.products();
+    return trace;
   }
 
   void store_forward(Storage* y) const {
@@ -293,9 +453,11 @@ class DenseTile {
     if (gradient_.wanted()) gradient_.begin_tile(first_of_chunk);
     if (first_of_chunk && shares_matrix(p) && p.d_matrix) fill_zero(dQ_, Q_.image_size());
     for (int64_t t = p.trajectory ? 0 : p.k; t <= p.k; ++t) {
-      tile_.load_state(p.grad_y + (p.trajectory ? t * p.B * p.d : 0), p.d, s_ + t * row_);
+      // that of the tangent, which is behind that of y
+      if (dual) fill_zero(s_ + t * width_, row_);
+      tile_.load_state(p.grad_y + (p.trajectory ? t * p.B * p.d : 0), p.d, s_ + (t + 1) * width_ - row_);
     }
-    copy_vectors(s_ + p.k * row_, row_, ybar_);
+    copy_vectors(s_ + p.k * width_, width_, ybar_);
     for (C* sums : {map_.sums.lower, map_.sums.upper, map_.sums.weight}) {
       if (sums) fill_zero(sums, row_);
     }
@@ -307,13 +469,13 @@ class DenseTile {
     const bool sum_wanted = p.db || p.minimizer || (!per_step && gradient_.wanted());
     for (int64_t n = 0; sum_wanted && n < row_; n += W) {
       Vector<C> partial[4] = {};
-      const C* a = s_ + row_ + n;
+      const C* a = s_ + width_ + n;
       int64_t t = 0;
       for (; t + 4 <= p.k; t += 4) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) partial[i] += load(a + (t + i) * row_);
+        for (int i = 0; i < 4; ++i) partial[i] += load(a + (t + i) * width_);
       }
-      for (; t < p.k; ++t) partial[0] += load(a + t * row_);
+      for (; t < p.k; ++t) partial[0] += load(a + t * width_);
       const Vector<C> sum = (partial[0] + partial[1]) + (partial[2] + partial[3]);
       phi_sum += sum * load(b_ + n);
       store(db_ + n, scale * sum);
@@ -323,8 +485,8 @@ class DenseTile {
       tile_.load_state(p.minimizer, p.d, z_.data);
       Q_.outer(p, tile_, db_, z_.data, 1, broadcast(C(1)), false, dQ_);
     } else if (p.d_matrix) {
-      const int64_t first = p.y0 || p.k == 0 ? 0 : 1;  // z_0 = y_0 may be zero
-      phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * row_, z_.at(first), p.k - first, scale,
+      const int64_t first = starts() || p.k == 0 ? 0 : 1;  // z_0 = y_0 may be zero
+      phi_sum += Q_.outer(p, tile_, s_ + (first + 1) * width_, z_.at(first), (p.k - first) * (dual ? 2 : 1), scale,
                           !per_step && gradient_.wanted(), dQ_);
     }
     if (gradient_.wanted()) {
@@ -332,6 +494,7 @@ class DenseTile {
       gradient_.end_tile(tile_);
     }
     if (p.dy0) tile_.store_state(s_, p.dy0);
+    if constexpr (dual) store_tangent(tangents_.directions().y);
     if (p.d_lower) tile_.store_state(map_.sums.lower, p.d_lower);
     if (p.d_upper) tile_.store_state(map_.sums.upper, p.d_upper);
     if (p.d_weight) tile_.store_state(map_.sums.weight, p.d_weight);
@@ -345,7 +508,30 @@ class DenseTile {
  private:
   States<C> states(Arena& arena, int64_t mask) const {
     const int64_t rows = mask == keep_all ? p_.k + 1 : mask + 1;
-    return {arena.take<C>(rows * row_), row_, mask};
+    return {arena.take<C>(rows * width_), width_, mask};
+  }
+
+  using Tangents = std::conditional_t<dual, TileTangents<Storage, Layout, Operand>, NoTangents>;
+  static Tangents tangents(Arena& arena, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward,
+                           int64_t size, int64_t steps) {
+    if constexpr (dual) {
+      return Tangents(arena, p, *backward->tangents, size, steps);
+    } else {
+      return {};
+    }
+  }
+  // whether there is a y_0 that is not zero, or a tangent of it
+  bool starts() const {
+    if constexpr (dual) {
+      if (tangents_.directions().y0) return true;
+    }
+    return p_.y0 != nullptr;
+  }
+  void store_tangent(Storage* y) const {
+    if (!y) return;
+    for (int64_t t = p_.trajectory ? 0 : p_.k; t <= p_.k; ++t) {
+      tile_.store_state(y_.at(t) + row_, p_.trajectory ? y + t * p_.B * p_.d : y);
+    }
   }
 
   void stage(const Rows<C>& x, C* out) const {
@@ -357,10 +543,11 @@ class DenseTile {
 
   const MomentumInputs<Storage>& p_;
   Layout<C> tile_;
-  int64_t row_;  // elements of a state
+  int64_t row_, width_;  // elements of a state, without and with its tangent
   Schedule<C> schedule_;
   ScheduleGradient<C> gradient_;
   TileMatrix<Storage, Layout, Operand> Q_;
+  Tangents tangents_;
   C* b_;
   States<C> z_, y_, m_;
   C *s_, *ybar_, *db_, *dQ_;
@@ -415,17 +602,17 @@ void with_matrices(const Tile& first, const Tile& second, int active, int64_t d,
 }
 
 // The tiles that take turns, their scratch, and the walk over a chunk.
-template <typename Storage_, template <typename> class Layout, template <typename> class Operand>
-class DenseTiles {
+template <typename Storage_, template <typename> class Layout, template <typename> class Operand, bool dual>
+class TileGroups {
  public:
   using Storage = Storage_;
   using C = compute_type<Storage>;
-  using Tile = DenseTile<Storage, Layout, Operand>;
+  using Tile = DenseTile<Storage, Layout, Operand, dual>;
   static constexpr int64_t samples = Layout<C>::samples;
   // the matrices of a tile, [d, d] vectors of E lanes a sample, fit 16 KiB
   static constexpr int64_t max_d = samples == 1 ? INT64_MAX : Layout<C>::E == 1 ? 16 : 45;
 
-  DenseTiles(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward, int64_t steps)
+  TileGroups(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward, int64_t steps)
       : groups_(Tile::may_take_turns ? groups_for(p.d) : 1),
         arena_(scratch),
         none_(nullptr),
@@ -458,19 +645,27 @@ class DenseTiles {
         tiles_[g]->stage(i + g, i == chunk.begin);
         tiles_[g]->stage_cotangents(p, i == chunk.begin);
       }
-      with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
-        if (needs_iterates(p)) replay(p, traces, matrices, 0, p.prox == Prox::none ? p.k - 1 : p.k);
-        // s_0 is dy_0, and dphi_0 comes with it or of dQ; dbeta_0 and dgamma_0 are zero with m_0
-        const int64_t first_s = per_step || p.dy0 || p.m0 ? 0 : 1;
-        if (p.beta.data) {
-          per_step ? adjoint<true, true>(traces, matrices, p.k, first_s)
-                   : adjoint<true, false>(traces, matrices, p.k, first_s);
-        } else {
-          per_step ? adjoint<false, true>(traces, matrices, p.k, first_s)
-                   : adjoint<false, false>(traces, matrices, p.k, first_s);
-        }
-      });
-      for (int g = 0; g < active; ++g) tiles_[g]->store_backward(p, per_step);
+      if constexpr (dual) {
+        const Trace<C> traces[1] = {first_.trace()};
+        const decltype(first_.dual_matrix()) matrices[1] = {first_.dual_matrix()};
+        replay(p, traces, matrices, 0, p.k);
+        p.beta.data ? adjoint<true, true>(traces, matrices, p.k, 0) : adjoint<false, true>(traces, matrices, p.k, 0);
+        first_.store_backward(p, true);
+      } else {
+        with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
+          if (needs_iterates(p)) replay(p, traces, matrices, 0, p.prox == Prox::none ? p.k - 1 : p.k);
+          // s_0 is dy_0, and dphi_0 comes with it or of dQ; dbeta_0 and dgamma_0 are zero with m_0
+          const int64_t first_s = per_step || p.dy0 || p.m0 ? 0 : 1;
+          if (p.beta.data) {
+            per_step ? adjoint<true, true>(traces, matrices, p.k, first_s)
+                     : adjoint<true, false>(traces, matrices, p.k, first_s);
+          } else {
+            per_step ? adjoint<false, true>(traces, matrices, p.k, first_s)
+                     : adjoint<false, false>(traces, matrices, p.k, first_s);
+          }
+        });
+        for (int g = 0; g < active; ++g) tiles_[g]->store_backward(p, per_step);
+      }
     }
     for (int g = 0; g < min(groups_, chunk.end - chunk.begin); ++g) tiles_[g]->end_chunk(chunk);
   }
@@ -482,6 +677,11 @@ class DenseTiles {
   Tile* const tiles_[max_groups] = {&first_, &second_};
 };
 
+template <typename Storage, template <typename> class Layout, template <typename> class Operand>
+using DenseTiles = TileGroups<Storage, Layout, Operand, false>;
+template <typename Storage, template <typename> class Layout, template <typename> class Operand>
+using SecondOrderTiles = TileGroups<Storage, Layout, Operand, true>;
+
 // one phi, beta and gamma for all steps, and dQ at hand for dphi, which then comes of nothing else
 template <typename Storage>
 bool constant_in_backward(const MomentumBackward<Storage>& p) {
@@ -490,6 +690,12 @@ bool constant_in_backward(const MomentumBackward<Storage>& p) {
 
 template <typename Storage>
 MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
+  if constexpr (std::is_same_v<Storage, compute_type<Storage>>) {
+    if (backward && backward->tangents) {
+      const double flops = 16.0 * static_cast<double>(p.B) * p.d * p.d * p.k;
+      return matrix_plan<SecondOrderTiles>(p, backward, constant_schedule(p), flops);
+    }
+  }
   const double flops = (backward ? 6.0 : 2.0) * static_cast<double>(p.B) * p.d * p.d * p.k;
   const bool constant = backward ? constant_in_backward(*backward) : constant_schedule(p);
   return matrix_plan<DenseTiles>(p, backward, constant, flops);
@@ -506,6 +712,13 @@ void forward(const MomentumForward<Storage>& p, const MomentumPlan& plan,
 template <typename Storage>
 void backward(const MomentumBackward<Storage>& p, const MomentumPlan& plan,
               const MomentumChunk<compute_type<Storage>>& chunk) {
+  if constexpr (std::is_same_v<Storage, compute_type<Storage>>) {
+    if (p.tangents) {
+      return with_layout<SecondOrderTiles>(p, [&](auto type) {
+        typename decltype(type)::type(chunk.scratch, p, &p, plan.schedule_steps).backward(p, chunk, true);
+      });
+    }
+  }
   with_layout<DenseTiles>(p, [&](auto type) {
     typename decltype(type)::type(chunk.scratch, p, &p, plan.schedule_steps)
         .backward(p, chunk, !constant_in_backward(p));

@@ -63,7 +63,7 @@ def second_order(manual_backward, cotangents, tensors, *constants):
 
     Args:
         manual_backward: maps ``(*tensors, *constants)`` to a tuple of gradients, out of place.
-        cotangents: of what it returns.
+        cotangents: of what it returns; None for zeros.
         tensors: some of them may be None.
     Returns:
         The gradients of ``tensors``, None for None.
@@ -77,8 +77,8 @@ def second_order(manual_backward, cotangents, tensors, *constants):
         return manual_backward(*full, *constants)
 
     with without_autocast(tensors[present[0]].device.type):
-        _, vjp = torch.func.vjp(gradients, *(tensors[i] for i in present))
-        found = vjp(cotangents)
+        outputs, vjp = torch.func.vjp(gradients, *(tensors[i] for i in present))
+        found = vjp(tuple(torch.zeros_like(x) if c is None else c for x, c in zip(outputs, cotangents, strict=True)))
     grads = [None] * len(tensors)
     for i, g in zip(present, found, strict=True):
         grads[i] = g

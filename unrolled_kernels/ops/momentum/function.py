@@ -1,7 +1,8 @@
 """The differentiable momentum op: forward and backward of a backend, as a pair of ``torch.autograd.Function``.
 
 The first Function's backward is the second, whose own backward differentiates the hand-written one in eager torch, so
-gradients of every order are those of the specification. Both take canonical arguments (see the package's docstring).
+gradients of every order are those of the specification. Where there is a kernel for it (a dense Q on a CPU), it takes
+the place of that for gradients of second order. Both take canonical arguments (see the package's docstring).
 """
 
 import os
@@ -134,7 +135,7 @@ class MomentumFunction(Function):
         saved = ctx.saved_tensors
         arguments = (grad_y, *saved[:13], *ctx.constants, needs)
         if common.is_differentiated():
-            grads = MomentumBackwardFunction.apply(ctx.backend, *arguments)
+            grads = _differentiable_backward(ctx.backend, *arguments)
         else:
             # nothing will differentiate this backward: straight to the launcher
             grads = _LAUNCHERS[ctx.backend].backward(*arguments, *saved[13:])
@@ -188,6 +189,12 @@ class KeptMomentumFunction(MomentumFunction):
         return MomentumFunction.backward(ctx, grad_y)
 
 
+def _differentiable_backward(backend, *arguments):
+    """The gradients as torch differentiates them: what follows from μ as an ordinary function of them."""
+    run = lambda *args: MomentumBackwardFunction.apply(backend, *args[:9], None, *args[9:])
+    return manual.with_nesterov(run)(*arguments)
+
+
 class MomentumBackwardFunction(Function):
     """The gradients of ``MomentumFunction`` as a differentiable function of the cotangent and of the inputs."""
 
@@ -220,11 +227,14 @@ class MomentumBackwardFunction(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, *tensors, ctx.num_steps, ctx.trajectory, ctx.needs = inputs
+        ctx.backend, *tensors, ctx.num_steps, ctx.trajectory, ctx.needs = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
+        if ctx.backend == "cpu" and _has_second_order(ctx.saved_tensors, ctx.num_steps):
+            return _second_order(ctx, cotangents)
         gradients = lambda *tensors: manual.backward(*tensors, ctx.num_steps, ctx.trajectory, ctx.needs)
         return (None, *common.second_order(gradients, cotangents, ctx.saved_tensors), None, None, None)
 
@@ -233,3 +243,31 @@ class MomentumBackwardFunction(Function):
         *tensors, num_steps, trajectory, needs = arguments
         run = lambda *tensors: MomentumBackwardFunction.apply(backend, *tensors, num_steps, trajectory, needs)
         return common.vmap_backward(run, info.batch_size, in_dims[1:15], tensors, trajectory, b=3)
+
+
+def _has_second_order(tensors, num_steps):
+    """Whether the kernels of second order take the arguments of a backward pass, and nothing differentiates them."""
+    _, matrix, diagonal, _, b, _, phi, _, _, mu, *prox = tensors
+    if matrix is None or diagonal is not None or mu is not None or prox != [None] * 4 or common.is_differentiated():
+        return False
+    # one large matrix for the batch: torch's products of matrices are the faster ones
+    shared = matrix.shape[0] != b.shape[0] and b.shape[1] > 40
+    return num_steps > 0 and b.dtype == phi.dtype and not shared
+
+
+def _second_order(ctx, cotangents):
+    """What ``MomentumBackwardFunction.backward`` returns, by the kernels."""
+    grad_y, matrix, _, _, b, y0, *coefficients = ctx.saved_tensors[:9]
+    # an output that was not needed is empty
+    d_matrix, _, _, db, dy0, *d_coefficients = (None if c is None or c.numel() == 0 else c for c in cotangents[:8])
+    if any(c is not None for c in d_coefficients):
+        d_coefficients = [
+            torch.zeros_like(x) if c is None and x is not None else c
+            for c, x in zip(d_coefficients, coefficients, strict=True)
+        ]
+    _, *needed = ctx.needs_input_grad[:10]
+    needs = common.mask((*needed[:2], *needed[4:]))
+    arguments = grad_y, matrix, b, y0, *coefficients, d_matrix, db, dy0, *d_coefficients
+    grads = native.second_order(*arguments, ctx.num_steps, ctx.trajectory, needs)
+    grads = [g if needs >> i & 1 else None for i, g in enumerate(grads)]
+    return (None, *grads[:2], None, None, *grads[2:], *[None] * 8)

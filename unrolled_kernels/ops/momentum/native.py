@@ -22,6 +22,12 @@ def fake_backward(grad_y, *arguments):
     return tuple(None if x is None or not needs >> i & 1 else x.new_empty(x.shape) for i, x in enumerate(tensors))
 
 
+def fake_second_order(grad_y, matrix, b, y0, phi, beta, gamma, *rest):
+    """Shapes and dtypes of the gradients of a backward pass, None for what is not needed."""
+    inputs = (grad_y, matrix, b, y0, phi, beta, gamma)
+    return tuple(None if x is None or not rest[-1] >> i & 1 else x.new_empty(x.shape) for i, x in enumerate(inputs))
+
+
 class Cuda:
     """The same ops on a GPU, where torch computes what follows from μ."""
 
@@ -36,8 +42,9 @@ class Cuda:
         return backward(*arguments[:9], None, *arguments[9:])
 
 
-forward = backward = begun = None  # without the extension
+forward = backward = begun = second_order = None  # without the extension
 if _backend.extension() is not None:
     backward = common.register("momentum_backward", fake_backward)
+    second_order = common.register("momentum_second_order", fake_second_order)
     begun = common.register("momentum_begun", fake_begun)
     forward = common.register("momentum", fake_forward, backward, manual.backward)
