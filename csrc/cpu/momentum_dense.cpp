@@ -84,26 +84,26 @@ UNROLLED_KERNELS_INLINE void multiply(const DualMatrix<Matrix, C>& m, const C* x
   constexpr int64_t W = lanes<C>;
   const int64_t size = m.Q.size();
   C *const first = m.products, *const added = first + size * W;
-  multiply(m.Q, x, backwards, [&](int64_t n, Vector<C> v) {
+  if (m.X.data) row_products(m.X, x, backwards, [&](int64_t n, Vector<C> v) { store(added + n * W, v); });
+  row_products<2>(m.Q, x, size * W, backwards, [&](int half, int64_t n, Vector<C> v) {
+    if (half) return end(size + n, v + load(added + n * W));
     store(first + n * W, v);
     end(n, v);
   });
-  if (m.X.data) multiply(m.X, x, backwards, [&](int64_t n, Vector<C> v) { store(added + n * W, v); });
-  multiply(m.Q, x + size * W, backwards, [&](int64_t n, Vector<C> v) { end(size + n, v + load(added + n * W)); });
 }
 template <typename Matrix, typename C, typename End>
 UNROLLED_KERNELS_INLINE void multiply_transposed(const DualMatrix<Matrix, C>& m, const C* x, bool backwards,
                                                  const End& end) {
   constexpr int64_t W = lanes<C>;
   const int64_t size = m.Q.size();
-  C *const first = m.products, *const added = first + size * W;
-  const C* second = x + size * W;
-  multiply_transposed(m.Q, second, backwards, [&](int64_t n, Vector<C> v) {
-    store(first + n * W, v);
+  C *const second = m.products, *const added = second + size * W;
+  const auto add = [&](int64_t n, Vector<C> v) { store(added + n * W, v); };
+  if (m.X.data) column_products(m.X, x + size * W, backwards, add);
+  column_products<2>(m.Q, x, size * W, backwards, [&](int half, int64_t n, Vector<C> v) {
+    if (!half) return end(n, v + load(added + n * W));
+    store(second + n * W, v);
     end(size + n, v);
   });
-  if (m.X.data) multiply_transposed(m.X, second, backwards, [&](int64_t n, Vector<C> v) { store(added + n * W, v); });
-  multiply_transposed(m.Q, x, backwards, [&](int64_t n, Vector<C> v) { end(n, v + load(added + n * W)); });
 }
 template <typename Matrix>
 constexpr bool is_dual = false;

@@ -6,7 +6,8 @@
 //     column_products   (M'x)_g, rows of M scaled by x_i     one load of M for a multiply-add
 //     outer_products    out[i, j] (+)= scale sum_t a_t[i] z_t[j],  returns sum_ij M[i, j] sum_t a_t[i] z_t[j]
 //
-// The first two hand each vector of the result to end(g, vector) as soon as it is there.
+// The first two hand each vector of the result to end(g, vector) as soon as it is there. With V states at once, `step`
+// elements apart, they load M once for all of them, and call end(v, g, vector).
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -48,70 +49,105 @@ struct TileView {
   UNROLLED_KERNELS_INLINE int64_t size() const { return groups; }
 };
 
-template <int G, int E, typename M, typename C, typename End>
-UNROLLED_KERNELS_INLINE void row_block(const TileView<E, M, C>& m, int64_t group, const C* x, const End& end) {
-  constexpr int R = G * E;
-  Vector<C> sum[R] = {};
-  const C* rows = m.data + group * E * m.row;
-  for (int64_t j = 0; j < m.groups; ++j) {
-    const Vector<C> xj = load(x + j * lanes<C>);
+template <int G, int V, int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void row_block(const TileView<E, M, C>& m, int64_t group, const C* x, int64_t step,
+                                       const End& end) {
+  // rows whose sums stay in registers
+  constexpr int R = G * E, at_once = min(R, 16 / V);
+  Vector<C> sum[V][R] = {};
+#pragma GCC unroll 2
+  for (int first = 0; first < R; first += at_once) {
+    const C* rows = m.data + (group * E + first) * m.row;
+    for (int64_t j = 0; j < m.groups; ++j) {
+      Vector<C> xj[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) xj[v] = load(x + v * step + j * lanes<C>);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sum[r] += M::at(rows + r * m.row + j * M::width) * xj;
+      for (int r = 0; r < at_once; ++r) {
+        const Vector<C> entry = M::at(rows + r * m.row + j * M::width);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[v][first + r] += entry * xj[v];
+      }
+    }
   }
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 16
-  for (int g = 0; g < G; ++g) end(group + g, sum_groups<E, C>(sum + g * E));
+    for (int g = 0; g < G; ++g) end(v, group + g, sum_groups<E, C>(sum[v] + g * E));
+  }
 }
 
 // `backwards`: from the last row to the first. A matrix larger than the first-level cache that is read in turns finds
 // what was read last still there.
-template <int E, typename M, typename C, typename End>
-UNROLLED_KERNELS_INLINE void row_products(const TileView<E, M, C>& m, const C* x, bool backwards, const End& end) {
+template <int V, int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void row_products(const TileView<E, M, C>& m, const C* x, int64_t step, bool backwards,
+                                          const End& end) {
   constexpr int G = E >= 8 ? 1 : 8 / E;
   if constexpr (G == 1) {
-    for (int64_t g = 0; g < m.groups; ++g) row_block<1>(m, backwards ? m.groups - 1 - g : g, x, end);
+    for (int64_t g = 0; g < m.groups; ++g) row_block<1, V>(m, backwards ? m.groups - 1 - g : g, x, step, end);
   } else {
-    for_constant_blocks<G>(m.groups,
-                           [&](int64_t group, auto size) { row_block<decltype(size)::value>(m, group, x, end); });
+    for_constant_blocks<G>(
+        m.groups, [&](int64_t group, auto size) { row_block<decltype(size)::value, V>(m, group, x, step, end); });
+  }
+}
+template <int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void row_products(const TileView<E, M, C>& m, const C* x, bool backwards, const End& end) {
+  row_products<1>(m, x, 0, backwards, [&](int, int64_t g, Vector<C> v) { end(g, v); });
+}
+
+// sum [V, J] += row i + u of the columns, scaled by that element of each state
+template <int V, int J, int E, typename M, typename C>
+UNROLLED_KERNELS_INLINE void add_row(const TileView<E, M, C>& m, const C* column, const C* x, int64_t step, int64_t i,
+                                     int u, Vector<C> (&sum)[V][J]) {
+  Vector<C> xi[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) xi[v] = element<E>(x + v * step, i, u);
+#pragma GCC unroll 8
+  for (int j = 0; j < J; ++j) {
+    const Vector<C> entry = M::at(column + (i + u) * m.row + j * M::width);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[v][j] += entry * xi[v];
   }
 }
 
 // J columns, `chains` partial sums each: with few columns several rows have to be in flight to cover the latency of an
 // FMA.
-template <int J, int E, typename M, typename C, typename End>
-UNROLLED_KERNELS_INLINE void column_block(const TileView<E, M, C>& m, int64_t group, const C* x, bool backwards,
-                                          const End& end) {
+template <int J, int V, int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void column_block(const TileView<E, M, C>& m, int64_t group, const C* x, int64_t step,
+                                          bool backwards, const End& end) {
   constexpr int U = elements_at_once<E>, chains = J >= 5 ? 1 : J >= 3 ? min(U, 2) : U;
-  Vector<C> sum[chains][J] = {};
+  Vector<C> sum[chains][V][J] = {};
   const C* column = m.data + group * M::width;
   const int64_t count = m.groups * E, whole = count / U * U;
   for (int64_t n = 0; n < whole; n += U) {
     const int64_t i = backwards ? whole - U - n : n;
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      const Vector<C> xi = element<E>(x, i, u);
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) sum[u % chains][j] += M::at(column + (i + u) * m.row + j * M::width) * xi;
-    }
+    for (int u = 0; u < U; ++u) add_row(m, column, x, step, i, u, sum[u % chains]);
   }
   if constexpr (E == 1) {
-    for (int64_t i = whole; i < count; ++i) {
-      const Vector<C> xi = element<E>(x, i, 0);
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) sum[0][j] += M::at(column + i * m.row + j * M::width) * xi;
-    }
+    for (int64_t i = whole; i < count; ++i) add_row(m, column, x, step, i, 0, sum[0]);
   }
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 8
-  for (int j = 0; j < J; ++j) {
+    for (int j = 0; j < J; ++j) {
 #pragma GCC unroll 4
-    for (int c = 1; c < chains; ++c) sum[0][j] += sum[c][j];
-    end(group + j, sum[0][j]);
+      for (int c = 1; c < chains; ++c) sum[0][v][j] += sum[c][v][j];
+      end(v, group + j, sum[0][v][j]);
+    }
   }
 }
 
+template <int V, int E, typename M, typename C, typename End>
+UNROLLED_KERNELS_INLINE void column_products(const TileView<E, M, C>& m, const C* x, int64_t step, bool backwards,
+                                             const End& end) {
+  for_constant_blocks<V == 1 || vector_bytes == 64 ? 8 : 4>(m.groups, [&](int64_t group, auto size) {
+    column_block<decltype(size)::value, V>(m, group, x, step, backwards, end);
+  });
+}
 template <int E, typename M, typename C, typename End>
 UNROLLED_KERNELS_INLINE void column_products(const TileView<E, M, C>& m, const C* x, bool backwards, const End& end) {
-  for_constant_blocks<8>(
-      m.groups, [&](int64_t group, auto size) { column_block<decltype(size)::value>(m, group, x, backwards, end); });
+  column_products<1>(m, x, 0, backwards, [&](int, int64_t g, Vector<C> v) { end(g, v); });
 }
 
 // Operands of outer_products: a_t and z_t at a + t step and z + t step.
