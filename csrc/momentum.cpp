@@ -338,17 +338,19 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   return {d_matrix, d_diagonal, d_observed, db, dy0, dphi, dbeta, dgamma, dmu, d_lower, d_upper, d_weight, d_threshold};
 }
 
-// The VJP of momentum_backward, of a dense Q without a proximal map, on a CPU: cotangents of dmatrix, db and so on, shaped
-// like them, none: zero. Bit i of `needs` for the gradient i of grad_y, matrix, b, y0, step_sizes, momentum, extrapolation.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_second_order(
-    Tensor grad_y, Tensor matrix, Tensor b, OptionalTensor y0, Tensor step_sizes, OptionalTensor momentum,
-    OptionalTensor extrapolation, OptionalTensor d_matrix, OptionalTensor d_b, OptionalTensor d_y0,
-    OptionalTensor d_step_sizes, OptionalTensor d_momentum, OptionalTensor d_extrapolation, int64_t num_steps,
-    bool trajectory, int64_t needs) {
-  Arguments args{matrix, {}, {}, b,  y0, step_sizes, momentum,   extrapolation,
-                 {},     {}, {}, {}, {}, num_steps,  trajectory, (needs & 2) != 0};
+// The VJP of momentum_backward, of a dense or diagonal Q without a proximal map, on a CPU. The cotangents are shaped like
+// the inputs; none: zero. Bit i of `needs`: gradient i of grad_y, matrix, diagonal, b, y0, step_sizes, momentum,
+// extrapolation.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_second_order(
+    Tensor grad_y, OptionalTensor matrix, OptionalTensor diagonal, Tensor b, OptionalTensor y0, Tensor step_sizes,
+    OptionalTensor momentum, OptionalTensor extrapolation, OptionalTensor d_matrix, OptionalTensor d_diagonal,
+    OptionalTensor d_b, OptionalTensor d_y0, OptionalTensor d_step_sizes, OptionalTensor d_momentum,
+    OptionalTensor d_extrapolation, int64_t num_steps, bool trajectory, int64_t needs) {
+  Arguments args{matrix, diagonal, {}, b,  y0, step_sizes, momentum,   extrapolation,
+                 {},     {},       {}, {}, {}, num_steps,  trajectory, (needs & 2) != 0};
   args.check();
   const int64_t B = args.B, d = args.d;
+  STD_TORCH_CHECK(args.structure != Structure::spectral, "matrix, diagonal: expected one of them");
   STD_TORCH_CHECK(b.is_cpu() && args.storage == args.compute && num_steps > 0,
                   "b: expected float32 or float64, on a CPU; num_steps: one or more");
   STD_TORCH_CHECK(grad_y.numel() == B * d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
@@ -359,7 +361,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_seco
                     "cotangents: expected the shapes and the dtype of the gradients");
     if (x && !x->is_contiguous()) x = as_contiguous(*x);
   };
-  prepare(d_matrix, matrix.numel());
+  prepare(d_matrix, matrix ? matrix->numel() : 0);
+  prepare(d_diagonal, diagonal ? B * d : 0);
   prepare(d_b, B * d);
   prepare(d_y0, B * d);
   prepare(d_step_sizes, step_sizes.numel());
@@ -377,12 +380,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_seco
     if (B == 0) torch::stable::zero_(grad);
     return grad;
   };
-  const bool schedule = wanted(4) || wanted(5) || wanted(6);
+  const bool schedule = wanted(5) || wanted(6) || wanted(7);
   Tensor y_tangent = !wanted(0)   ? Tensor()
                      : trajectory ? allocate(b, args.storage, {args.k + 1, B, d})
                                   : allocate(b, args.storage, {B, d});
-  Tensor matrix_grad = wanted(1) ? allocate(b, args.storage, {matrix.size(0), d, d}) : Tensor();
-  Tensor b_grad = like(wanted(2), b), y0_grad = like(wanted(3), y0);
+  Tensor matrix_grad = matrix && wanted(1) ? allocate(b, args.storage, {matrix->size(0), d, d}) : Tensor();
+  Tensor b_grad = like(wanted(3), b), y0_grad = like(wanted(4), y0), diagonal_grad = like(wanted(2), diagonal);
   Tensor phi_grad = like(schedule, step_sizes), beta_grad = like(schedule, momentum),
          gamma_grad = like(schedule, extrapolation);
   const auto run = [&](auto type) {
@@ -390,7 +393,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_seco
     const auto of = [](const OptionalTensor& x) { return x ? data<Storage>(*x) : nullptr; };
     MomentumTangents<Storage> tangents{};
     tangents.matrix = of(d_matrix);
-    tangents.matrix_stride = matrix.size(0) == 1 ? 0 : d * d;
+    tangents.matrix_stride = matrix && matrix->size(0) > 1 ? d * d : 0;
+    tangents.diagonal = of(d_diagonal);
     tangents.b = of(d_b);
     tangents.y0 = of(d_y0);
     const auto shaped = [](const OptionalTensor& x, const OptionalTensor& like) {
@@ -410,6 +414,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_seco
     p.grad_y = data<Storage>(grad_y);
     p.tangents = &tangents;
     p.d_matrix = mutable_data<Storage>(matrix_grad);
+    p.d_diagonal = mutable_data<Storage>(diagonal_grad);
     p.db = mutable_data<Storage>(b_grad);
     p.dy0 = mutable_data<Storage>(y0_grad);
     using Compute = compute_type<Storage>;
@@ -423,7 +428,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_seco
   } else {
     run(float());
   }
-  return {y_tangent, matrix_grad, b_grad, y0_grad, phi_grad, beta_grad, gamma_grad};
+  return {y_tangent, matrix_grad, diagonal_grad, b_grad, y0_grad, phi_grad, beta_grad, gamma_grad};
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
@@ -452,10 +457,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
       "Tensor? m0=None, Tensor? minimizer=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "momentum_second_order(Tensor grad_y, Tensor matrix, Tensor b, Tensor? y0, Tensor step_sizes, Tensor? momentum, "
-      "Tensor? extrapolation, Tensor? d_matrix, Tensor? d_b, Tensor? d_y0, Tensor? d_step_sizes, Tensor? d_momentum, "
-      "Tensor? d_extrapolation, SymInt num_steps, bool trajectory, int needs) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "momentum_second_order(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor b, Tensor? y0, Tensor step_sizes, "
+      "Tensor? momentum, Tensor? extrapolation, Tensor? d_matrix, Tensor? d_diagonal, Tensor? d_b, Tensor? d_y0, "
+      "Tensor? d_step_sizes, Tensor? d_momentum, Tensor? d_extrapolation, SymInt num_steps, bool trajectory, "
+      "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unrolled_kernels, CPU, m) { unrolled_kernels::register_kernels(m); }

@@ -95,7 +95,7 @@ struct MomentumTangents {
   using Compute = compute_type<Storage>;
   const Storage* matrix;  // like Q, contiguous; nullptr: zero
   int64_t matrix_stride;
-  const Storage *b, *y0;  // [B, d], contiguous; nullptr: zero
+  const Storage *diagonal, *b, *y0;  // [B, d], contiguous; nullptr: zero
   // like those of the problem, all that it has; nullptr: zero, all of them
   Coefficient<Compute> phi, beta, gamma, threshold;
   Storage* y;  // output, shape of y; nullptr: not wanted

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
 from unrolled_kernels import prox
-from unrolled_kernels.ops.momentum import function, reference
+from unrolled_kernels.ops.momentum import function, native, reference
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.testing import (
     STRUCTURES,
@@ -199,6 +199,44 @@ def test_gradcheck(backend, structure, trajectory):
             structure, (2,), 3, 3, method=method, form=form, trajectory=trajectory, device=device_of(backend)
         )
         problems.assert_gradients_pass_gradcheck(problem, backend)
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension was not built")
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "tikhonov"])
+@methods
+def test_second_order_in_kernels_is_that_of_the_derivation(structure, method, monkeypatch):
+    """The VJP of a backward pass in every layout, for all cotangents and for some."""
+    calls = []
+    kernels = native.second_order
+    monkeypatch.setattr(native, "second_order", lambda *args: calls.append(args) or kernels(*args))
+    cases = [(3, 5, 4, "both"), (20, 3, 1, "number"), (33, 6, 3, "step"), (5, 20, 3, "sample"), (2, 70, 2, "step")]
+    cases += [(2, 64, 2, "both"), (40, 20, 3, "both")] if structure == "dense" else [(1, 2100, 2, "both")]
+    for n, (B, d, k, form) in enumerate(cases):
+        rand = functools.partial(torch.rand, dtype=torch.float64)
+        trajectory, warm = n % 2 == 0, n % 3 != 0
+        matrix = rand(1 if B > 30 else B, d, d) / d - 0.2 if structure == "dense" else None
+        diagonal = None if structure == "dense" else rand(B, d)
+        observed = rand(B, d) if structure == "tikhonov" else None
+        shape = {"number": (), "step": (1, k), "sample": (B, 1), "both": (B, k)}[form]
+        phi, *moving = (rand(shape) for _ in range(3))
+        beta, gamma = moving if method == "momentum" else (None, None)
+        grad_y = rand(k + 1, B, d) - 0.5 if trajectory else rand(B, d) - 0.5
+        tensors = (grad_y, matrix, diagonal, observed, rand(B, d), rand(B, d) if warm else None, phi, beta, gamma)
+        needs = sum(1 << i for i, x in enumerate(tensors[1:]) if x is not None)
+        for chosen in (slice(None), slice(1, 2)):
+            results = []
+            for name in ("manual", "cpu"):
+                leaves = [None if x is None else x.clone().requires_grad_() for x in tensors]
+                arguments = (*leaves, *[None] * 5, k, trajectory, needs)
+                grads = function._differentiable_backward(name, *arguments)
+                grads = [g for g in grads if g.numel() > 0 and g.requires_grad][chosen]
+                inputs = [x for x in leaves if x is not None]
+                torch.manual_seed(0)
+                options = {"allow_unused": True, "materialize_grads": True}
+                cotangents = [torch.randn_like(g) for g in grads]
+                results.append(torch.autograd.grad(grads, inputs, cotangents, **options))
+            torch.testing.assert_close(*results)
+    assert len(calls) == 2 * len(cases)
 
 
 @backends

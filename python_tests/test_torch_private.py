@@ -47,6 +47,18 @@ def test_transforms_are_active():
     assert seen == [False, True, True, True, False]
 
 
+def test_unwrap_if_dead():
+    kept = []
+    x = torch.ones(2)
+    torch.func.vjp(lambda x: kept.append(x) or x.sin(), x)
+    assert type(kept[0]) is torch.Tensor
+    assert torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+    unwrapped = private.unwrap_if_dead(kept[0])
+    assert unwrapped.data_ptr() == x.data_ptr()
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(unwrapped)
+    assert private.unwrap_if_dead(x) is x
+
+
 def test_forward_mode_is_active():
     seen = []
 

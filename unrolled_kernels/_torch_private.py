@@ -18,6 +18,7 @@ __all__ = [
     "launcher",
     "pytree",
     "transforms_are_active",
+    "unwrap_if_dead",
 ]
 
 # Inside a Function there is nothing for autograd to do: a registered op's autograd, which is Python, costs as much as
@@ -32,6 +33,10 @@ def forward_mode_is_active():
     """Whether tangents may be travelling along: within torch.func.jvp, jacfwd, linearize or a dual level."""
     return forward_ad._current_level >= 0
 
+
+# What a transform of torch.func that has ended wrapped a tensor in, taken off. torch's own functions do so by
+# themselves; an autograd Function would be recorded for the wrapper, whose graph nobody sees.
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 # how a DataLoader makes a batch of samples, by their type
 collate_functions = collate.default_collate_fn_map

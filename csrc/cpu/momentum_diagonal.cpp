@@ -61,6 +61,9 @@ class DiagonalTiles {
         schedule_(arena_, p, plan.schedule_steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? plan.schedule_steps : 0,
                   plan.tiles_per_sample > 1),
+        tangents_(backward ? backward->tangents : nullptr),
+        tangent_schedule_(arena_, tangents_ ? *tangents_ : MomentumTangents<Storage>{},
+                          tangents_ ? plan.schedule_steps : 0),
         row_(samples_in_lanes(p) ? p.d * W : min(strip_elements, ceil_div(p.d, W) * W)) {
     const int64_t rows = p.trajectory ? p.k + 1 : 1;
     f_ = p.observed ? arena_.take<C>(row_) : nullptr;
@@ -72,7 +75,11 @@ class DiagonalTiles {
     dq_ = arena_.take<C>(row_);
     db_ = arena_.take<C>(row_);
     dy0_ = arena_.take<C>(row_);
-    trace_ = backward ? arena_.take<C>((p.prox == Prox::none ? 2 : 3) * p.k * vectors_at_once * W) : nullptr;
+    const int64_t slots = tangents_ ? 4 : p.prox == Prox::none ? 2 : 3;
+    trace_ = backward ? arena_.take<C>(slots * p.k * vectors_at_once * W) : nullptr;
+    for (C*& tangent : staged_tangents_) tangent = tangents_ ? arena_.take<C>(row_) : nullptr;
+    y_tangent_ = tangents_ ? arena_.take<C>(rows * row_) : nullptr;
+    zero_ = tangents_ ? arena_.take<C>(W) : nullptr;
     for (C*& bound : bounds_) bound = p.prox != Prox::none ? arena_.take<C>(row_) : nullptr;
     for (C*& sum : bound_sums_) sum = backward && p.prox != Prox::none ? arena_.take<C>(row_) : nullptr;
   }
@@ -93,9 +100,15 @@ class DiagonalTiles {
       for_parts(i, [&](const auto& part, bool first_of_tile) {
         if (first_of_tile) {
           schedule_.stage(part, i == chunk.begin);
+          if (tangents_) tangent_schedule_.stage(part, i == chunk.begin);
           if (gradient_.wanted()) gradient_.begin_tile(i == chunk.begin);
         }
-        backward_part(p, part);
+        if (tangents_) {
+          second_order_part(p, part);
+        } else {
+          ElementwiseBackward<C> e(p, schedule_.view());
+          backward_part(p, part, e);
+        }
       });
       if (!gradient_.wanted()) continue;
       for_parts(i, [&](const auto& part, bool first_of_tile) {
@@ -208,8 +221,23 @@ class DiagonalTiles {
   }
 
   template <typename Part>
-  void backward_part(const MomentumBackward<Storage>& p, const Part& part) {
-    ElementwiseBackward<C> e(p, schedule_.view());
+  void second_order_part(const MomentumBackward<Storage>& p, const Part& part) {
+    ElementwiseSecondOrder<C> e(p, schedule_.view());
+    store(zero_, Vector<C>{});
+    e.tangents = tangents_->phi.data ? tangent_schedule_.view() : ScheduleView<C>{zero_, zero_, zero_, zero_, 0};
+    e.lambda_tangent = input(part, tangents_->diagonal, p.d, staged_tangents_[0]);
+    e.b_tangent = input(part, tangents_->b, p.d, staged_tangents_[1]);
+    e.y0_tangent = input(part, tangents_->y0, p.d, staged_tangents_[2]);
+    e.y_tangent = output(part, tangents_->y, y_tangent_);
+    backward_part(p, part, e);
+    if (!tangents_->y) return;
+    for (int64_t t = 0; t <= (p.trajectory ? p.k : 0); ++t) {
+      finish(part, y_tangent_ + t * row_, tangents_->y + t * p.B * p.d);
+    }
+  }
+
+  template <typename Part, typename Elementwise>
+  void backward_part(const MomentumBackward<Storage>& p, const Part& part, Elementwise& e) {
     set_energy(part, e);
     set_prox(part, e);
     C* const outputs[] = {p.d_lower, p.d_upper, p.d_weight};
@@ -228,7 +256,11 @@ class DiagonalTiles {
     e.dy0 = output(part, p.dy0, dy0_);
     e.sums = gradient_.sums();
     e.trace = trace_;
-    run_elementwise<true>(e, part.size());
+    if constexpr (std::is_same_v<Elementwise, ElementwiseSecondOrder<C>>) {
+      run_elementwise(e, part.size());
+    } else {
+      run_elementwise<true>(e, part.size());
+    }
     finish_tikhonov(part, e.dlambda);
     finish(part, dq_, p.d_diagonal);
     finish(part, db_, p.db);
@@ -243,9 +275,12 @@ class DiagonalTiles {
   Arena arena_;
   Schedule<C> schedule_;
   ScheduleGradient<C> gradient_;
+  const MomentumTangents<Storage>* tangents_;  // second order, else nullptr
+  Schedule<C> tangent_schedule_;
   int64_t row_;  // elements of a staged row
   C *f_, *x_, *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
-  C *bounds_[3], *bound_sums_[3];  // lower, upper, weight
+  C *bounds_[3], *bound_sums_[3];               // lower, upper, weight
+  C *staged_tangents_[3], *y_tangent_, *zero_;  // of the diagonal, b and y_0
 };
 
 template <typename Storage>

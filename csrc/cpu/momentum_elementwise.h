@@ -67,6 +67,16 @@ struct ElementwiseBackward : Elementwise<C> {
   C* trace = nullptr;      // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
 };
 
+// ElementwiseBackward of the derivative of y along tangents, which are zero where they are nullptr.
+template <typename C>
+struct ElementwiseSecondOrder : ElementwiseBackward<C> {
+  using ElementwiseBackward<C>::ElementwiseBackward;
+  ScheduleView<C> tangents;  // of the coefficients
+  const C *lambda_tangent = nullptr, *b_tangent = nullptr, *y0_tangent = nullptr;
+  C* y_tangent = nullptr;  // output, or nullptr
+  // trace: [4, k, vectors_at_once] vectors
+};
+
 // vectors in registers at once
 constexpr int vectors_at_once = 3;
 
@@ -305,6 +315,104 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
   if (p.sums.phi) p.sums.add_phi(0, -phi_sum);
 }
 
+// Second order: y and its tangent together, then the adjoints of both. In names, d is what belongs to the tangent; p and
+// pbar are s and ybar of y, a and abar those of its tangent.
+template <bool momentum, int N, typename C>
+UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrder<C>& e, int64_t offset) {
+  constexpr int64_t W = lanes<C>;
+  constexpr int64_t slots = momentum ? 4 : 2;
+  const ScheduleView<C> schedule = e.schedule, tangents = e.tangents;
+  const ScheduleSums<C> sums = e.sums;
+  const bool trajectory = e.trajectory;
+  const int64_t k = e.k, row = e.row;
+  const auto from = [&](const C* x, int n) { return x ? load(x + offset + n * W) : Vector<C>{}; };
+  Vector<C> lambda[N], d_lambda[N];
+  {
+    Vector<C> b[N], db[N], y[N], dy[N], z[N], dz[N], m[N], dm[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      lambda[n] = from(e.lambda, n), d_lambda[n] = from(e.lambda_tangent, n);
+      b[n] = from(e.b, n), db[n] = from(e.b_tangent, n);
+      y[n] = z[n] = from(e.y0, n), dy[n] = dz[n] = from(e.y0_tangent, n);
+      m[n] = dm[n] = Vector<C>{};
+    }
+    C *trace = e.trace, *out = e.y_tangent ? e.y_tangent + offset : nullptr;
+    for (int64_t t = 0; t < k; ++t, trace += slots * N * W) {
+      const auto c = schedule.template at<momentum>(t), d = tangents.template at<momentum>(t);
+      const int64_t after = min(t + 1, k - 1);
+      const Vector<C> gamma = schedule.template at<momentum>(after).gamma;
+      const Vector<C> d_gamma = tangents.template at<momentum>(after).gamma;
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        if (trajectory && out) store(out + t * row + n * W, dy[n]);
+        store(trace + n * W, z[n]);
+        store(trace + (N + n) * W, dz[n]);
+        const Vector<C> g = lambda[n] * z[n] + b[n], dg = lambda[n] * dz[n] + (d_lambda[n] * z[n] + db[n]);
+        if constexpr (momentum) {
+          store(trace + (2 * N + n) * W, m[n]);
+          store(trace + (3 * N + n) * W, dm[n]);
+          dm[n] = c.beta * dm[n] + d.beta * m[n] - c.phi * dg - d.phi * g;
+          m[n] = c.beta * m[n] - c.phi * g;
+          y[n] += m[n], dy[n] += dm[n];
+          z[n] = y[n] + gamma * m[n], dz[n] = dy[n] + gamma * dm[n] + d_gamma * m[n];
+        } else {
+          dy[n] -= c.phi * dg + d.phi * g;
+          y[n] -= c.phi * g;
+          z[n] = y[n], dz[n] = dy[n];
+        }
+      }
+    }
+    if (out) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) store(out + (trajectory ? k * row : 0) + n * W, dy[n]);
+    }
+  }
+  Vector<C> p[N], pbar[N], a[N], abar[N], s_sum[N], sz_sum[N];
+  const C* cotangent = e.grad_y + offset + (trajectory ? k * row : 0);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    abar[n] = a[n] = load(cotangent + n * W);
+    p[n] = pbar[n] = s_sum[n] = sz_sum[n] = Vector<C>{};
+  }
+  const C* trace = e.trace + k * slots * N * W;
+  for (int64_t t = k - 1; t >= 0; --t) {
+    trace -= slots * N * W;
+    const auto c = schedule.template at<momentum>(t), d = tangents.template at<momentum>(t);
+    if (trajectory) cotangent -= row;
+    Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vector<C> z = load(trace + n * W), dz = load(trace + (N + n) * W);
+      const Vector<C> wa = lambda[n] * a[n], w = lambda[n] * p[n] + d_lambda[n] * a[n];
+      const Vector<C> weighted = c.phi * p[n] + d.phi * a[n], va = c.phi * wa, v = c.phi * w + d.phi * wa;
+      s_sum[n] += weighted;
+      sz_sum[n] += weighted * z + c.phi * a[n] * dz;
+      phi_sum += w * z + wa * dz + p[n] * from(e.b, n) + a[n] * from(e.b_tangent, n);
+      pbar[n] -= v, abar[n] -= va;
+      if (trajectory) abar[n] += load(cotangent + n * W);
+      if constexpr (momentum) {
+        const Vector<C> m = load(trace + (2 * N + n) * W), dm = load(trace + (3 * N + n) * W);
+        beta_sum += p[n] * m + a[n] * dm;
+        gamma_sum += v * m + va * dm;
+        p[n] = pbar[n] + (c.beta * p[n] + d.beta * a[n] - c.gamma * v - d.gamma * va);
+        a[n] = abar[n] + (c.beta * a[n] - c.gamma * va);
+      } else {
+        p[n] = pbar[n], a[n] = abar[n];
+      }
+    }
+    if (sums.phi) {
+      sums.add_phi(t, -phi_sum);
+      sums.template add_momentum<momentum>(t, beta_sum, -gamma_sum);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    if (e.dlambda) store(e.dlambda + offset + n * W, -sz_sum[n]);
+    if (e.db) store(e.db + offset + n * W, -s_sum[n]);
+    if (e.dy0) store(e.dy0 + offset + n * W, pbar[n]);
+  }
+}
+
 // calls f(integral_constant N, offset) over a strip, N = vectors_at_once and then 1
 template <typename C, typename F>
 UNROLLED_KERNELS_INLINE void for_vectors(int64_t vectors, F f) {
@@ -338,6 +446,14 @@ UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, i
       p.per_step ? elementwise_forward<false, true, none, n>(p, offset)
                  : elementwise_forward<false, false, none, n>(p, offset);
     }
+  });
+}
+
+template <typename C>
+UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseSecondOrder<C>& p, int64_t vectors) {
+  for_vectors<C>(vectors, [&](auto N, int64_t offset) {
+    constexpr int n = decltype(N)::value;
+    p.momentum ? elementwise_second_order<true, n>(p, offset) : elementwise_second_order<false, n>(p, offset);
   });
 }
 

@@ -44,6 +44,13 @@ def is_differentiated():
     return torch.is_grad_enabled() or _torch_private.transforms_are_active()
 
 
+def alive(tensors):
+    """Saved tensors, for a backward that is differentiated: torch.func.vjp runs it when its own transform has ended."""
+    if torch.compiler.is_compiling():
+        return tensors
+    return [x if x is None else _torch_private.unwrap_if_dead(x) for x in tensors]
+
+
 def without_autocast(device_type):
     """Products in the dtype of what is multiplied, also where a backward pass is called under autocast."""
     autocasting = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)

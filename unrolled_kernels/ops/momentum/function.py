@@ -1,8 +1,9 @@
 """The differentiable momentum op: forward and backward of a backend, as a pair of ``torch.autograd.Function``.
 
 The first Function's backward is the second, whose own backward differentiates the hand-written one in eager torch, so
-gradients of every order are those of the specification. Where there is a kernel for it (a dense Q on a CPU), it takes
-the place of that for gradients of second order. Both take canonical arguments (see the package's docstring).
+gradients of every order are those of the specification. Where there are kernels for it (a dense or diagonal Q on a
+CPU), they take the place of that for gradients of second order. Both Functions take canonical arguments (see the
+package's docstring).
 """
 
 import os
@@ -190,9 +191,30 @@ class KeptMomentumFunction(MomentumFunction):
 
 
 def _differentiable_backward(backend, *arguments):
-    """The gradients as torch differentiates them: what follows from μ as an ordinary function of them."""
+    """The gradients as torch differentiates them, what μ and tikhonov's f stand for as ordinary functions of them."""
+    arguments = (*common.alive(arguments[:14]), *arguments[14:])
     run = lambda *args: MomentumBackwardFunction.apply(backend, *args[:9], None, *args[9:])
+    if backend == "cpu":
+        run = _of_diagonal(run)
     return manual.with_nesterov(run)(*arguments)
+
+
+def _of_diagonal(backward):
+    """A backward that takes tikhonov's f, g and x too, beside one that takes q and b only."""
+
+    def run(grad_y, matrix, diagonal, observed, b, y0, phi, *rest):
+        if observed is None or b.dtype != phi.dtype:
+            return backward(grad_y, matrix, diagonal, observed, b, y0, phi, *rest)
+        *rest, needs = rest
+        q, shifted = 1 + diagonal * diagonal, b - observed
+        b_needed = 0b1000 if needs & 0b1100 else 0
+        grads = backward(grad_y, None, q, None, shifted, y0, phi, *rest, needs & ~0b1100 | b_needed)
+        nothing, dq, db = grads[0], grads[1], grads[3]
+        df = 2 * diagonal * dq if needs & 0b10 else dq
+        dx, dg = -db if needs & 0b100 else nothing, db if needs & 0b1000 else nothing
+        return (nothing, df, dx, dg, *grads[4:])
+
+    return run
 
 
 class MomentumBackwardFunction(Function):
@@ -247,27 +269,29 @@ class MomentumBackwardFunction(Function):
 
 def _has_second_order(tensors, num_steps):
     """Whether the kernels of second order take the arguments of a backward pass, and nothing differentiates them."""
-    _, matrix, diagonal, _, b, _, phi, _, _, mu, *prox = tensors
-    if matrix is None or diagonal is not None or mu is not None or prox != [None] * 4 or common.is_differentiated():
+    _, matrix, diagonal, observed, b, _, phi, _, _, mu, *prox = tensors
+    spectral = matrix is not None and diagonal is not None
+    if spectral or observed is not None or mu is not None or prox != [None] * 4 or common.is_differentiated():
         return False
     # one large matrix for the batch: torch's products of matrices are the faster ones
-    shared = matrix.shape[0] != b.shape[0] and b.shape[1] > 40
+    shared = matrix is not None and matrix.shape[0] != b.shape[0] and b.shape[1] > 40
     return num_steps > 0 and b.dtype == phi.dtype and not shared
 
 
 def _second_order(ctx, cotangents):
     """What ``MomentumBackwardFunction.backward`` returns, by the kernels."""
-    grad_y, matrix, _, _, b, y0, *coefficients = ctx.saved_tensors[:9]
+    grad_y, matrix, diagonal, _, b, y0, *coefficients = ctx.saved_tensors[:9]
     # an output that was not needed is empty
-    d_matrix, _, _, db, dy0, *d_coefficients = (None if c is None or c.numel() == 0 else c for c in cotangents[:8])
+    cotangents = [None if c is None or c.numel() == 0 else c for c in cotangents[:8]]
+    d_matrix, d_diagonal, _, db, dy0, *d_coefficients = cotangents
     if any(c is not None for c in d_coefficients):
         d_coefficients = [
             torch.zeros_like(x) if c is None and x is not None else c
             for c, x in zip(d_coefficients, coefficients, strict=True)
         ]
     _, *needed = ctx.needs_input_grad[:10]
-    needs = common.mask((*needed[:2], *needed[4:]))
-    arguments = grad_y, matrix, b, y0, *coefficients, d_matrix, db, dy0, *d_coefficients
+    needs = common.mask((*needed[:3], *needed[4:]))
+    arguments = grad_y, matrix, diagonal, b, y0, *coefficients, d_matrix, d_diagonal, db, dy0, *d_coefficients
     grads = native.second_order(*arguments, ctx.num_steps, ctx.trajectory, needs)
     grads = [g if needs >> i & 1 else None for i, g in enumerate(grads)]
-    return (None, *grads[:2], None, None, *grads[2:], *[None] * 8)
+    return (None, *grads[:3], None, *grads[3:], *[None] * 8)

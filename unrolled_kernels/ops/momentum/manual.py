@@ -53,8 +53,23 @@ zero, F the others. Where (Q y + b + weight sign(y))_F = 0 and y_N is the bound 
 
 so the same method runs on Qᵀ with a box whose bounds are 0 in N and infinite in F. A threshold is a coefficient.
 
-The functions below use no in-place operation, so they can be differentiated in turn: that is how second-order
-gradients of every backend are computed.
+The functions below use no in-place operation, so they can be differentiated in turn: that is how gradients of second
+order are computed where no kernel does it. The kernels that do take the gradients for what they are, those of ⟨ȳ, y_k⟩.
+Weighted with cotangents X of Q̄, x of b̄, ẏ_0 of ȳ_0, φ̇_t of φ̄_t, … they sum to ⟨ȳ, ẏ_k⟩, ẏ_t the derivative of y_t along
+(X, x, ẏ_0, φ̇, …), and the VJP of backward is the gradient of that:
+
+    ż_t = ẏ_t + γ_t ṁ_t + γ̇_t m_t      ẏ_{t+1} = ẏ_t + β_t ṁ_t + β̇_t m_t - φ_t (Q ż_t + X z_t + x) - φ̇_t (Q z_t + b)
+
+ȳ gets ẏ_k. Backward, a is the adjoint of ẏ_{t+1}, as above; let p be that of y_{t+1}, w = Qᵀa, u = Qᵀp + Xᵀa, and of
+ż_t and z_t let them be ẇ = -φ_t w and v = -φ_t u - φ̇_t w:
+
+    ẏ_t gets a + β_t a + (1 + γ_t) ẇ                  y_t gets p + (β_t p + β̇_t a) + (1 + γ_t) v + γ̇_t ẇ
+    (and ẏ_{t-1}, y_{t-1} lose what went through ṁ_t, m_t)
+    b̄   -= φ_t p + φ̇_t a                             Q̄   -= (φ_t p + φ̇_t a) z_tᵀ + φ_t a ż_tᵀ
+    φ̄_t = -(uᵀz_t + wᵀż_t + pᵀb + aᵀx)               β̄_t = pᵀm_t + aᵀṁ_t          γ̄_t = vᵀm_t + ẇᵀṁ_t
+
+Where the coefficients have no cotangents this is first order for the state (y, ẏ), [Q 0; X Q] and the cotangent (0, ȳ).
+Eight products for first order's three, of which the kernels load Q for two at once.
 """
 
 import torch

@@ -22,10 +22,10 @@ def fake_backward(grad_y, *arguments):
     return tuple(None if x is None or not needs >> i & 1 else x.new_empty(x.shape) for i, x in enumerate(tensors))
 
 
-def fake_second_order(grad_y, matrix, b, y0, phi, beta, gamma, *rest):
+def fake_second_order(*arguments):
     """Shapes and dtypes of the gradients of a backward pass, None for what is not needed."""
-    inputs = (grad_y, matrix, b, y0, phi, beta, gamma)
-    return tuple(None if x is None or not rest[-1] >> i & 1 else x.new_empty(x.shape) for i, x in enumerate(inputs))
+    inputs, needs = arguments[:8], arguments[-1]
+    return tuple(None if x is None or not needs >> i & 1 else x.new_empty(x.shape) for i, x in enumerate(inputs))
 
 
 class Cuda:
