@@ -498,6 +498,28 @@ def test_func_transforms(name, structure):
     torch.testing.assert_close(hessian, torch.func.jacrev(torch.func.jacrev(loss, 1), 1)(parameters, *inputs))
 
 
+@pytest.mark.parametrize("mode", [{}, {"backward": "implicit"}, {"backward_steps": 2}], ids=["", "implicit", "two"])
+@pytest.mark.parametrize("name", ["nag", "rnn"])
+def test_what_a_vjp_returned_is_differentiable(name, mode):
+    """torch.func.vjp calls a backward when its transform has ended, and what it gives still depends on the inputs."""
+    if name == "rnn" and mode:
+        pytest.skip("Nesterov's method stands for other gradients")
+    b, Q = problem(dtype=torch.float64)
+    weights = LAYERS["rnn"]().double().weights
+
+    def gradients(**options):
+        def run(Q):
+            if name == "rnn":
+                return F.rnn(Q, b, weights, 3, **options)
+            return F.nesterov(Q, b, 0.5, 0.1, 4, **options, **mode)
+
+        _, vjp = torch.func.vjp(run, Q)
+        (gradient,) = vjp(torch.ones_like(b))
+        return torch.autograd.grad(gradient.square().sum(), (b, Q), materialize_grads=True)
+
+    torch.testing.assert_close(gradients(), gradients(backend="eager"))
+
+
 @main_layers
 @every_structure
 def test_second_order_through_the_module(name, structure):

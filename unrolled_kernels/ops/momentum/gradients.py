@@ -281,7 +281,7 @@ class ImplicitFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        *tensors, y = ctx.saved_tensors
+        *tensors, y = common.alive(ctx.saved_tensors) if common.is_differentiated() else ctx.saved_tensors
         matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
         needs_matrix, needs_diagonal, needs_observed, _, *others_needed = ctx.needs_input_grad[1:10]
         # y_k forgets where it began and how it got there

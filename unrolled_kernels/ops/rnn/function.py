@@ -70,7 +70,7 @@ class RnnFunction(Function):
         arguments = (ctx.num_steps, ctx.trajectory, bits)
         matrix, diagonal, b, y0, *weights = ctx.saved_tensors
         if common.is_differentiated():
-            tensors = (grad_y, matrix, diagonal, b, y0, *weights)
+            tensors = common.alive((grad_y, matrix, diagonal, b, y0, *weights))
             grads = RnnBackwardFunction.apply(ctx.backend, *arguments, *tensors)
         else:
             # nothing will differentiate this backward: straight to the launcher
