@@ -220,7 +220,8 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
 
   const int64_t y_size = (in.trajectory ? k + 1 : 1) * B * d;
   check("momentum", B, d, k, [&](Outputs& outputs) {
-    MomentumForward<Storage> p{in, nullptr};
+    MomentumForward<Storage> p{};
+    static_cast<MomentumInputs<Storage>&>(p) = in;
     outputs.add(p.y, y_size);
     momentum_cpu(structure, p);
   });
@@ -501,7 +502,8 @@ std::vector<char> last_of_momentum(Structure structure, bool tikhonov, int64_t B
   call.input(p.grad_y, d, -1, 1, p.k + 1);
   call.output(p.db, d), call.output(p.dy0, d);
   call.output(p.dphi, p.k), call.output(p.dbeta, p.k), call.output(p.dgamma, p.k);
-  MomentumForward<Storage> forward{p, nullptr};
+  MomentumForward<Storage> forward{};
+  static_cast<MomentumInputs<Storage>&>(forward) = p;
   call.output(forward.y, d, p.k + 1);
 
   const auto kernels = momentum_kernels<Storage>(structure);

@@ -40,7 +40,12 @@ const char* run(const Header& h, void* const* pointers) {
   in.observed_stride = h.sizes[8];
   in.matrix = storage(0), in.diagonal = storage(1), in.b = storage(2), in.y0 = storage(3), in.observed = storage(4);
   in.phi = coefficient(0), in.beta = coefficient(1), in.gamma = coefficient(2);
-  if (!h.backward) return run(h.structure, MomentumForward<Storage>{in, storage(8)});
+  if (!h.backward) {
+    MomentumForward<Storage> p{};
+    static_cast<MomentumInputs<Storage>&>(p) = in;
+    p.y = storage(8);
+    return run(h.structure, p);
+  }
   MomentumBackward<Storage> p{};
   static_cast<MomentumInputs<Storage>&>(p) = in;
   p.grad_y = storage(8), p.d_matrix = storage(9), p.d_diagonal = storage(10), p.db = storage(11);
