@@ -172,9 +172,11 @@ def test_start_depends_on_the_seed_alone():
     ],
 )
 def test_diverged_layer_is_not_chosen(task, train):
-    rows = [train(task, Trial("rnn", 3, 100, rate)) for rate in (1e-2, 1e30)]
-    assert rows[1]["best_epoch"] == 0
-    assert all(math.isnan(rows[1][column]) for column in ("train", "test", "gap"))
+    # the last explodes to a number: in some 10 Adam steps of 10 its weights are 100
+    rows = [train(task, Trial("rnn", 3, 100, rate)) for rate in (1e-2, 1e30, 10.0)]
+    for row in rows[1:]:
+        assert row["best_epoch"] == 0
+        assert all(math.isnan(row[column]) for column in ("train", "test", "gap"))
     assert select_best(pd.DataFrame(rows))["learning_rate"].tolist() == [1e-2]
 
 

@@ -17,9 +17,10 @@ import pandas as pd
 import pytest
 import torch
 
-from unrolled_kernels import Spectral, use_backend
+from unrolled_kernels import Spectral, available_backends, use_backend
 from unrolled_kernels import functional as F
 from unrolled_kernels.experiments import checkpoint, cli
+from unrolled_kernels.experiments import report as written
 from unrolled_kernels.experiments.run_directory import RunDirectory, atomic_path
 from unrolled_kernels.experiments.study import fingerprint
 from unrolled_kernels.experiments.synthetic import (
@@ -261,6 +262,23 @@ def test_a_model_that_diverges_says_so_and_is_not_chosen(task):
     assert [np.isnan(row["train"]) for row in (*rows, alone)] == [False, True, True]
     best = grid.select_best(pd.DataFrame(rows))
     assert best["learning_rate"].tolist() == [1e-2]
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "eager") if name in available_backends()])
+def test_a_model_that_explodes_to_a_number_has_diverged(task, backend):
+    """(1 - 100 λ)³ is a million, and finite, in the C++ loop of the ensemble, its torch and the one-model trainer."""
+    training, trials = Training(epochs=3, step_size=100.0), [Trial(8, "adam", "gd", k, 100, 1e-2) for k in (3, 0)]
+    with use_backend(backend):
+        rows = [*ensemble.train_chunk(task, trials, training), train.train_one(task, trials[0], training)]
+    assert rows[0]["init_train"] > 1e6
+    assert np.isfinite(rows[0]["init_train"])
+    for row in (rows[0], rows[2]):
+        assert row["best_epoch"] == 0
+        assert np.isnan([row[name] for name in ("train", "test", "gap", "test_squared")]).all()
+    results = pd.DataFrame(rows[:2])
+    assert grid.select_best(results)["num_steps"].tolist() == [0]
+    assert written.diverged(results) == " 1 of them diverged and are left out."
+    assert written.diverged(results[1:]) == ""
 
 
 def test_chunks_hold_one_architecture_and_every_model_once():

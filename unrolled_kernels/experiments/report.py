@@ -16,6 +16,12 @@ def table(head, rows, left=0):
     return "\n".join(lines)
 
 
+def diverged(results):
+    """A sentence on the models without a loss, which are left out of every mean; empty where there are none."""
+    count = int(results["train"].isna().sum())
+    return f" {count} of them diverged and are left out." if count else ""
+
+
 def write(path, *, title, introduction="", settings, figures, sections):
     """Write a report.
 

@@ -51,6 +51,14 @@ class Setup:
         raise NotImplementedError
 
 
+def diverged(loss, largest):
+    """Whether a model came to nothing: its loss is NaN, or above the largest between any two targets.
+
+    What explodes need not overflow: a loss of 1e10 is no more of a result than an infinite one.
+    """
+    return not loss <= largest
+
+
 def train_grid(setup, jobs, directory, *, finished=0, workers=None, processes=1, what="models", show_progress=True):
     """Train every job, and keep its rows as soon as they are there.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from unrolled_kernels.experiments import checkpoint, ranks
+from unrolled_kernels.experiments import checkpoint, ranks, study
 from unrolled_kernels.experiments.denoising import distributed, evaluation
 from unrolled_kernels.experiments.denoising.data import TrainingPairs
 from unrolled_kernels.experiments.denoising.model import count_parameters, make_model
@@ -57,8 +57,8 @@ class Trainer:
 
     @property
     def diverged(self):
-        """Whether the last loss, a squared error for each pixel, is above 1, which no two images in [0, 1] reach."""
-        return bool(self.losses) and not self.losses[-1] <= 1
+        """Whether the last loss, a squared error for each pixel, is above 1: between images in [0, 1] none is."""
+        return bool(self.losses) and study.diverged(self.losses[-1], 1.0)
 
     def train_epoch(self):
         """See every training image once; returns the mean loss of its minibatches."""

@@ -118,7 +118,7 @@ def _run(arguments):
             f"{len(results)} trained layers, of which {len(best)} are shown: the best over the learning rate by "
             "training loss for each algorithm, k and seed. The energies' true Q* and b are given; GD and NAG learn "
             "their step size, the RNN its cell, from a start near GD with φ = 1. Numbers are mean ± standard deviation "
-            "over the seeds."
+            f"over the seeds.{report.diverged(results)}"
         ),
         settings=settings,
         figures=drawn,

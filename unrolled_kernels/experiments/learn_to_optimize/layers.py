@@ -68,7 +68,8 @@ def train_natively(task, trials, training, on_epochs=lambda count: None):
     layers = [make_trainable_layer(trial).to(task.x.dtype) for trial in trials]
     theta = torch.stack([parameters_to_vector(_parameters(layer)) for layer in layers]).detach()  # [M, P]
     best_theta, best_epoch = theta.clone(), torch.zeros(len(trials), dtype=torch.int64)
-    state = theta, torch.zeros_like(theta), torch.zeros_like(theta), best_theta, theta.new_full([len(trials)], math.inf)
+    best_loss = theta.new_full([len(trials)], task.largest_loss)
+    state = theta, torch.zeros_like(theta), torch.zeros_like(theta), best_theta, best_loss
     depths = torch.tensor([trial.num_steps for trial in trials])
     rates = theta.new_tensor([trial.learning_rate for trial in trials])
     train_epochs, *data = _rnn_training(task, seed) if trials[0].algorithm == "rnn" else _step_sizes(task, trials)

@@ -143,7 +143,7 @@ def _run(arguments):
     name = f"{device_name(device)}, one thread" if device.type == "cpu" else device_name(device)
     report_file = directory.path / "report.md"
     report.write_report(
-        report_file, settings=settings, best=best, models=len(results), figures=drawn, speed=timings, device=name
+        report_file, settings=settings, best=best, results=results, figures=drawn, speed=timings, device=name
     )
     if timings:
         chosen = _backend.resolve(arguments.backend, device)

@@ -84,6 +84,11 @@ class SyntheticTask:
     def _start(self, seed):
         return FIRST_SEED if self.same_start else seed
 
+    @property
+    def largest_loss(self):
+        """The distance between any two minimizers, or more: a model whose loss is above it has diverged."""
+        return 2 * torch.linalg.vector_norm(self.y_star, dim=-1).max().item()
+
     def to(self, device_or_dtype):
         """The same task with its samples on another device or in another dtype, which models of it follow."""
         names = ("x", "R", "b", "y_star", "eigenvalues")

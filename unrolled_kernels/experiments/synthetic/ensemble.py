@@ -95,7 +95,7 @@ class Ensemble:
         self.first_moment = torch.zeros_like(self.theta)
         self.second_moment = torch.zeros_like(self.theta)
         self.best_theta = self.theta.clone()
-        self.best_loss = torch.full((len(self.trials),), math.inf, dtype=self.dtype, device=self.device)
+        self.best_loss = self.theta.new_full((len(self.trials),), self.task.largest_loss)
         self.best_epoch = torch.zeros(len(self.trials), dtype=torch.int64, device=self.device)
 
     def _views(self, theta):
@@ -244,7 +244,7 @@ class Ensemble:
         self._epochs_done += 1
         with torch.no_grad():
             loss = self._losses(self._views(self.theta), self.evaluated, self.fixed_samples)[0].mean(1)
-            # false for NaN: a model that diverged keeps its last good parameters
+            # false for NaN and for what explodes: a model that diverged keeps its last good parameters
             better = loss < self.best_loss
             torch.where(better, loss, self.best_loss, out=self.best_loss)
             self.best_epoch.masked_fill_(better, self._epochs_done)

@@ -30,22 +30,22 @@ def speed_table(speed):
     return report.table(("NAG, k = 30, batch 50", "eager loop, µs", "fused, µs", "ratio"), lines, left=1)
 
 
-def write_report(path, *, settings, best, models, figures, speed, device):
+def write_report(path, *, settings, best, results, figures, speed, device):
     """Write ``report.md`` of the study.
 
     Args:
         path: the file.
         settings: the run's settings, a dict.
         best: the selected rows.
-        models: how many models were trained.
+        results: the rows of all models.
         figures: paths of the figures, in the same directory.
         speed: rows of ``speed.measure``, or None.
         device: the machine, in words.
     """
     introduction = (
-        f"{models} trained models, of which {len(best)} are shown: the best over optimizer and learning rate by "
+        f"{len(results)} trained models, of which {len(best)} are shown: the best over optimizer and learning rate by "
         "training loss for each hidden size, algorithm, k and seed. Numbers are mean ± standard deviation over the "
-        "seeds."
+        f"seeds.{report.diverged(results)}"
     )
     timed = f"Medians on {device}, eager loop and fused layer in the same run.\n\n{speed_table(speed)}" if speed else ""
     report.write(

@@ -45,11 +45,11 @@ def fit(model, optimizer, task, seed, everything, training, on_epochs):
         training: epochs and batch size.
         on_epochs: called now and then with the number of epochs done since the last call.
     Returns:
-        That epoch, counted from 1, and the training and the test loss there; 0 and NaNs if no loss was finite.
+        That epoch, counted from 1, and the training and the test loss there; 0 and NaNs if the model diverged.
     """
     index = task.train_index(seed).to(task.x.device)
     samples = [tensor[index] for tensor in everything]
-    best_loss, best_epoch, best_state = math.inf, 0, copy.deepcopy(model.state_dict())
+    best_loss, best_epoch, best_state = task.largest_loss, 0, copy.deepcopy(model.state_dict())
     epoch = 0
     for block, rows in epoch_blocks(0, training.epochs):
         for order in task.minibatch_orders(seed, block)[rows].to(task.x.device):
