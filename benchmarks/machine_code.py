@@ -280,7 +280,7 @@ def _tile(d):
 def dense(d, momentum):
     elements, problems, warps = _tile(d)
     matrix, team = 4 * d * d, max(1, round(problems))
-    common = {"stem": "momentum_dense", "d": d, "template": f"Li{d}ELb{momentum:d}E", "problems": problems,
+    common = {"stem": "momentum_dense", "d": d, "template": f"Li{d}ELb{momentum:d}ELb0E", "problems": problems,
               "warps": warps, "method": "momentum" if momentum else "gd"}  # fmt: skip
     memory, vector = team * matrix + 2 * 4 * d * team, 4 * d * team
     return [
@@ -314,7 +314,7 @@ def spectral(d, momentum):
 
 def diagonal(momentum):
     step = 4 if momentum else 2
-    common = {"stem": "momentum_diagonal", "d": 0, "template": f"Li4ELi32ELb{momentum:d}E", "problems": 128,
+    common = {"stem": "momentum_diagonal", "d": 0, "template": f"Li4ELi32ELb{momentum:d}ELb0E", "problems": 128,
               "method": "momentum" if momentum else "gd"}  # fmt: skip
     return [
         Kernel(direction="forward", phases=(("step", 4 * step, 4),), bytes=12, flops=(0, 4), item_slots=40,

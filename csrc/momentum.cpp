@@ -95,9 +95,8 @@ struct Arguments {
     prox = lower || upper ? Prox::box : weight ? Prox::l1 : threshold ? Prox::soft_threshold : Prox::none;
     STD_TORCH_CHECK((lower || upper) + weight.has_value() + threshold.has_value() <= 1,
                     "lower and upper, weight, threshold: expected one kind of proximal map at most");
-    STD_TORCH_CHECK(
-        prox == Prox::none || (structure != Structure::spectral && b.is_cpu()),
-        "lower, upper, weight, threshold: expected no spectral Q beside a proximal map, and tensors on a CPU");
+    STD_TORCH_CHECK(prox == Prox::none || structure != Structure::spectral,
+                    "lower, upper, weight, threshold: expected no spectral Q beside a proximal map");
     if (lower) check_bound("lower", *lower);
     if (upper) check_bound("upper", *upper);
     if (weight) check_bound("weight", *weight);

@@ -39,10 +39,11 @@ STEMS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
 
 
 def _describe(symbol):
-    """(name, D) of a float32 kernel's mangled name, D None where it has none."""
+    """(name, D) of a float32 kernel's mangled name, D None where it has none; the name says whether it has a map."""
     match = re.search(r"\d+((?:momentum|rnn|sum)[a-z_]*?_kernel)I(?:f(?:Li(\d+)E)?(Li\d+E)?)?", symbol)
     assert match, symbol
-    return match[1], int(match[2]) if match[2] and not match[3] else None
+    proximal = " with a map" if re.search(r"Lb[01]ELb1E", symbol) else ""
+    return match[1] + proximal, int(match[2]) if match[2] and not match[3] else None
 
 
 # registers of a thread, by D where it is a tile's: with 96 a multiprocessor holds 20 warps, with 128 sixteen, with 168
@@ -54,6 +55,10 @@ REGISTERS = {
     "momentum_dense_backward_kernel": BACKWARD_TILES,
     "momentum_diagonal_kernel": {None: 80},
     "momentum_diagonal_backward_kernel": {None: 128},
+    "momentum_dense_kernel with a map": TILES | {16: 168},
+    "momentum_dense_backward_kernel with a map": BACKWARD_TILES | {16: 255},
+    "momentum_diagonal_kernel with a map": {None: 80},
+    "momentum_diagonal_backward_kernel with a map": {None: 168},
     "momentum_spectral_kernel": TILES,
     "momentum_spectral_backward_kernel": BACKWARD_TILES,
     "rnn_kernel": {None: 128},
@@ -84,7 +89,7 @@ def test_resources(stem, architecture):
         assert registers <= REGISTERS[name][D], f"{name} D={D}: {registers} registers"
         seen.add((name, D))
     sums = "sum_rnn_partials_kernel" if stem == "rnn" else "sum_partials_kernel"
-    assert seen == {(name, D) for name in (f"{stem}_kernel", f"{stem}_backward_kernel", sums) for D in REGISTERS[name]}
+    assert seen == {(name, D) for name in REGISTERS if name.startswith((f"{stem}_", sums)) for D in REGISTERS[name]}
 
 
 # what they compute
@@ -97,27 +102,33 @@ class Momentum(Emulation):
     sources = (*sorted((CSRC / "cuda").glob("momentum_*.cu")), EMULATION / "momentum_driver.cpp")
 
     def forward(self, *arguments):
-        tensors, (k, trajectory) = arguments[:8], arguments[-2:]
+        (*tensors, _), prox, (k, trajectory) = arguments[:9], arguments[9:13], arguments[-2:]
         b = tensors[3]
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
-        return self._run(False, *tensors, k, trajectory, [y])[0]
+        return self._run(False, *tensors, prox, k, trajectory, [y])[0]
 
     def backward(self, grad_y, *arguments):
-        tensors, (k, trajectory, needs) = arguments[:8], arguments[-3:]
+        tensors, (k, trajectory, needs) = arguments[:13], arguments[-3:]
         wanted = [x is not None and bool(needs >> i & 1) for i, x in enumerate(tensors)]
+        matrix, diagonal, _, b, y0, phi, beta, gamma, _, lower, upper, weight, threshold = tensors
         # the kernels have the gradients of a schedule all together, and that of what was observed as that of b
-        asked = [*wanted[:2], wanted[2] or wanted[3], wanted[4], *[any(wanted[5:])] * 3]
+        schedule = any(wanted[5:8]) or wanted[12]
+        asked = [*wanted[:2], wanted[2] or wanted[3], wanted[4], *[schedule] * 4, *wanted[9:12]]
+        like = (matrix, diagonal, b, y0, phi, beta, gamma, threshold, lower, upper, weight)
         outputs = [
-            poisoned(x.shape, x.dtype) if x is not None and need else None
-            for x, need in zip([*tensors[:2], *tensors[3:]], asked, strict=True)
+            poisoned(x.shape, x.dtype) if x is not None and need else None for x, need in zip(like, asked, strict=True)
         ]
-        d_matrix, d_diagonal, db, *rest = self._run(True, *tensors, k, trajectory, [grad_y, *outputs])
-        grads = (d_matrix, d_diagonal, -db if wanted[2] else None, db, *rest)
-        grads = (g if need else grad_y.new_empty(0) for g, need in zip(grads, wanted, strict=True))
-        # none of μ, which the kernels know as β and γ, and of a proximal map, which they do not know
-        return *grads, *(grad_y.new_empty(0) for _ in range(5))
+        prox = (lower, upper, weight, threshold)
+        d_matrix, d_diagonal, db, *rest = self._run(True, *tensors[:8], prox, k, trajectory, [grad_y, *outputs])
+        dy0, *d_schedule, d_threshold, d_lower, d_upper, d_weight = rest
+        # none of μ, which the kernels know as β and γ
+        grads = (d_matrix, d_diagonal, -db if wanted[2] else None, db, dy0, *d_schedule, None)
+        grads += (d_lower, d_upper, d_weight, d_threshold)
+        empty = [grad_y.new_empty(0)] * 5 + [phi.new_empty(0)] * 8
+        return tuple(g if need else e for g, e, need in zip(grads, empty, wanted, strict=True))
 
-    def _run(self, backward, matrix, diagonal, observed, b, y0, phi, beta, gamma, k, trajectory, rest):
+    def _run(self, backward, matrix, diagonal, observed, b, y0, phi, beta, gamma, prox, k, trajectory, rest):
+        *bounds, threshold = prox
         # the kernels know tikhonov as a diagonal with something observed
         structure = 0 if diagonal is None else 1 if matrix is None else 2
         numbers = [
@@ -129,15 +140,16 @@ class Momentum(Emulation):
             k,
             int(trajectory),
             *(stride(x, 0) for x in (matrix, diagonal, b, y0, observed)),
-            *(stride(c, dim) for c in (phi, beta, gamma) for dim in (0, 1)),
+            *(stride(c, dim) for c in (phi, beta, gamma, threshold) for dim in (0, 1)),
+            *(stride(x, dim) for x in bounds for dim in (0, 1)),
         ]
-        arrays = [matrix, diagonal, b, y0, observed, phi, beta, gamma, *rest]
-        arrays += [None] * (16 - len(arrays))
+        arrays = [matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, *bounds, *rest]
+        arrays += [None] * (24 - len(arrays))
         return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
 
 
 def _problem(structure, B, d, k, **options):
-    """(grad_y, matrix, λ, observed, b, y0, φ, β, γ): canonical arguments in float64, rounded to bfloat16."""
+    """grad_y and the canonical arguments but μ, in float64, rounded to bfloat16."""
     problem = MomentumProblem(structure, (B,), d, k, **options)
     grad = problem.normal(*((k + 1, B, d) if problem.trajectory else (B, d)))
     return _canonical(structure, problem, grad.bfloat16().double())
@@ -145,26 +157,32 @@ def _problem(structure, B, d, k, **options):
 
 def _canonical(structure, problem, grad):
     operands = [x for name, x in problem.leaves.items() if name.startswith("Q")]
-    b, y0, *schedule = (problem.leaves.get(name) for name in ("b", "y0", "phi", "beta", "gamma"))
+    names = ("b", "y0", "phi", "beta", "gamma", "threshold", "lower", "upper", "weight")
+    b, y0, *rest = (problem.leaves.get(name) for name in names)
     # [1 or B, 1 or k]
-    schedule = [c if c is None or c.dim() == 2 else c.reshape(1, -1) for c in schedule]
-    tensors = (grad, *canonical_structure(structure, operands), b, y0, *schedule)
+    *schedule, threshold = (c if c is None or c.dim() == 2 else c.reshape(1, -1) for c in rest[:4])
+    tensors = (grad, *canonical_structure(structure, operands), b, y0, *schedule, *rest[4:], threshold)
     return [x if x is None else x.contiguous() for x in tensors]
 
 
-def _run(implementation, tensors, k, dtype, needs=255):
+EVERY = (1 << 13) - 1
+
+
+def _run(implementation, tensors, k, dtype, needs=EVERY):
     """y, and the gradients by name; those of the schedule as one vector, since a single number may cancel by chance."""
     compute = torch.promote_types(dtype, torch.float32)
     grad, *tensors = (x if x is None else x.to(compute if i > 5 else dtype) for i, x in enumerate(tensors))
-    arguments = (*tensors, None, *NO_PROX, k, grad.dim() == 3)
+    bounds = (x if x is None else x.expand(tensors[3].shape) for x in tensors[8:11])
+    arguments = (*tensors[:8], None, *bounds, tensors[11], k, grad.dim() == 3)
     grads = implementation.backward(grad, *arguments, needs)
     names = ("d_matrix", "d_diagonal", "d_observed", "db", "dy0")
     results = {"y": implementation.forward(*arguments)} | dict(zip(names, grads[:5], strict=True))
+    results |= zip(("d_lower", "d_upper", "d_weight"), grads[9:12], strict=True)
     # without y0 there is no gradient of it
-    return results | {"d_schedule": torch.cat([x.flatten() for x in grads[5:]])}
+    return results | {"d_schedule": torch.cat([x.flatten() for x in (*grads[5:9], grads[12])])}
 
 
-def _check(emulation, tensors, k, dtype, needs=255):
+def _check(emulation, tensors, k, dtype, needs=EVERY):
     return emulation.check(lambda implementation, dtype: _run(implementation, tensors, k, dtype, needs), dtype)
 
 
@@ -228,17 +246,17 @@ def test_what_does_not_fit_in_shared_memory(structure):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_strides_and_alignment(structure, dtype):
     for d, shift in ((8, 1), (7, 0), (32, 3), (40, 1), (136, 1)):
-        grad, *structured, b, y0, phi, beta, gamma = _problem(structure, 5, d, 3, seed=6)
+        grad, *structured, b, y0, phi, beta, gamma = _problem(structure, 5, d, 3, seed=6)[:-4]
         wide = [x if x is None else spread(x.to(DTYPES[dtype])) for x in (*structured, b, y0)]
-        _check(Momentum(shift=shift), [grad, *wide, phi, beta, gamma], 3, DTYPES[dtype])
-        expanded = [grad, *structured, b[:1].expand(5, d), y0[:1].expand(5, d), phi, beta, gamma]
+        _check(Momentum(shift=shift), [grad, *wide, phi, beta, gamma, *NO_PROX], 3, DTYPES[dtype])
+        expanded = [grad, *structured, b[:1].expand(5, d), y0[:1].expand(5, d), phi, beta, gamma, *NO_PROX]
         _check(Momentum(shift=shift), expanded, 3, DTYPES[dtype])
 
 
 @needs_emulation
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gradients_that_are_not_needed(structure):
-    needs_of = (0, 255, *(255 - (1 << i) for i in range(5)), *(1 << i for i in range(5)), 255 - 224, 224)
+    needs_of = (0, EVERY, *(255 - (1 << i) for i in range(5)), *(1 << i for i in range(5)), 255 - 224, 224)
     for needs, d in itertools.product(needs_of, (6, 40, 130)):
         _check(Momentum(), _problem(structure, 3, d, 4, seed=2), 4, torch.float64, needs)
 
@@ -275,8 +293,64 @@ def test_sanitizers(structure, mode):
     for (B, d), shared in itertools.product(((5, 5), (18, 11), (5, 20), (3, 33), (1, 66), (3, 130)), (False, True)):
         tensors = _problem(structure, B, d, 5, form="step", shared=shared, trajectory=shared, seed=9)
         _check(Momentum(mode, order="7", copies="late"), tensors, 5, torch.float32)
+        if structure != "spectral":
+            tensors = _problem(structure, B, d, 3, shared=shared, prox=("box", "soft_threshold")[shared], seed=9)
+            _check(Momentum(mode, order="7", copies="late"), tensors, 3, torch.float32)
     _check(Momentum(mode, CUDA_ON_CPU_SHARED_MEMORY="12000"), _problem(structure, 3, 40, 9), 9, torch.float32)
     _check(Momentum(mode, shift=1), _problem(structure, 3, 34, 3), 3, torch.float32)
+
+
+# steps that end with a proximal map
+
+proximal_structures = pytest.mark.parametrize("structure", ["dense", "diagonal", "tikhonov"])
+maps = pytest.mark.parametrize("prox", ["box", "lower", "l1", "soft_threshold"])
+
+
+def _with_one_number(tensors):
+    """The same bounds or weight for all entries."""
+    return [*tensors[:-4], *(x if x is None else x.flatten()[0] for x in tensors[-4:-1]), tensors[-1]]
+
+
+@needs_emulation
+@proximal_structures
+@maps
+def test_proximal_maps(structure, prox):
+    """Every tiling, form of the schedule and of the bounds, with what else there is in turns."""
+    forms = itertools.cycle(("scalar", "step", "sample", "both"))
+    for i, (d, form) in enumerate(zip((1, 4, 5, 8, 16, 32, 33, 64, 128, 140), forms, strict=False)):
+        options = {"method": ("gd", "momentum")[i % 2], "shared": i % 3 == 0, "warm": i % 4 < 2}
+        options |= {"form": form, "trajectory": i % 3 == 1, "prox": prox, "seed": d}
+        tensors = _problem(structure, BATCHES.get(d, 7), d, 5, **options)
+        if i % 4 > 1:
+            tensors = _with_one_number(tensors)
+        elif prox == "box" and i % 4 == 1:
+            tensors[-4:-2] = tensors[-4:-2][::-1]  # crossed
+        _check(Momentum(order="7", copies="late"), tensors, 5, torch.float32)
+    _in_every_order(_problem(structure, 11, 20, 3, prox=prox), 3, torch.float32)
+
+
+@needs_emulation
+@proximal_structures
+@maps
+def test_proximal_edges(structure, prox):
+    for k, (B, d), warm in itertools.product((0, 1, 2), ((0, 6), (1, 6), (3, 130)), (True, False)):
+        tensors = _problem(structure, B, d, k, form="step", prox=prox, warm=warm, trajectory=warm, seed=5)
+        _check(Momentum(), tensors, k, torch.float64)
+    for i, d in itertools.product((*range(5), *range(9, 13)), (6, 130)):
+        for needs in (EVERY - (1 << i), 1 << i):
+            _check(Momentum(), _problem(structure, 3, d, 2, prox=prox), 2, torch.float64, needs)
+
+
+@needs_emulation
+@proximal_structures
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_proximal_dtypes_and_memory(structure, dtype):
+    """Also with iterates in the workspace, and more steps than a segment of them."""
+    cases = (("box", 9, 6, 20, 40000), ("l1", 3, 40, 5, 24000), ("soft_threshold", 2, 132, 3, 30000))
+    for prox, B, d, k, limit in cases:
+        for memory in ({}, {"CUDA_ON_CPU_SHARED_MEMORY": str(limit)}):
+            tensors = _problem(structure, B, d, k, form="step", prox=prox, trajectory=not memory, seed=6)
+            _check(Momentum(**memory), tensors, k, DTYPES[dtype])
 
 
 # what the emulation finds

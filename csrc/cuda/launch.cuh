@@ -68,6 +68,14 @@ const char* with_momentum(const Problem& p, F f) {
   return p.beta.data ? f(std::true_type()) : f(std::false_type());
 }
 
+// f(momentum, std::bool_constant<whether a proximal map ends the steps>). Steps with a map take beta and gamma for there,
+// if only as zeros: that is a third kernel and not a fourth.
+template <typename Problem, typename F>
+const char* with_method(const Problem& p, F f) {
+  if (p.prox != Prox::none) return f(std::true_type(), std::true_type());
+  return with_momentum(p, [&](auto momentum) { return f(momentum, std::false_type()); });
+}
+
 template <typename Storage>
 PartialSums<Storage> partial_sums(const MomentumBackward<Storage>& p) {
   PartialSums<Storage> sums{};
@@ -77,8 +85,8 @@ PartialSums<Storage> partial_sums(const MomentumBackward<Storage>& p) {
   sums.steps = schedule_steps(p);
   sums.matrix_size = matrix ? p.d * p.d : 0;
   sums.d_matrix = matrix ? p.d_matrix : nullptr;
-  compute_type<Storage>* const outputs[3] = {p.dphi, p.dbeta, p.dgamma};
-  for (int i = 0; i < 3; ++i) {
+  compute_type<Storage>* const outputs[] = {p.dphi, p.dbeta, p.dgamma, p.d_threshold};
+  for (int i = 0; i < coefficients; ++i) {
     sums.schedule[i] = own >> i & 1 ? nullptr : outputs[i];
     sums.schedule_size[i] = coefficients_per_step(p) >> i & 1 ? p.k : 1;
   }
@@ -191,6 +199,7 @@ const char* clear_sums(const MomentumBackward<Storage>& p, void* stream) {
   if (error == cudaSuccess) error = clear(p.dphi, size(p.phi));
   if (error == cudaSuccess) error = clear(p.dbeta, size(p.beta));
   if (error == cudaSuccess) error = clear(p.dgamma, size(p.gamma));
+  if (error == cudaSuccess) error = clear(p.d_threshold, size(p.threshold));
   return describe(error);
 }
 

@@ -10,11 +10,12 @@
 //
 // d <= 128 (float64: 64): Q lies in the registers of a team, tile.cuh, while that of the team's next problems is copied to
 // shared memory. Backward keeps z_t and a_t of all steps, and makes dQ = -sum over t of phi_t a_t z_t' of them at the
-// end, in the registers that Q leaves.
+// end, in the registers that Q leaves. Where a proximal map ends the steps it keeps v_t as well, until a_t is made of it.
 // Above: streamed.cuh, a block for each sample; Q in shared memory if it fits (float32: d <= 230 on an H200), else read
 // from L2 for each product; dQ likewise, tile by tile.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
+#include "cuda/momentum_prox.cuh"
 #include "cuda/streamed.cuh"
 #include "cuda/tile.cuh"
 
@@ -40,6 +41,7 @@ template <typename T, bool momentum>
 struct DenseState {
   using C = typename T::C;
   C b[T::own_rows], y[T::own_rows], previous[T::own_rows];
+  C v[T::own_rows];  // v_t of the last step
 
   template <typename Start>
   __device__ __forceinline__ explicit DenseState(const Start& start) {
@@ -50,41 +52,44 @@ struct DenseState {
     }
   }
   // from y_t = 0, without the product
-  __device__ __forceinline__ void step_from_zero(const StepCoefficients<C>& s) {
+  template <typename Map>
+  __device__ __forceinline__ void step_from_zero(const StepCoefficients<C>& s, const Map& map) {
     const C zero[T::own_rows] = {};
-    finish(s, zero);
+    finish(s, map, zero);
   }
   // buffer: of the exchange, another one than that of the last step
+  template <typename Map>
   __device__ __forceinline__ void step(const T& tile, const C (&q)[T::rows][T::columns], const StepCoefficients<C>& s,
-                                       C* buffer) {
+                                       const Map& map, C* buffer) {
     C z[T::own_rows], x[T::columns], qz[T::own_rows];
 #pragma unroll
     for (int i = 0; i < T::own_rows; ++i) z[i] = extrapolate(s, momentum, y[i], previous[i]);
     tile.rows_to_columns(z, buffer, x);
     tile.product(q, x, qz);
-    finish(s, qz);
+    finish(s, map, qz);
   }
 
  private:
-  __device__ __forceinline__ void finish(const StepCoefficients<C>& s, const C (&qz)[T::own_rows]) {
+  template <typename Map>
+  __device__ __forceinline__ void finish(const StepCoefficients<C>& s, const Map& map, const C (&qz)[T::own_rows]) {
 #pragma unroll
     for (int i = 0; i < T::own_rows; ++i) {
-      const C next = advance(s, momentum, y[i], previous[i], qz[i] + b[i]);
+      v[i] = advance(s, momentum, y[i], previous[i], qz[i] + b[i]);
       previous[i] = y[i];
-      y[i] = next;
+      y[i] = map(s, i, v[i]);
     }
   }
 };
 
-template <typename Storage, int D, bool momentum>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks)
+template <typename Storage, int D, bool momentum, bool proximal>
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks(proximal))
     momentum_dense_kernel(const __grid_constant__ MomentumForward<Storage> p,
                           const __grid_constant__ TilePlan<compute_type<Storage>> plan) {
   using T = Tile<Storage, D>;
   using C = typename T::C;
   const T tile;
   const int d = static_cast<int>(p.d), k = static_cast<int>(p.k), team = threadIdx.x / T::team;
-  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  const BlockSchedule<C, momentum, proximal> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
   Arena arena(dynamic_shared_memory() + plan.schedule_bytes + team * plan.team_bytes);
   const TileMemory<T, Storage> memory(arena, d, 0);
   MatrixStream<T, Storage> matrices(p, memory.matrix);
@@ -101,6 +106,7 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::for
   for (int64_t item = items.first; item < items.count; item += items.step) {
     const int64_t sample = item * T::problems + tile.problem;
     const bool exists = sample < p.B;
+    const ProximalMap<C, T::own_rows, proximal> map(p, sample, tile.row, exists);
     if (item == items.first || p.matrix_stride != 0) matrices.take(tile, exists, q);
     DenseState<T, momentum> state(next);
     if (item + items.step < items.count) {
@@ -112,7 +118,7 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::for
     int first = 0;
     if (!p.y0 && k > 0) {
       if (p.trajectory) store(0);
-      state.step_from_zero(schedule.at(p, scheduled, 0));
+      state.step_from_zero(schedule.at(p, scheduled, 0), map);
       first = 1;
     }
     for_steps(first, k, memory.vectors.vectors, T::problems * D, [&](int t, C* buffer) {
@@ -123,7 +129,7 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::for
         if (p.trajectory) store(t);
         s = schedule.at(p, scheduled, t);
       }
-      state.step(tile, q, s, buffer);
+      state.step(tile, q, s, map, buffer);
     });
     store(p.trajectory ? k : 0);
     // the exchange begins with the same buffer again
@@ -131,8 +137,8 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::for
   }
 }
 
-template <typename Storage, int D, bool momentum>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::backward_blocks)
+template <typename Storage, int D, bool momentum, bool proximal>
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::backward_blocks(proximal))
     momentum_dense_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
                                    const __grid_constant__ TilePlan<compute_type<Storage>> plan,
                                    const __grid_constant__ PartialSums<Storage> sums) {
@@ -141,19 +147,21 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
   constexpr int vector = T::problems * D;
   const T tile;
   const int d = static_cast<int>(p.d), k = static_cast<int>(p.k), team = threadIdx.x / T::team;
-  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  const BlockSchedule<C, momentum, proximal> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
   Arena arena(dynamic_shared_memory() + plan.schedule_bytes + team * plan.team_bytes);
   const TileMemory<T, Storage> memory(arena, d, plan.trajectory_on_chip ? plan.trajectory_size : 0);
   const Items<T> items(plan, p.B, team);
   const bool plain = schedule.on_chip() && !p.trajectory;
-  // y_{-1} = y_0, y_0 ... y_{k-1}, replaced by z_t on the way back, and a_t, the adjoint of y_{t+1}: [problems, D] each
+  // y_{-1} = y_0, y_0 ... y_{k-1}, replaced by z_t on the way back, a_t, the adjoint of y_{t+1}, and with a map v_t:
+  // [problems, D] each
   C* ys = plan.trajectory_on_chip ? memory.trajectory : plan.trajectories + items.first * plan.trajectory_size;
   ys += vector + tile.problem * D;
   C* as = ys + k * vector;
+  C* vs = as + k * vector;
   MatrixStream<T, Storage> matrices(p, memory.matrix);
   const auto partial = [&] { return sums.row(items.first); };
-  ScheduleGradient<C, (T::threads < 32 ? T::threads : 32), T::warps> gradient(p, coefficients_per_sample(p),
-                                                                              memory.vectors.across_warps);
+  ScheduleGradient<C, (T::threads < 32 ? T::threads : 32), T::warps, proximal> gradient(p, coefficients_per_sample(p),
+                                                                                        memory.vectors.across_warps);
   gradient.begin_row(partial() ? partial() + sums.matrix_size : nullptr);
   if (sums.d_matrix && items.first >= items.count) MatrixGradient<T>::clear_partial(tile, d, partial());
 
@@ -164,28 +172,37 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
     const bool exists = sample < p.B;
     const int64_t scheduled = exists ? sample : p.B - 1, delivered = exists ? sample : -1;
     StepAdjoint<C> adjoint[T::own_columns];
+    ProximalMap<C, T::own_columns, proximal> map(p, sample, tile.column, exists);
     {
       C q[T::rows][T::columns];
       DenseStart<T, Storage> start;
       start.load(tile, p, item);
+      const ProximalMap<C, T::own_rows, proximal> row_map(p, sample, tile.row, exists);
       matrices.take(tile, exists, q);
       DenseState<T, momentum> state(start);
       if (p.matrix_stride != 0 && item + items.step < items.count) matrices.fetch(tile, item + items.step);
       T::write(state.y, ys - vector + tile.row);
-      C* y_at = ys + tile.row;
+      C *y_at = ys + tile.row, *v_at = vs + tile.row;
+      const auto keep_v = [&] {
+        if constexpr (proximal) T::write(state.v, v_at), v_at += vector;
+      };
+      // of the last step only a map asks for more than y_{k-1}: for v_{k-1}
+      const int steps = proximal ? k : k - 1;
       int first = 0;
-      if (!p.y0 && k > 1) {
+      if (!p.y0 && steps > 0) {
         T::write(state.y, y_at);
         y_at += vector;
-        state.step_from_zero(schedule.at(p, scheduled, 0));
+        state.step_from_zero(schedule.at(p, scheduled, 0), row_map);
+        keep_v();
         first = 1;
       }
-      for_steps(first, k - 1, memory.vectors.vectors, vector, [&](int t, C* buffer) {
+      for_steps(first, steps, memory.vectors.vectors, vector, [&](int t, C* buffer) {
         T::write(state.y, y_at);
         y_at += vector;
-        state.step(tile, q, plain ? schedule.at(t) : schedule.at(p, scheduled, t), buffer);
+        state.step(tile, q, plain ? schedule.at(t) : schedule.at(p, scheduled, t), row_map, buffer);
+        keep_v();
       });
-      if (k > 0) T::write(state.y, y_at);
+      if (!proximal && k > 0) T::write(state.y, y_at);
       T::sync();
 
       C y[T::own_columns] = {}, b[T::own_columns], a[T::own_columns];
@@ -195,12 +212,20 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
       for (int j = 0; j < T::own_columns; ++j) adjoint[j].a = a[j];
       y_at = ys + (k - 1) * vector + tile.column;
       C* a_at = as + (k - 1) * vector + tile.column;
+      v_at = vs + (k - 1) * vector + tile.column;
       if (k > 0) T::read(y_at, y);
       // the steps in reverse: the i-th of them is step k - 1 - i
       for_steps(0, k, memory.vectors.vectors, vector, [&](int i, C* buffer) {
         const int t = k - 1 - i;
         const StepCoefficients<C> s = plain ? schedule.at(t) : schedule.at(p, scheduled, t);
-        C previous[T::own_columns], a[T::own_columns], a_rows[T::rows];
+        C previous[T::own_columns], a[T::own_columns], a_rows[T::rows], terms[4] = {};
+        if constexpr (proximal) {
+          C v[T::own_columns];
+          T::read(v_at, v);
+          v_at -= vector;
+#pragma unroll
+          for (int j = 0; j < T::own_columns; ++j) adjoint[j].a = map.adjoint(s, j, v[j], adjoint[j].a, terms);
+        }
 #pragma unroll
         for (int j = 0; j < T::own_columns; ++j) a[j] = adjoint[j].a;
         T::write(a, a_at);
@@ -215,7 +240,7 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
         a_at -= vector;
         tile.columns_to_rows(a, buffer, a_rows);
         if (T::warps > 1 && i > 0) gradient.collect(t + 1, delivered);
-        C w[T::own_columns], terms[3] = {};
+        C w[T::own_columns];
         tile.transposed_product(q, a_rows, memory.vectors, w);
 #pragma unroll
         for (int j = 0; j < T::own_columns; ++j) {
@@ -245,6 +270,7 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
     }
     if (p.db) store_entries(db, tile.column, d, exists, p.db + sample * d);
     if (p.dy0) store_entries(a, tile.column, d, exists, p.dy0 + sample * d);
+    map.store(p, sample, tile.column, exists);
     if (!p.d_matrix) continue;
     T::sync();
     MatrixGradient<T> d_matrix;
@@ -285,7 +311,7 @@ struct DenseStreamedBackwardMemory {
   }
 };
 
-template <typename Storage>
+template <typename Storage, bool proximal>
 __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     momentum_dense_streamed_kernel(const __grid_constant__ MomentumForward<Storage> p,
                                    const __grid_constant__ StreamedPlan plan) {
@@ -296,7 +322,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
   for (int64_t sample = blockIdx.x; sample < p.B; sample += gridDim.x) {
     Arena rest = shared;
     const M matrix(streamed_matrix(p, plan, rest, sample), p.d);
-    const SampleSchedule<C> schedule(p, sample);
+    const SampleSchedule<C, proximal> schedule(p, sample);
     const bool momentum = schedule.has_momentum();
     const Storage* b = p.b + sample * p.b_stride;
     Storage* out = p.y + sample * p.d;
@@ -316,8 +342,8 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
         __syncthreads();
       }
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        const C y = v.y[e];
-        v.y[e] = advance(s, momentum, y, v.previous[e], v.g[e] + to_compute(b[e]));
+        const C y = v.y[e], next = advance(s, momentum, y, v.previous[e], v.g[e] + to_compute(b[e]));
+        v.y[e] = ProximalMap<C, 1, proximal>(p, sample, e, true)(s, 0, next);
         v.previous[e] = y;
         if (p.trajectory) out[(t + 1) * p.B * p.d + e] = to_storage<Storage>(v.y[e]);
         if (!p.trajectory && t + 1 == p.k) out[e] = to_storage<Storage>(v.y[e]);
@@ -326,7 +352,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
   }
 }
 
-template <typename Storage>
+template <typename Storage, bool proximal>
 __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     momentum_dense_streamed_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
                                             const __grid_constant__ StreamedPlan plan,
@@ -337,16 +363,17 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
   Arena shared(dynamic_shared_memory()), slot(plan.slots + blockIdx.x * plan.slot_bytes);
   const DenseStreamedBackwardMemory<Storage> v(plan.vectors_on_chip ? shared : slot, p.d);
   C* partial = sums.row(blockIdx.x);
-  ScheduleGradient<C, 32, M::warps> gradient(p, coefficients_per_sample(p), v.across_warps);
+  ScheduleGradient<C, 32, M::warps, proximal> gradient(p, coefficients_per_sample(p), v.across_warps);
   gradient.begin_row(partial ? partial + sums.matrix_size : nullptr);
   C *a = v.a, *carry = v.carry;
   for (int64_t sample = blockIdx.x; sample < p.B; sample += gridDim.x) {
     Arena rest = shared;
     const M matrix(streamed_matrix(p, plan, rest, sample), p.d);
-    // y_t, replaced by z_t on the way back, and -phi_t times the adjoint of y_{t+1}: [k, padded] each
+    // y_t, replaced by z_t on the way back, -phi_t times the adjoint of y_{t+1}, and with a map v_t: [k, padded] each
     C* ys = (plan.trajectory_on_chip ? rest : slot).template take<C>(0);
     C* as = ys + p.k * n;
-    const SampleSchedule<C> schedule(p, sample);
+    C* vs = as + p.k * n;
+    const SampleSchedule<C, proximal> schedule(p, sample);
     const bool momentum = schedule.has_momentum();
     const Storage* b = p.b + sample * p.b_stride;
     const Storage* cotangent = p.grad_y + sample * p.d;
@@ -354,8 +381,9 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
       if (p.k > 0) ys[e] = p.y0 ? to_compute(p.y0[sample * p.y0_stride + e]) : C(0);
       v.g[e] = 0;
+      ProximalMap<C, 1, proximal>(p, sample, e, true).store(p, sample, e, true);
     }
-    for (int64_t t = 0; t + 1 < p.k; ++t) {
+    for (int64_t t = 0; t + (proximal ? 0 : 1) < p.k; ++t) {
       const StepCoefficients<C> s = schedule.at(t);
       const C *y = ys + t * n, *previous = t > 0 ? y - n : y;
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
@@ -367,7 +395,9 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
         __syncthreads();
       }
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        ys[(t + 1) * n + e] = advance(s, momentum, y[e], previous[e], v.g[e] + to_compute(b[e]));
+        const C next = advance(s, momentum, y[e], previous[e], v.g[e] + to_compute(b[e]));
+        if (proximal) vs[t * n + e] = next;
+        if (t + 1 < p.k) ys[(t + 1) * n + e] = ProximalMap<C, 1, proximal>(p, sample, e, true)(s, 0, next);
       }
     }
     for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
@@ -376,14 +406,19 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     }
     for (int64_t t = p.k - 1; t >= 0; --t) {
       const StepCoefficients<C> s = schedule.at(t);
+      C terms[4] = {};
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
+        if constexpr (proximal) {
+          ProximalMap<C, 1> map(p, sample, e, true);
+          a[e] = map.adjoint(s, 0, vs[t * n + e], a[e], terms);
+          map.store(p, sample, e, true, true);
+        }
         as[t * n + e] = -s.phi * a[e];
       }
       __syncthreads();
       if (t + 1 < p.k) gradient.collect(t + 1, sample);
       matrix.transposed_product(a, v.partials);
       __syncthreads();
-      C terms[3] = {};
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
         const C w = matrix.sum_of_partials(v.partials, e);
         const C y = ys[t * n + e], previous = ys[(t > 0 ? t - 1 : 0) * n + e];
@@ -426,13 +461,14 @@ const char* momentum_dense(const MomentumForward<Storage>& p, void* workspace, v
     if constexpr (D > 0) {
       if (size) return nullptr;
       using T = Tile<Storage, D>;
-      return with_momentum(p, [&](auto momentum) {
-        const auto kernel = momentum_dense_kernel<Storage, D, momentum>;
+      return with_method(p, [&](auto momentum, auto proximal) {
+        const auto kernel = momentum_dense_kernel<Storage, D, momentum, proximal>;
         const auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p, 0);
         return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan);
       });
     } else {
-      const auto kernel = momentum_dense_streamed_kernel<Storage>;
+      const auto kernel = p.prox == Prox::none ? momentum_dense_streamed_kernel<Storage, false>
+                                               : momentum_dense_streamed_kernel<Storage, true>;
       constexpr int threads = StreamedMatrix<Storage>::block;
       StreamedPlan plan = plan_streamed<DenseStreamedMemory<Storage>>(
           device, kernel, p, threads, streamed_matrix_bytes<Storage>(p.d), 0, INT64_MAX);
@@ -459,9 +495,10 @@ const char* momentum_dense(const MomentumBackward<Storage>& p, void* workspace, 
     const char* error = nullptr;
     if constexpr (D > 0) {
       using T = Tile<Storage, D>;
-      error = with_momentum(p, [&](auto momentum) -> const char* {
-        const auto kernel = momentum_dense_backward_kernel<Storage, D, momentum>;
-        auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p, (2 * p.k + 1) * T::problems * D);
+      error = with_method(p, [&](auto momentum, auto proximal) -> const char* {
+        const auto kernel = momentum_dense_backward_kernel<Storage, D, momentum, proximal>;
+        auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p,
+                                                                    ((proximal ? 3 : 2) * p.k + 1) * T::problems * D);
         sums.rows = sums.any() ? plan.grid * plan.teams : 0;
         sums.partials = arena.take<C>(sums.size());
         plan.trajectories = arena.take<C>(plan.workspace_size());
@@ -469,11 +506,13 @@ const char* momentum_dense(const MomentumBackward<Storage>& p, void* workspace, 
         return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan, sums);
       });
     } else {
-      const auto kernel = momentum_dense_streamed_backward_kernel<Storage>;
+      const auto kernel = p.prox == Prox::none ? momentum_dense_streamed_backward_kernel<Storage, false>
+                                               : momentum_dense_streamed_backward_kernel<Storage, true>;
       constexpr int threads = StreamedMatrix<Storage>::block;
       StreamedPlan plan = plan_streamed<DenseStreamedBackwardMemory<Storage>>(
           device, kernel, p, threads, streamed_matrix_bytes<Storage>(p.d),
-          2 * p.k * StreamedMatrix<Storage>::padded(p.d) * static_cast<int64_t>(sizeof(C)), streamed_grid_limit(sums));
+          (p.prox == Prox::none ? 2 : 3) * p.k * StreamedMatrix<Storage>::padded(p.d) * static_cast<int64_t>(sizeof(C)),
+          streamed_grid_limit(sums));
       sums.rows = sums.any() ? plan.grid : 0;
       sums.partials = arena.take<C>(sums.size());
       plan.slots = arena.take<unsigned char>(plan.grid * plan.slot_bytes);

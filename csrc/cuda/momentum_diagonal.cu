@@ -6,10 +6,12 @@
 //
 // A thread takes 16 bytes (half types: 8) of consecutive elements of one sample, a warp one chunk after another, of which
 // the next is on its way meanwhile. Backward keeps the iterates of `segment` steps in shared memory, a value for each
-// element and step; for more steps, it recomputes them from (y_t, y_{t-1}) at the start of each segment.
+// element and step; for more steps, it recomputes them from (y_t, y_{t-1}) at the start of each segment. What a proximal
+// map was given, v_t, it recomputes from y_t and y_{t-1} as well.
 // Where samples have the same schedule and their rows follow one another, the batch is one long sample.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
+#include "cuda/momentum_prox.cuh"
 
 namespace unrolled_kernels::cuda {
 namespace {
@@ -110,11 +112,15 @@ struct DiagonalState {
       y[i] = previous[i] = start.y[i];
     }
   }
-  __device__ __forceinline__ void step(const StepCoefficients<C>& s) {
+  // what y_{t+1} of element i is before a map; y: y_t
+  __device__ __forceinline__ C advanced(const StepCoefficients<C>& s, int i, C y, C previous) const {
+    return advance(s, momentum, y, previous, q[i] * extrapolate(s, momentum, y, previous) + b[i]);
+  }
+  template <typename Map>
+  __device__ __forceinline__ void step(const StepCoefficients<C>& s, const Map& map) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const C z = extrapolate(s, momentum, y[i], previous[i]);
-      const C next = advance(s, momentum, y[i], previous[i], q[i] * z + b[i]);
+      const C next = map(s, i, advanced(s, i, y[i], previous[i]));
       previous[i] = y[i];
       y[i] = next;
     }
@@ -141,12 +147,12 @@ __device__ __forceinline__ void assign(C (&to)[n], const C (&from)[n]) {
   for (int i = 0; i < n; ++i) to[i] = from[i];
 }
 
-template <typename Storage, int n, int width, bool momentum>
+template <typename Storage, int n, int width, bool momentum, bool proximal>
 __global__ void __launch_bounds__(block) momentum_diagonal_kernel(const __grid_constant__ MomentumForward<Storage> p,
                                                                   const __grid_constant__ DiagonalPlan plan) {
   using C = compute_type<Storage>;
   const int k = static_cast<int>(p.k);
-  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  const BlockSchedule<C, momentum, proximal> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
   const bool plain = schedule.on_chip() && !p.trajectory;
   const int64_t items = DiagonalItem<width, n>::count(p.B, plan.runs);
   const int64_t warps = static_cast<int64_t>(gridDim.x) * warps_of_block;
@@ -159,14 +165,15 @@ __global__ void __launch_bounds__(block) momentum_diagonal_kernel(const __grid_c
     while (item.chunk < item.end) {
       const int64_t e = item.element();
       DiagonalState<n, C, momentum> state(next, p.observed != nullptr);
+      const ProximalMap<C, n, proximal> map(p, item.sample, e, item.exists);
       if (++item.chunk < item.end) next.load(p, item.sample, item.element(), item.exists);
       if (plain) {
 #pragma unroll 4
-        for (int t = 0; t < k; ++t) state.step(schedule.at(t));
+        for (int t = 0; t < k; ++t) state.step(schedule.at(t), map);
       } else {
         for (int t = 0; t < k; ++t) {
           if (p.trajectory) store_elements(state.y, e, p.d, item.exists, out + t * p.B * p.d);
-          state.step(schedule.at(p, item.sample, t));
+          state.step(schedule.at(p, item.sample, t), map);
         }
       }
       store_elements(state.y, e, p.d, item.exists, p.trajectory ? out + p.k * p.B * p.d : out);
@@ -174,8 +181,8 @@ __global__ void __launch_bounds__(block) momentum_diagonal_kernel(const __grid_c
   }
 }
 
-template <typename Storage, int n, int width, bool momentum>
-__global__ void __launch_bounds__(block, 4)
+template <typename Storage, int n, int width, bool momentum, bool proximal>
+__global__ void __launch_bounds__(block, proximal ? 3 : 4)
     momentum_diagonal_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
                                       const __grid_constant__ DiagonalPlan plan,
                                       const __grid_constant__ PartialSums<Storage> sums) {
@@ -183,7 +190,7 @@ __global__ void __launch_bounds__(block, 4)
   using State = Pack<C, n>;
   const int k = static_cast<int>(p.k), segment = static_cast<int>(plan.segment);
   const int segments = (k + segment - 1) / segment;
-  const BlockSchedule<C, momentum> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
+  const BlockSchedule<C, momentum, proximal> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
   const bool plain = schedule.on_chip() && !p.trajectory;
   const int64_t items = DiagonalItem<width, n>::count(p.B, plan.runs),
                 warps = static_cast<int64_t>(gridDim.x) * warps_of_block;
@@ -197,7 +204,7 @@ __global__ void __launch_bounds__(block, 4)
                                                 : iterates_bytes + plan.iterates_bytes) +
       threadIdx.x;
   const bool row_for_item = plan.chunks > 1;
-  ScheduleGradient<C, width, 1> gradient(p, row_for_item ? 0 : coefficients_per_sample(p), nullptr);
+  ScheduleGradient<C, width, 1, proximal> gradient(p, row_for_item ? 0 : coefficients_per_sample(p), nullptr);
   if (!row_for_item) gradient.begin_row(sums.row(warp));
   for (int64_t i = warp; i < items; i += warps) {
     DiagonalItem<width, n> item(plan, p.B, i);
@@ -210,6 +217,7 @@ __global__ void __launch_bounds__(block, 4)
     while (item.chunk < item.end) {
       const int64_t e = item.element();
       DiagonalState<n, C, momentum> state(next, p.observed != nullptr);
+      ProximalMap<C, n, proximal> map(p, item.sample, e, item.exists);
       StepAdjoint<C> adjoint[n];
       C dq[n] = {};
 #pragma unroll
@@ -226,7 +234,7 @@ __global__ void __launch_bounds__(block, 4)
         keep(state.y, checkpoints + 2 * c * block);
         keep(state.previous, checkpoints + (2 * c + 1) * block);
 #pragma unroll 4
-        for (int s = 0; s < segment; ++s) state.step(coefficients(c * segment + s));
+        for (int s = 0; s < segment; ++s) state.step(coefficients(c * segment + s), map);
       }
 #pragma unroll 1
       for (int c = segments - 1; c >= 0; --c) {
@@ -241,18 +249,21 @@ __global__ void __launch_bounds__(block, 4)
         for (int t = first; t + 1 < last; ++t) {
           at += block;
           keep(state.y, at);
-          state.step(coefficients(t));
+          state.step(coefficients(t), map);
         }
         // y_t of the last step is still in registers
 #pragma unroll 2
         for (int t = last - 1; t >= first; --t) {
-          C previous[n], terms[3] = {};
+          C previous[n], terms[4] = {};
           assign(previous, load_pack<n>(&at->at[0]).at);
           at -= block;
           const StepCoefficients<C> s = coefficients(t);
 #pragma unroll
           for (int j = 0; j < n; ++j) {
             const C y = state.y[j];
+            if constexpr (proximal) {
+              adjoint[j].a = map.adjoint(s, j, state.advanced(s, j, y, previous[j]), adjoint[j].a, terms);
+            }
             dq[j] -= s.phi * adjoint[j].a * extrapolate(s, momentum, y, previous[j]);
             adjoint[j].step(s, momentum, state.q[j] * adjoint[j].a, y, previous[j], state.b[j], terms);
             state.y[j] = previous[j];
@@ -275,6 +286,7 @@ __global__ void __launch_bounds__(block, 4)
       store_d_diagonal(p, item.sample, e, item.exists, dq);
       if (p.db) store_elements(db, e, p.d, item.exists, p.db + item.sample * p.d);
       if (p.dy0) store_elements(a, e, p.d, item.exists, p.dy0 + item.sample * p.d);
+      map.store(p, item.sample, e, item.exists);
     }
     gradient.end_sample(delivered);
     if (row_for_item) gradient.end_row();
@@ -286,13 +298,14 @@ __global__ void __launch_bounds__(block, 4)
 template <typename Problem>
 Problem flattened(Problem p) {
   const auto dense = [&](const void* data, int64_t stride) { return !data || stride == p.d; };
-  const bool one_schedule =
-      p.phi.batch_stride == 0 && (!p.beta.data || (p.beta.batch_stride == 0 && p.gamma.batch_stride == 0));
-  if (p.B > 1 && one_schedule && dense(p.diagonal, p.diagonal_stride) && dense(p.observed, p.observed_stride) &&
-      dense(p.b, p.b_stride) && dense(p.y0, p.y0_stride)) {
+  const auto bound = [&](const auto& x) { return x.single || dense(x.data, x.batch_stride); };
+  if (p.B > 1 && shares_schedule(p) && bound(p.lower) && bound(p.upper) && bound(p.weight) &&
+      dense(p.diagonal, p.diagonal_stride) && dense(p.observed, p.observed_stride) && dense(p.b, p.b_stride) &&
+      dense(p.y0, p.y0_stride)) {
     p.d *= p.B;
     p.B = 1;
     p.diagonal_stride = p.observed_stride = p.b_stride = p.y0_stride = 0;
+    p.lower.batch_stride = p.upper.batch_stride = p.weight.batch_stride = 0;
   }
   return p;
 }
@@ -352,8 +365,8 @@ const char* momentum_diagonal(const MomentumForward<Storage>& problem, void*, vo
   if (device.error != cudaSuccess) return describe(device.error);
   const MomentumForward<Storage> p = flattened(problem);
   return with_layout<Storage>(p, {p.y}, [&](auto n, auto width) {
-    return with_momentum(p, [&](auto momentum) {
-      const auto kernel = momentum_diagonal_kernel<Storage, n, width, momentum>;
+    return with_method(p, [&](auto momentum, auto proximal) {
+      const auto kernel = momentum_diagonal_kernel<Storage, n, width, momentum, proximal>;
       const int64_t schedule_bytes = BlockSchedule<compute_type<Storage>, momentum>::bytes(p);
       const DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width, schedule_bytes, 0, 0);
       return launch(kernel, plan.grid, block, plan.shared_bytes, stream, p, plan);
@@ -370,16 +383,16 @@ const char* momentum_diagonal(const MomentumBackward<Storage>& problem, void* wo
   const MomentumBackward<Storage> p = flattened(problem);
   const std::initializer_list<const Storage*> arrays = {p.grad_y, p.d_diagonal, p.db, p.dy0};
   return with_layout<Storage>(p, arrays, [&](auto n, auto width) {
-    return with_momentum(p, [&](auto momentum) -> const char* {
-      const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width, momentum>;
+    return with_method(p, [&](auto momentum, auto proximal) -> const char* {
+      const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width, momentum, proximal>;
       DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width, BlockSchedule<C, momentum>::bytes(p), p.k,
                                         block * static_cast<int64_t>(sizeof(Pack<C, n>)));
       PartialSums<Storage> over_batch = partial_sums(p), over_runs = over_batch;
       const int own = coefficients_per_sample(p);
       if (plan.chunks > 1 && p.dphi) {
         // a row for each run of each sample: added up by sample, or all of them
-        C* const outputs[3] = {p.dphi, p.dbeta, p.dgamma};
-        for (int i = 0; i < 3; ++i) over_runs.schedule[i] = own >> i & 1 ? outputs[i] : nullptr;
+        C* const outputs[] = {p.dphi, p.dbeta, p.dgamma, p.d_threshold};
+        for (int i = 0; i < coefficients; ++i) over_runs.schedule[i] = own >> i & 1 ? outputs[i] : nullptr;
         over_runs.groups = p.B;
         over_runs.rows = plan.runs;
         over_batch.rows = p.B * plan.runs;

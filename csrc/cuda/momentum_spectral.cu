@@ -64,7 +64,7 @@ struct SpectralState {
 };
 
 template <typename Storage, int D, bool momentum>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks)
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks())
     momentum_spectral_kernel(const __grid_constant__ MomentumForward<Storage> p,
                              const __grid_constant__ TilePlan<compute_type<Storage>> plan) {
   using T = Tile<Storage, D>;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::for
 }
 
 template <typename Storage, int D, bool momentum>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::backward_blocks)
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::backward_blocks())
     momentum_spectral_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
                                       const __grid_constant__ TilePlan<compute_type<Storage>> plan,
                                       const __grid_constant__ PartialSums<Storage> sums) {
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
       }
 #pragma unroll(T::registers > 64 ? 1 : 2)
       for (int t = k - 1; t >= 0; --t) {
-        C previous[T::own_columns], terms[3] = {};
+        C previous[T::own_columns], terms[4] = {};
         y_at -= vector;
         T::read(y_at - vector, previous);
         const StepCoefficients<C> s = plain ? schedule.at(t) : schedule.at(p, scheduled, t);
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
         const StepCoefficients<C> s = schedule.at(t);
         const bool given = p.trajectory && t > 0;
         if (given) rotate(matrix, left + (t + 1) * n, v.partials, v.x);
-        C terms[3] = {};
+        C terms[4] = {};
         for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
           const C y = ys[t * n + e], previous = ys[(t > 0 ? t - 1 : 0) * n + e];
           StepAdjoint<C> adjoint{v.a[e], v.carry[e], db[e]};

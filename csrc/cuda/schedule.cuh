@@ -1,4 +1,5 @@
-// The schedule phi, beta, gamma as kernels read it, and the sums that become its gradient.
+// The schedule phi, beta, gamma as kernels read it, with the threshold of a proximal map, and the sums that become its
+// gradient.
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -9,7 +10,7 @@ namespace unrolled_kernels::cuda {
 
 template <typename C>
 struct StepCoefficients {
-  C phi, beta, gamma;
+  C phi, beta, gamma, threshold = 0;
 };
 
 // The recurrence of momentum.h on one element, for every kernel. `momentum` is a constant where it is to cost nothing.
@@ -17,20 +18,20 @@ template <typename C>
 __device__ __forceinline__ C extrapolate(const StepCoefficients<C>& s, bool momentum, C y, C previous) {
   return momentum ? y + s.gamma * (y - previous) : y;
 }
-// y_{t+1}; g: that element of Q z_t + b
+// y_{t+1}, or v_t where a proximal map follows; g: that element of Q z_t + b
 template <typename C>
 __device__ __forceinline__ C advance(const StepCoefficients<C>& s, bool momentum, C y, C previous, C g) {
   return (momentum ? y + s.beta * (y - previous) : y) - s.phi * g;
 }
 
-// Its adjoint on one element: a of y_{t+1}, carry: what of it y_t is owed, db.
+// Its adjoint on one element: a of y_{t+1} (of v_t), carry: what of it y_t is owed, db.
 template <typename C>
 struct StepAdjoint {
   C a, carry = 0, db = 0;
 
-  // back through step t. w: of Q'a; terms: of dphi, dbeta, dgamma, added to
+  // back through step t. w: of Q'a; terms: of dphi, dbeta, dgamma, d_threshold, added to
   __device__ __forceinline__ void step(const StepCoefficients<C>& s, bool momentum, C w, C y, C previous, C b,
-                                       C (&terms)[3]) {
+                                       C (&terms)[4]) {
     const C m = momentum ? y - previous : C(0), z = momentum ? y + s.gamma * m : y;
     const C phi_w = s.phi * w;
     terms[0] = terms[0] - w * z - a * b;
@@ -47,7 +48,8 @@ struct StepAdjoint {
   }
 };
 
-template <typename C>
+// proximal: whether there may be a threshold
+template <typename C, bool proximal = false>
 class SampleSchedule {
  public:
   template <typename Inputs>
@@ -55,35 +57,45 @@ class SampleSchedule {
       : phi_(p.phi.data + sample * p.phi.batch_stride),
         beta_(p.beta.data),
         gamma_(p.gamma.data),
+        threshold_(proximal ? p.threshold.data : nullptr),
         phi_step_(p.phi.step_stride),
         beta_step_(p.beta.step_stride),
-        gamma_step_(p.gamma.step_stride) {
+        gamma_step_(p.gamma.step_stride),
+        threshold_step_(p.threshold.step_stride) {
     if (beta_) {
       beta_ += sample * p.beta.batch_stride;
       gamma_ += sample * p.gamma.batch_stride;
     }
+    if (proximal && threshold_) threshold_ += sample * p.threshold.batch_stride;
   }
   __device__ __forceinline__ bool has_momentum() const { return beta_ != nullptr; }
   __device__ __forceinline__ StepCoefficients<C> at(int64_t t) const {
-    const C phi = __ldg(phi_ + t * phi_step_);
-    if (!beta_) return {phi, 0, 0};
-    return {phi, __ldg(beta_ + t * beta_step_), __ldg(gamma_ + t * gamma_step_)};
+    StepCoefficients<C> s{__ldg(phi_ + t * phi_step_), 0, 0};
+    if (beta_) s.beta = __ldg(beta_ + t * beta_step_), s.gamma = __ldg(gamma_ + t * gamma_step_);
+    if (proximal && threshold_) s.threshold = __ldg(threshold_ + t * threshold_step_);
+    return s;
   }
 
  private:
-  const C *phi_, *beta_, *gamma_;
-  int64_t phi_step_, beta_step_, gamma_step_;
+  const C *phi_, *beta_, *gamma_, *threshold_;
+  int64_t phi_step_, beta_step_, gamma_step_, threshold_step_;
 };
+
+template <typename Inputs>
+__host__ __device__ inline bool shares_schedule(const Inputs& p) {
+  return p.phi.batch_stride == 0 && p.beta.batch_stride == 0 && p.gamma.batch_stride == 0 &&
+         p.threshold.batch_stride == 0;
+}
 
 // A schedule that the batch shares, [k, 4] in the shared memory of a block; of one that it does not, or that is too long,
 // a sample's own is read where it is.
-template <typename C, bool momentum>
+template <typename C, bool momentum, bool proximal = false>
 class BlockSchedule {
  public:
   // bytes that it takes of a block; 0: it is read where it is
   template <typename Inputs>
   static int64_t bytes(const Inputs& p) {
-    const bool shared = p.phi.batch_stride == 0 && p.beta.batch_stride == 0 && p.gamma.batch_stride == 0;
+    const bool shared = shares_schedule(p);
     const int64_t bytes = p.k * 4 * static_cast<int64_t>(sizeof(C));
     return shared && bytes <= 16 * 1024 ? bytes : 0;
   }
@@ -93,26 +105,26 @@ class BlockSchedule {
   __device__ __forceinline__ BlockSchedule(const Inputs& p, int64_t bytes, unsigned char* shared)
       : shared_(bytes ? reinterpret_cast<C*>(shared) : nullptr), on_chip_(bytes != 0) {
     if (!on_chip_) return;
-    const SampleSchedule<C> all(p, 0);
+    const SampleSchedule<C, proximal> all(p, 0);
     for (int t = threadIdx.x; t < p.k; t += blockDim.x) {
       const StepCoefficients<C> s = all.at(t);
-      store_pack<4>(shared_ + 4 * t, Pack<C, 4>{{s.phi, s.beta, s.gamma, 0}});
+      store_pack<4>(shared_ + 4 * t, Pack<C, 4>{{s.phi, s.beta, s.gamma, s.threshold}});
     }
     __syncthreads();
   }
   __device__ __forceinline__ bool on_chip() const { return on_chip_; }
   // of any sample, on chip
   __device__ __forceinline__ StepCoefficients<C> at(int t) const {
-    if constexpr (momentum) {
+    if constexpr (momentum || proximal) {
       const Pack<C, 4> s = load_pack<4>(shared_ + 4 * t);
-      return {s.at[0], s.at[1], s.at[2]};
+      return {s.at[0], s.at[1], s.at[2], s.at[3]};
     } else {
       return {shared_[4 * t], 0, 0};
     }
   }
   template <typename Inputs>
   __device__ __forceinline__ StepCoefficients<C> at(const Inputs& p, int64_t sample, int t) const {
-    return on_chip_ ? at(t) : SampleSchedule<C>(p, sample).at(t);
+    return on_chip_ ? at(t) : SampleSchedule<C, proximal>(p, sample).at(t);
   }
 
  private:
@@ -120,15 +132,18 @@ class BlockSchedule {
   bool on_chip_;
 };
 
-// One coefficient of a step, as three bits: phi, beta, gamma.
+// What a step has of coefficients, as bits: phi, beta, gamma, threshold.
+constexpr int coefficients = 4;
 template <typename Inputs>
 __host__ __device__ inline int coefficients_per_step(const Inputs& p) {
-  return (p.phi.step_stride != 0) | (p.beta.step_stride != 0) << 1 | (p.gamma.step_stride != 0) << 2;
+  return (p.phi.step_stride != 0) | (p.beta.step_stride != 0) << 1 | (p.gamma.step_stride != 0) << 2 |
+         (p.threshold.step_stride != 0) << 3;
 }
 template <typename Inputs>
 __host__ __device__ inline int coefficients_per_sample(const Inputs& p) {
-  if (p.B == 1) return 7;
-  return (p.phi.batch_stride != 0) | (p.beta.batch_stride != 0) << 1 | (p.gamma.batch_stride != 0) << 2;
+  if (p.B == 1) return 15;
+  return (p.phi.batch_stride != 0) | (p.beta.batch_stride != 0) << 1 | (p.gamma.batch_stride != 0) << 2 |
+         (p.threshold.batch_stride != 0) << 3;
 }
 // Steps in a row of partial sums: 1 where no coefficient varies over steps.
 template <typename Inputs>
@@ -136,13 +151,16 @@ __host__ __device__ inline int64_t schedule_steps(const Inputs& p) {
   return coefficients_per_step(p) ? p.k : 1;
 }
 
-// Sums of dphi, dbeta, dgamma. What a coefficient shares over steps is added up in each thread and over threads once; what
+// Sums of dphi, dbeta, dgamma, d_threshold. What a coefficient shares over steps is added up in each thread and over threads once; what
 // it does not, is added over threads at every step. Sums that a team completes go to the output itself, the others to a
-// row of partial sums, [3, steps], which sum_partials adds up.
+// row of partial sums, [coefficients, steps], which sum_partials adds up.
 //
 // width: threads of a sample within a warp, a power of two. warps: of a team; if > 1, a team works on one sample.
-template <typename C, int width, int warps>
+// proximal: whether there may be a threshold.
+template <typename C, int width, int warps, bool proximal = false>
 class ScheduleGradient {
+  static constexpr int summed = proximal ? coefficients : coefficients - 1;
+
  public:
   // own: coefficients whose sums a team completes, as bits; across_warps: shared [2, warps, 4]
   template <typename Backward>
@@ -150,11 +168,12 @@ class ScheduleGradient {
       : phi_(p.dphi),
         beta_(p.dbeta),
         gamma_(p.dgamma),
+        threshold_(p.d_threshold),
         partial_(nullptr),
         across_warps_(across_warps),
         k_(p.k),
         steps_(schedule_steps(p)),
-        wanted_(p.dphi ? (p.dbeta ? 7 : 1) : 0),
+        wanted_(p.dphi ? (p.dbeta ? 7 : 1) | (proximal && p.d_threshold ? 8 : 0) : 0),
         per_step_(coefficients_per_step(p) & wanted_),
         own_(own) {}
 
@@ -162,7 +181,7 @@ class ScheduleGradient {
   __device__ __forceinline__ void begin_row(C* partial) {
     partial_ = partial;
     if (!partial_ || !wanted_) return;
-    for (int64_t i = rank(); i < 3 * steps_; i += 32 * warps) partial_[i] = 0;
+    for (int64_t i = rank(); i < coefficients * steps_; i += 32 * warps) partial_[i] = 0;
     sync();
   }
 
@@ -170,9 +189,9 @@ class ScheduleGradient {
   __device__ __forceinline__ bool varies_over_steps() const { return per_step_ != 0; }
 
   // adds a thread's terms of step t, which are zero where the sample is not in the batch
-  __device__ __forceinline__ void add(int64_t t, int64_t sample, const C (&terms)[3]) {
+  __device__ __forceinline__ void add(int64_t t, int64_t sample, const C (&terms)[4]) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) sums_[i] += terms[i];
+    for (int i = 0; i < summed; ++i) sums_[i] += terms[i];
     if (per_step_) settle(per_step_, t, sample, terms, static_cast<int>(t & 1));
   }
 
@@ -204,12 +223,12 @@ class ScheduleGradient {
       collect_across_warps(which, 0, sample, 0);
     }
 #pragma unroll
-    for (int i = 0; i < 3; ++i) sums_[i] = which >> i & 1 ? C(0) : sums_[i];
+    for (int i = 0; i < summed; ++i) sums_[i] = which >> i & 1 ? C(0) : sums_[i];
   }
 
-  __device__ __forceinline__ void settle(int which, int64_t t, int64_t sample, const C (&terms)[3], int parity) {
+  __device__ __forceinline__ void settle(int which, int64_t t, int64_t sample, const C (&terms)[4], int parity) {
     if constexpr (warps > 1) {
-      C v[4] = {terms[0], terms[1], terms[2], 0};
+      C v[4] = {terms[0], terms[1], terms[2], proximal ? terms[3] : C(0)};
       const int lane = rank() % 32;
       reduce_scatter<4, 32, 1>(v, lane);
       if (lane % 8 == 0) across_warps_[(parity * warps + rank() / 32) * 4 + lane / 8] = v[0];
@@ -220,8 +239,8 @@ class ScheduleGradient {
   }
 
   template <int threads>
-  __device__ __forceinline__ void deliver_sums(int which, int64_t t, int64_t sample, const C (&terms)[3]) {
-    C v[4] = {terms[0], terms[1], terms[2], 0};
+  __device__ __forceinline__ void deliver_sums(int which, int64_t t, int64_t sample, const C (&terms)[4]) {
+    C v[4] = {terms[0], terms[1], terms[2], proximal ? terms[3] : C(0)};
     const int position = rank() % threads;
     reduce_scatter<4, threads, 1>(v, position);
     if (!holds_first_copy<4, threads>(position)) return;
@@ -234,7 +253,7 @@ class ScheduleGradient {
 
   __device__ __forceinline__ void collect_across_warps(int which, int64_t t, int64_t sample, int parity) {
     const int i = rank();
-    if (i >= 3 || !(which >> i & 1)) return;
+    if (i >= summed || !(which >> i & 1)) return;
     C sum = 0;
     for (int warp = 0; warp < warps; ++warp) sum += across_warps_[(parity * warps + warp) * 4 + i];
     deliver(i, t, sample, sum);
@@ -242,33 +261,33 @@ class ScheduleGradient {
 
   __device__ __forceinline__ void deliver(int i, int64_t t, int64_t sample, C sum) {
     if (own_ >> i & 1) {
-      C* out = i == 0 ? phi_ : i == 1 ? beta_ : gamma_;
+      C* out = i == 0 ? phi_ : i == 1 ? beta_ : i == 2 || !proximal ? gamma_ : threshold_;
       if (sample >= 0) out[per_step_ >> i & 1 ? sample * k_ + t : sample] = sum;
     } else {
       partial_[i * steps_ + t] += sum;
     }
   }
 
-  C *phi_, *beta_, *gamma_, *partial_, *across_warps_;
+  C *phi_, *beta_, *gamma_, *threshold_, *partial_, *across_warps_;
   int64_t k_, steps_;
   int wanted_, per_step_, own_;
-  C sums_[3] = {};
+  C sums_[4] = {};
 };
 
-// The gradients that are sums over the batch: each team leaves a row [d_matrix, dphi, dbeta, dgamma] of partial sums, and
-// sum_partials adds the rows up. nullptr: not wanted, or not such a sum.
+// The gradients that are sums over the batch: each team leaves a row [d_matrix, dphi, dbeta, dgamma, d_threshold] of partial
+// sums, and sum_partials adds the rows up. nullptr: not wanted, or not such a sum.
 template <typename Storage>
 struct PartialSums {
   using C = compute_type<Storage>;
-  C* partials;  // [rows, matrix_size + 3 steps], a row for each team
+  C* partials;  // [rows, matrix_size + coefficients steps], a row for each team
   int64_t rows, matrix_size, steps;
   int64_t groups;  // each of `rows` rows, and with outputs of its own
   Storage* d_matrix;
-  C* schedule[3];
-  int64_t schedule_size[3];  // k or 1
+  C* schedule[coefficients];
+  int64_t schedule_size[coefficients];  // k or 1
 
-  __host__ __device__ int64_t row_size() const { return matrix_size + 3 * steps; }
-  __host__ __device__ bool any() const { return d_matrix || schedule[0] || schedule[1] || schedule[2]; }
+  __host__ __device__ int64_t row_size() const { return matrix_size + coefficients * steps; }
+  __host__ __device__ bool any() const { return d_matrix || schedule[0] || schedule[1] || schedule[2] || schedule[3]; }
   __host__ __device__ int64_t size() const { return groups * rows * row_size(); }
   __device__ C* row(int64_t i) const { return rows ? partials + i * row_size() : nullptr; }
 };
@@ -288,8 +307,12 @@ __global__ void __launch_bounds__(1024)
     return;
   }
   const int64_t i = (n - p.matrix_size) / p.steps, t = (n - p.matrix_size) % p.steps;
-  C* out = i == 0 ? p.schedule[0] : i == 1 ? p.schedule[1] : p.schedule[2];
-  const int64_t size = i == 0 ? p.schedule_size[0] : i == 1 ? p.schedule_size[1] : p.schedule_size[2];
+  C* out = nullptr;
+  int64_t size = 0;
+#pragma unroll
+  for (int c = 0; c < coefficients; ++c) {
+    if (c == i) out = p.schedule[c], size = p.schedule_size[c];
+  }
   if (out && t < size) out[group * size + t] = static_cast<C>(sum);
 }
 

@@ -34,11 +34,15 @@ struct Tile {
   static constexpr int team = threads < 32 ? 32 : threads;
   static constexpr int problems = team / threads, warps = team / 32;
   static constexpr int block = team < 64 ? 64 : team;
-  // warps that a multiprocessor is to hold, which bounds the registers of a thread: to 255 for 8 warps, 168 for 12, 128
-  // for 16, 96 for 20
+  // blocks that a multiprocessor is to hold, which bounds the registers of a thread: to 255 for 8 warps, 168 for 12, 128
+  // for 16, 96 for 20; a proximal map takes some of its own
   static constexpr int registers = rows * columns * static_cast<int>(sizeof(C)) / 4;
-  static constexpr int forward_blocks = (registers > 64 ? 8 : D == 8 ? 12 : registers > 32 ? 16 : 20) * 32 / block;
-  static constexpr int backward_blocks = (D > 8 && registers <= 64 ? 12 : registers <= 32 ? 12 : 8) * 32 / block;
+  static constexpr int forward_blocks(bool proximal = false) {
+    return (registers > 64 ? 8 : D == 8 || (D == 16 && proximal) ? 12 : registers > 32 ? 16 : 20) * 32 / block;
+  }
+  static constexpr int backward_blocks(bool proximal = false) {
+    return (registers > 64 || D == 8 || (D == 16 && proximal) ? 8 : 12) * 32 / block;
+  }
   static constexpr int warp_row_threads = row_threads / warps;
   static constexpr int own_rows = rows / column_threads;
   static constexpr int held_columns = columns / warp_row_threads;

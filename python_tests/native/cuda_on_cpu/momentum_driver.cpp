@@ -1,9 +1,10 @@
 // Runs one call of the launcher of `momentum` on the CPU, see driver.h:
 //
 //     structure, backward, dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
-//     B, d, k, trajectory, strides of matrix, diagonal, b, y0, observed, then (batch, step) of phi, beta, gamma
-//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, then of y, or of grad_y and the gradients in the order of
-//     MomentumBackward; -1: nullptr. Then their contents, in that order.
+//     B, d, k, trajectory, strides of matrix, diagonal, b, y0, observed, then (batch, step) of phi, beta, gamma,
+//     threshold, and (batch, entry) of lower, upper, weight
+//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, lower, upper, weight, then of y, or of
+//     grad_y and the gradients in the order of MomentumBackward; -1: nullptr. Then their contents, in that order.
 //
 // shift: bytes from a multiple of 16 to the arrays of the storage type.
 #include "driver.h"
@@ -14,9 +15,9 @@ using namespace unrolled_kernels;
 
 namespace {
 
-constexpr int arrays = 16, schedule = 5, first_output = 8, schedule_output = 13;
+constexpr int arrays = 24, schedule = 5, bounds = 9, first_output = 12, schedule_output = 17;
 struct Header {
-  int64_t structure, backward, dtype, shift, sizes[15], bytes[arrays];
+  int64_t structure, backward, dtype, shift, sizes[23], bytes[arrays];
 };
 
 template <typename Problem>
@@ -34,22 +35,32 @@ const char* run(const Header& h, void* const* pointers) {
   const auto coefficient = [&](int i) {
     return Coefficient<C>{compute(schedule + i), h.sizes[9 + 2 * i], h.sizes[10 + 2 * i]};
   };
+  const auto rows = [&](int i) {
+    const int64_t batch = h.sizes[17 + 2 * i];
+    return Rows<C>{compute(bounds + i), batch, batch == 0 && h.sizes[18 + 2 * i] == 0};
+  };
   MomentumInputs<Storage> in{};
   in.B = h.sizes[0], in.d = h.sizes[1], in.k = h.sizes[2], in.trajectory = h.sizes[3] != 0;
   in.matrix_stride = h.sizes[4], in.diagonal_stride = h.sizes[5], in.b_stride = h.sizes[6], in.y0_stride = h.sizes[7];
   in.observed_stride = h.sizes[8];
   in.matrix = storage(0), in.diagonal = storage(1), in.b = storage(2), in.y0 = storage(3), in.observed = storage(4);
-  in.phi = coefficient(0), in.beta = coefficient(1), in.gamma = coefficient(2);
+  in.phi = coefficient(0), in.beta = coefficient(1), in.gamma = coefficient(2), in.threshold = coefficient(3);
+  in.lower = rows(0), in.upper = rows(1), in.weight = rows(2);
+  in.prox = in.lower.data || in.upper.data ? Prox::box
+            : in.weight.data               ? Prox::l1
+            : in.threshold.data            ? Prox::soft_threshold
+                                           : Prox::none;
   if (!h.backward) {
     MomentumForward<Storage> p{};
     static_cast<MomentumInputs<Storage>&>(p) = in;
-    p.y = storage(8);
+    p.y = storage(first_output);
     return run(h.structure, p);
   }
   MomentumBackward<Storage> p{};
   static_cast<MomentumInputs<Storage>&>(p) = in;
-  p.grad_y = storage(8), p.d_matrix = storage(9), p.d_diagonal = storage(10), p.db = storage(11);
-  p.dy0 = storage(12), p.dphi = compute(13), p.dbeta = compute(14), p.dgamma = compute(15);
+  p.grad_y = storage(12), p.d_matrix = storage(13), p.d_diagonal = storage(14), p.db = storage(15);
+  p.dy0 = storage(16), p.dphi = compute(17), p.dbeta = compute(18), p.dgamma = compute(19);
+  p.d_threshold = compute(20), p.d_lower = compute(21), p.d_upper = compute(22), p.d_weight = compute(23);
   return run(h.structure, p);
 }
 
