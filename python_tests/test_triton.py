@@ -23,6 +23,7 @@ from unrolled_kernels import Diagonal, _backend
 from unrolled_kernels.ops.momentum import reference as momentum_reference
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.reference import weight_shapes
+from unrolled_kernels.prox import L1, Box, SoftThreshold
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -55,6 +56,7 @@ def call(
     wanted=("Q", "b"),
     dtype=torch.float32,
     num_steps=K,
+    prox=None,
 ):
     """A call of a public function as users write it, and its backward pass for the gradients that are ``wanted``."""
     leaves, make_Q, b = random_quadratic(structure, (B,), d, shared=shared, dtype=dtype)
@@ -77,7 +79,17 @@ def call(
             for shape in weight_shapes(coefficients, d)
         )
         rest = [(W1, W2, inner, V)]
-    y = getattr(F, method)(make_Q(*leaves), b, *rest, num_steps, y0=start, return_trajectory=trajectory)
+    options = {}
+    if prox is not None:
+        bound = lambda: torch.zeros(B, d, dtype=compute, requires_grad="prox" in wanted)
+        threshold = torch.zeros(SHAPES.get(coefficients, ()), dtype=compute, requires_grad="prox" in wanted)
+        options["prox"] = {
+            "box": lambda: Box(bound(), bound()),
+            "number": lambda: Box(None, 0.5),
+            "l1": lambda: L1(bound()),
+            "soft_threshold": lambda: SoftThreshold(threshold),
+        }[prox]()
+    y = getattr(F, method)(make_Q(*leaves), b, *rest, num_steps, y0=start, return_trajectory=trajectory, **options)
     if y.requires_grad:
         (y.sum() if cotangent == "expanded" else y.square().sum()).backward()
 
@@ -119,6 +131,7 @@ def calls(structure, methods, coefficients, sizes):
         "trajectory": (False, True),
         "shared": (False, True) if structure in ("dense", "spectral") else (False,),
         "cotangent": ("expanded", "strided"),
+        "prox": (None, *MAPS) if methods != ["rnn"] and structure != "spectral" else (None,),
         "wanted": subsets(("Q", "b", "y0", "schedule")),
     }
     for values in itertools.product(*choices.values()):
@@ -142,6 +155,7 @@ def with_every_pair(rows):
                 yield row
 
 
+MAPS = ("box", "number", "l1", "soft_threshold")
 COEFFICIENTS = ("float", *SHAPES)
 METHODS = ("gradient_descent", "nesterov", "momentum")
 # one for each kernel; 5: no vectors
@@ -256,6 +270,30 @@ def test_forms_and_trajectories_compile_without_spills(structure):
     with launches() as found:
         call(structure, 16, method="momentum", coefficients="both", y0=True, trajectory=True, wanted=everything)
         call(structure, 16, coefficients="scalar", cotangent="strided", wanted=everything)
+    check(found, 90)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("structure", "d"),
+    [
+        pytest.param(s, d, marks=[pytest.mark.slow] if d in (8, 64, 128) else [])
+        for s, d in (*(("dense", d) for d in (5, 8, 16, 32, 64, 128, 150)), ("tikhonov", 512))
+    ],
+)
+def test_proximal_steps_compile_without_spills(structure, d):
+    wanted = ("Q", "b", "schedule", "prox")
+    with launches() as found:
+        call(structure, d, prox="box", wanted=wanted)
+        call(structure, d, method="momentum", coefficients="step", prox="l1", wanted=wanted)
+        call(
+            structure,
+            d,
+            coefficients="step",
+            prox="soft_threshold",
+            shared=structure == "dense" and d < 16,
+            wanted=wanted,
+        )
     check(found, 90)
 
 
@@ -389,12 +427,17 @@ def test_long_diagonal_schedules():
     """Beyond a segment of steps the backward replays from checkpoints; blocks outnumber the programs."""
     device = device_of("triton")
     q, b = (torch.rand(2, 200, dtype=torch.float64, device=device) for _ in range(2))
-    for steps, shape in ((25, (25,)), (17, (2, 1)), (9, (2, 9))):
+    # crossed bounds: the upper one stops everything
+    crossed = Box(*(torch.linspace(a, -a, 200, dtype=torch.float64, device=device) for a in (-0.1, 0.1)))
+    maps = (None, crossed, SoftThreshold(torch.full((2, 1), 0.1, dtype=torch.float64, device=device)))
+    for (steps, shape), prox in itertools.product(((25, (25,)), (17, (2, 1)), (9, (2, 9))), maps):
         results = []
         for backend in ("eager", "triton"):
             phi, beta = (torch.full(shape, v, dtype=torch.float64, device=device) for v in (0.7, 0.4))
-            leaves = [x.clone().requires_grad_() for x in (q, b, phi, beta)]
-            y = F.momentum(Diagonal(leaves[0]), leaves[1], leaves[2], leaves[3], 0.2, steps, backend=backend)
+            tensors = (q, b, phi, beta, *([] if prox is None else vars(prox).values()))
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            options = {"prox": None if prox is None else type(prox)(*leaves[4:]), "backend": backend}
+            y = F.momentum(Diagonal(leaves[0]), leaves[1], leaves[2], leaves[3], 0.2, steps, **options)
             results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
         for actual, expected in zip(*results[::-1], strict=True):
             torch.testing.assert_close(actual, expected)

@@ -2,7 +2,8 @@
 
 A program takes BB samples at a time and reads each Q once, whatever the number of steps. Where the batch shares Q, it
 is read once per program, which then walks through the batch. Backward replays the iterates into a trace in global
-memory, ``[programs, num_steps, D, BB]``, a few megabytes however large the batch is and so in L2.
+memory, ``[programs, num_steps, D, BB]``, a few megabytes however large the batch is and so in L2; where a proximal map
+ends the steps, what it was given too.
 """
 
 import triton
@@ -13,11 +14,14 @@ from unrolled_kernels.ops.triton.launch import (
     DENSE_BACKWARD,
     DENSE_BACKWARD_SHARED,
     DENSE_FORWARD,
+    BoundGradients,
+    Bounds,
     Matrices,
     Schedule,
     ScheduleGradient,
     Tile,
     Vectors,
+    is_proximal,
     launch,
     resident_programs,
     zero_gradients,
@@ -26,12 +30,17 @@ from unrolled_kernels.ops.triton.tile import (
     UNSPECIALIZED,
     accumulate_schedule,
     adjoint_step,
+    load_bounds,
     load_gamma,
     load_schedule,
+    load_threshold,
     load_tile,
     load_vector,
     outer,
     product,
+    proximal_adjoint,
+    proximal_map,
+    store_bounds,
     store_schedule_of_program,
     store_schedule_of_samples,
     store_tile,
@@ -42,21 +51,25 @@ from unrolled_kernels.ops.triton.tile import (
 
 
 @triton.jit
-def advance(q, b, x, previous, schedule, sample, t, real, n: tl.constexpr, BB: tl.constexpr, W: tl.constexpr):
-    """Step t, from y_t = x and y_{t-1} = previous; returns y_{t+1} and y_t."""
+def advance(
+    q, b, x, previous, schedule, bounds, lower, upper, sample, t, real,
+    n: tl.constexpr, BB: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Step t, from y_t = x and y_{t-1} = previous; returns y_{t+1}, y_t and v_t."""
     phi_t, beta_t, gamma_t = load_schedule(schedule, sample, t, real)
     if schedule.beta is not None:
         m = x - previous
         z = x + gamma_t[None, :] * m
-        following = x + beta_t[None, :] * m - phi_t[None, :] * (product(q, to_columns(z, n, BB, W)) + b)
+        v = x + beta_t[None, :] * m - phi_t[None, :] * (product(q, to_columns(z, n, BB, W)) + b)
     else:
-        following = x - phi_t[None, :] * (product(q, to_columns(x, n, BB, W)) + b)
-    return following, x
+        v = x - phi_t[None, :] * (product(q, to_columns(x, n, BB, W)) + b)
+    threshold_t = load_threshold(schedule, sample, t, real)
+    return proximal_map(schedule, bounds, lower, upper, phi_t[None, :], threshold_t[None, :], v), x, v
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_dense_kernel(
-    Q, b, y0, schedule,
+    Q, b, y0, schedule, bounds,
     y,              # [B, d], or [num_steps + 1, B, d]
     column_stride, B, num_steps,
     d: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BB: tl.constexpr,
@@ -74,13 +87,14 @@ def momentum_dense_kernel(
         if not SHARED:
             q = load_tile(Q, sample, column_stride, B, d, D, W).to(C)
         b_ = load_vector(b, s, i, inside, C)
+        lower, upper = load_bounds(bounds, s, i, inside, C)
         x = load_vector(y0, s, i, inside, C)
         previous = x
         target = y + s.to(tl.int64) * d + i
         if TRAJECTORY:
             tl.store(target, x, mask=inside)
         for t in range(num_steps):
-            x, previous = advance(q, b_, x, previous, schedule, sample, t, real, n, BB, W)
+            x, previous, _ = advance(q, b_, x, previous, schedule, bounds, lower, upper, sample, t, real, n, BB, W)
             if TRAJECTORY:
                 target += tl.cast(B, tl.int64) * d
                 tl.store(target, x, mask=inside)
@@ -90,14 +104,15 @@ def momentum_dense_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_dense_backward_kernel(
-    grad_y, Q, b, y0, schedule,
+    grad_y, Q, b, y0, schedule, bounds,
     dQ,             # like Q; where the batch shares Q one [d, d] a program, in the compute dtype
     db, dy0,        # [B, d]
-    d_schedule,     # φ̄, β̄, γ̄, [B or programs, num_steps or 1] by ROWS and STEPS; any of these None where not needed
-    trace,          # [programs, 2, max(num_steps, 1), D, BB]: y_t, then φ_t ȳ_{t+1}
+    d_schedule,     # φ̄, β̄, γ̄, threshold̄, [B or programs, num_steps or 1] by ROWS and STEPS
+    d_bounds,       # [B, d]; any of these None where not needed
+    trace,          # [programs, 2 or 3, max(num_steps, 1), D, BB]: y_t, φ_t times the adjoint of v_t, for PROXIMAL v_t
     column_stride, B, num_steps,
     d: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BB: tl.constexpr,
-    SHARED: tl.constexpr, TRAJECTORY: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    SHARED: tl.constexpr, TRAJECTORY: tl.constexpr, PROXIMAL: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = schedule.phi.dtype.element_ty
     MOMENTUM: tl.constexpr = schedule.beta is not None
@@ -107,10 +122,11 @@ def momentum_dense_backward_kernel(
     rows = i * BB + tl.arange(0, BB)[None, :]
     columns = j * BB + tl.arange(0, BB)[None, :, None]
     trace_size = tl.maximum(num_steps, 1).to(tl.int64) * (D * BB)
-    trace += tl.program_id(0) * 2 * trace_size
+    trace += tl.program_id(0) * (3 if PROXIMAL else 2) * trace_size
     adjoints = trace + trace_size
+    given = adjoints + trace_size + rows
     dq = tl.zeros([n, D, BB, W], C)
-    sums = (tl.zeros([D, BB], C), tl.zeros([D, BB], C), tl.zeros([D, BB], C))
+    sums = (tl.zeros([D, BB], C), tl.zeros([D, BB], C), tl.zeros([D, BB], C), tl.zeros([D, BB], C))
     if SHARED:
         q = load_tile(Q, tl.zeros([BB], tl.int32), column_stride, B, d, D, W).to(C)
     for block in range(tl.program_id(0), tl.cdiv(B, BB), tl.num_programs(0)):
@@ -121,6 +137,7 @@ def momentum_dense_backward_kernel(
         if not SHARED:
             q = load_tile(Q, sample, column_stride, B, d, D, W).to(C)
         b_ = load_vector(b, s, i, inside, C)
+        lower, upper = load_bounds(bounds, s, i, inside, C)
         x = load_vector(y0, s, i, inside, C)
 
         # replay y_0 … y_{k-1} into the trace, which other threads still read for the block before
@@ -128,20 +145,38 @@ def momentum_dense_backward_kernel(
         row = trace + rows
         tl.debug_barrier()
         tl.store(row, x)
-        for t in range(num_steps - 1):
-            x, previous = advance(q, b_, x, previous, schedule, sample, t, real, n, BB, W)
+        for t in range(num_steps if PROXIMAL else num_steps - 1):
+            x, previous, v = advance(q, b_, x, previous, schedule, bounds, lower, upper, sample, t, real, n, BB, W)
             row += D * BB
+            # y_k, of a step that only v_{k-1} is wanted of, where an adjoint will be
             tl.store(row, x)
+            if PROXIMAL:
+                tl.store(given + t * (D * BB), v)
+        if PROXIMAL:
+            x = previous
+            row = trace + rows + (num_steps - 1) * (D * BB)
         tl.debug_barrier()
 
         # the adjoint recurrence of manual.py, with x = y_t and previous = y_{t-1}
         a = load_vector(grad_y, s, i, inside, C, num_steps)
         carry = tl.zeros([D, BB], C)
         b_bar = tl.zeros([D, BB], C)
+        lower_bar = tl.zeros([D, BB], C)
+        upper_bar = tl.zeros([D, BB], C)
         adjoint_row = adjoints + trace_size + rows
         for back in range(num_steps):
             t = num_steps - 1 - back
             phi_t, beta_t, gamma_t = load_schedule(schedule, sample, t, real)
+            to_phi = b_bar
+            to_threshold = b_bar
+            if PROXIMAL:
+                threshold_t = load_threshold(schedule, sample, t, real)
+                v = tl.load(given + t * (D * BB))
+                a, to_lower, to_upper, to_phi, to_threshold = proximal_adjoint(
+                    schedule, bounds, lower, upper, phi_t[None, :], threshold_t[None, :], v, a
+                )
+                lower_bar += to_lower
+                upper_bar += to_upper
             if t > 0:
                 row -= D * BB
             previous = tl.load(row)
@@ -156,10 +191,11 @@ def momentum_dense_backward_kernel(
                 tl.store(adjoint_row, a_scaled)
             b_bar -= a_scaled
             if d_schedule[0] is not None:
-                parts = (-(w * z + a * b_), a * m, -(phi_t[None, :] * w * m))
-                sums = accumulate_schedule(
-                    d_schedule, sums, parts, sample, t, num_steps, real, first, MOMENTUM, 1, ROWS, STEPS
-                )
+                phi_part = -(w * z + a * b_)
+                if PROXIMAL:
+                    phi_part += to_phi
+                parts = (phi_part, a * m, -(phi_t[None, :] * w * m), to_threshold)
+                sums = accumulate_schedule(d_schedule, sums, parts, sample, t, num_steps, real, first, 1, ROWS, STEPS)
             a, carry = adjoint_step(a, carry, w, phi_t[None, :], beta_t[None, :], gamma_t[None, :], MOMENTUM)
             if TRAJECTORY:
                 a += load_vector(grad_y, s, i, inside, C, t)
@@ -170,6 +206,7 @@ def momentum_dense_backward_kernel(
             tl.store(db + target, b_bar, mask=inside)
         if dy0 is not None:
             tl.store(dy0 + target, a + carry, mask=inside)
+        store_bounds(d_bounds, target, lower_bar, upper_bar, inside)
         # Q̄ in a pass of its own, so that Q and Q̄ are not in registers together
         if dQ is not None:
             tl.debug_barrier()
@@ -190,65 +227,69 @@ def momentum_dense_backward_kernel(
             if not SHARED:
                 store_tile(dQ, dq, sample, column_stride, B, d, D, W)
         if d_schedule[0] is not None:
-            sums = store_schedule_of_samples(d_schedule, sums, sample, real, MOMENTUM, 1, ROWS, STEPS)
+            sums = store_schedule_of_samples(d_schedule, sums, sample, real, 1, ROWS, STEPS)
 
     if dQ is not None and SHARED:
         own = tl.program_id(0) + tl.zeros([1], tl.int32)
         store_tile(dQ, tl.sum(dq, 2)[:, :, None, :], own, column_stride, tl.num_programs(0), d, D, W)
     if d_schedule[0] is not None:
-        store_schedule_of_program(d_schedule, sums, MOMENTUM, ROWS, STEPS)
+        store_schedule_of_program(d_schedule, sums, ROWS, STEPS)
 
 
-def forward(matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
+def forward(matrix, b, y0, schedule, bounds, num_steps, trajectory):
     """y of ``momentum_dense_kernel``."""
     B, d = b.shape
-    schedule = (step_sizes, momentum, extrapolation)
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
         return y
-    tile = Tile.find(DENSE_FORWARD, d, b.dtype, step_sizes.dtype)
+    tile = Tile.find(DENSE_FORWARD, d, b.dtype, schedule[0].dtype)
     if tile is None:
-        return triton_streamed.forward(matrix, b, y0, *schedule, num_steps, trajectory)
+        return triton_streamed.forward(matrix, b, y0, schedule, bounds, num_steps, trajectory)
     shared = matrix.shape[0] < B
     blocks = triton.cdiv(B, tile.samples)
     programs = resident_programs(b.device, blocks, tile.num_warps) if shared else blocks
     launch(
         momentum_dense_kernel, b.device, programs,
-        Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(*schedule), y, 1, B, num_steps,
+        Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(schedule), Bounds.of(bounds),
+        y, 1, B, num_steps,
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, num_warps=tile.num_warps,
     )  # fmt: skip
     return y
 
 
 def backward(
-    grad_y, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
-    needs_matrix, needs_b, needs_y0, needs_schedule,
+    grad_y, matrix, b, y0, schedule, bounds, num_steps, trajectory,
+    needs_matrix, needs_b, needs_y0, needs_schedule, needs_bounds,
 ):  # fmt: skip
-    """The gradients of ``momentum_dense_backward_kernel``: of Q, b and y_0 None where not needed."""
+    """The gradients of ``momentum_dense_backward_kernel``: of Q, b, y_0 and the bounds None where not needed."""
     B, d = b.shape
-    schedule = (step_sizes, momentum, extrapolation)
+    compute = schedule[0].dtype
     if b.numel() == 0:
-        return zero_gradients((matrix,), b, schedule, (needs_matrix,), needs_schedule)
+        return *zero_gradients((matrix,), b, schedule, (needs_matrix,), needs_schedule), bounds
     shared = matrix.shape[0] < B
-    tile = Tile.find(DENSE_BACKWARD_SHARED if shared else DENSE_BACKWARD, d, b.dtype, step_sizes.dtype)
+    tile = Tile.find(DENSE_BACKWARD_SHARED if shared else DENSE_BACKWARD, d, b.dtype, compute)
     if tile is None:
         return triton_streamed.backward(
-            grad_y, matrix, b, y0, *schedule, num_steps, trajectory, needs_matrix, needs_b, needs_y0, needs_schedule
-        )
+            grad_y, matrix, b, y0, schedule, bounds, num_steps, trajectory,
+            needs_matrix, needs_b, needs_y0, needs_schedule, needs_bounds,
+        )  # fmt: skip
     programs = resident_programs(b.device, triton.cdiv(B, tile.samples), tile.num_warps)
-    trace = step_sizes.new_empty((programs, 2, max(num_steps, 1), tile.D, tile.samples))
+    proximal = is_proximal(schedule, bounds)
+    traces = 3 if proximal else 2
+    trace = b.new_empty((programs, traces, max(num_steps, 1), tile.D, tile.samples), dtype=compute)
     d_matrix = None
     if needs_matrix:
-        d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
+        d_matrix = b.new_empty((programs, d, d), dtype=compute) if shared else matrix.new_empty(matrix.shape)
     db, dy0 = (b.new_empty((B, d)) if needed else None for needed in (needs_b, needs_y0))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
+    d_bounds = BoundGradients.allocate(bounds, needs_bounds)
     launch(
         momentum_dense_backward_kernel, b.device, programs,
         Vectors.cotangent(grad_y, trajectory), Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0),
-        Schedule.of(*schedule), d_matrix, db, dy0, d_schedule.parts, trace, 1, B, num_steps,
-        **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
-        num_warps=tile.num_warps,
+        Schedule.of(schedule), Bounds.of(bounds), d_matrix, db, dy0, d_schedule.parts, d_bounds, trace, 1, B, num_steps,
+        **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, PROXIMAL=proximal,
+        ROWS=d_schedule.rows, STEPS=d_schedule.steps, num_warps=tile.num_warps,
     )  # fmt: skip
     if needs_matrix and shared:
         d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
-    return (d_matrix, db, dy0, *d_schedule.reduce(schedule))
+    return d_matrix, db, dy0, d_schedule.reduce(schedule), d_bounds

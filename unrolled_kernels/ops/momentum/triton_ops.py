@@ -30,12 +30,10 @@ def _kernels(structure):
 
 
 def _arguments(rest):
-    """y0, φ, β, γ, num_steps, trajectory; the coefficients as ``[B or 1, num_steps or 1]``, one number too."""
+    """y0, (φ, β, γ, threshold) as ``[B or 1, num_steps or 1]``, (lower, upper, weight), num_steps, trajectory."""
     y0, *schedule, lower, upper, weight, threshold, num_steps, trajectory = rest
-    if (lower, upper, weight, threshold) != (None,) * 4:
-        raise RuntimeError("unrolled_kernels: the Triton kernels know no proximal map")
-    schedule = (c if c is None or c.dim() == 2 else c.reshape(1, 1) for c in schedule)
-    return y0, *schedule, num_steps, trajectory
+    schedule = tuple(c if c is None or c.dim() == 2 else c.reshape(1, 1) for c in (*schedule, threshold))
+    return y0, schedule, (lower, upper, weight), num_steps, trajectory
 
 
 def _forward(*arguments):
@@ -50,40 +48,49 @@ def _steps(matrix, diagonal, observed, b, *rest):
         return _kernels("dense").forward(matrix, b, *rest)
     if matrix is None:
         return _kernels("diagonal").forward(diagonal, b, *rest, observed=observed)
-    return _kernels("spectral").forward(diagonal, matrix, b, *rest)
+    y0, schedule, _, *constants = rest
+    return _kernels("spectral").forward(diagonal, matrix, b, y0, schedule, *constants)
 
 
 @manual.with_no_steps
 @manual.with_nesterov
 def _backward(grad_y, matrix, diagonal, observed, b, *rest):
     *rest, needs = rest
-    coefficients, rest = rest[1:4], _arguments(rest)
-    needs_matrix, needs_diagonal, needs_observed, needs_b, needs_y0, *needs_schedule = (
-        bool(needs >> i & 1) for i in range(8)
-    )
+    # of y0, φ, β, γ, lower, upper, weight, threshold
+    coefficients, bounds = (*rest[1:4], rest[7]), rest[4:7]
+    rest = _arguments(rest)
+    needs_matrix, needs_diagonal, needs_observed, needs_b, needs_y0 = (bool(needs >> i & 1) for i in range(5))
+    needs_schedule = [bool(needs >> i & 1) and c is not None for i, c in zip((5, 6, 7, 12), coefficients, strict=True)]
+    needs_bounds = [bool(needs >> i & 1) and x is not None for i, x in zip((9, 10, 11), bounds, strict=True)]
     needs_observed = needs_observed and observed is not None
     needs_y0 = needs_y0 and rest[0] is not None
     # what was observed counts against b
     common_needs = (needs_b or needs_observed, needs_y0, any(needs_schedule))
     d_matrix = d_diagonal = None
+    d_bounds = (None,) * 3
     if diagonal is None:
-        arguments = (grad_y, matrix, b, *rest, needs_matrix, *common_needs)
-        d_matrix, db, dy0, *d_schedule = _kernels("dense").backward(*arguments)
+        arguments = (grad_y, matrix, b, *rest, needs_matrix, *common_needs, needs_bounds)
+        d_matrix, db, dy0, d_schedule, d_bounds = _kernels("dense").backward(*arguments)
     elif matrix is None:
-        arguments = (grad_y, diagonal, b, *rest, needs_diagonal, *common_needs)
-        d_diagonal, db, dy0, *d_schedule = _kernels("diagonal").backward(*arguments, observed=observed)
+        arguments = (grad_y, diagonal, b, *rest, needs_diagonal, *common_needs, needs_bounds)
+        d_diagonal, db, dy0, d_schedule, d_bounds = _kernels("diagonal").backward(*arguments, observed=observed)
     else:
-        arguments = (grad_y, diagonal, matrix, b, *rest, needs_diagonal, needs_matrix, *common_needs)
-        d_diagonal, d_matrix, db, dy0, *d_schedule = _kernels("spectral").backward(*arguments)
+        y0, schedule, _, *constants = rest
+        arguments = (grad_y, diagonal, matrix, b, y0, schedule, *constants, needs_diagonal, needs_matrix, *common_needs)
+        d_diagonal, d_matrix, db, dy0, d_schedule = _kernels("spectral").backward(*arguments)
     d_observed = -db if needs_observed else None
     gradients = (d_matrix, d_diagonal, d_observed, db if needs_b else None, dy0 if needs_y0 else None)
+    nothing = coefficients[0].new_empty(0)
+    *d_schedule, d_threshold = (
+        g.reshape(c.shape) if needed else nothing
+        for g, c, needed in zip(d_schedule, coefficients, needs_schedule, strict=True)
+    )
     return (
         *(b.new_empty(0) if g is None else g for g in gradients),
-        *(
-            g.reshape(c.shape) if needed and c is not None else g.new_empty(0)
-            for g, c, needed in zip(d_schedule, coefficients, needs_schedule, strict=True)
-        ),
-        *(coefficients[0].new_empty(0) for _ in range(5)),
+        *d_schedule,
+        nothing,  # μ's, which is made of those of β and γ
+        *(g if needed else nothing for g, needed in zip(d_bounds, needs_bounds, strict=True)),
+        d_threshold,
     )
 
 

@@ -39,6 +39,8 @@ from unrolled_kernels.ops.triton.tile import (
     transposed_product,
 )
 
+_NO_BOUNDS = (None, None, None)
+
 
 @triton.jit
 def advance(q, b_hat, x, previous, schedule, sample, t, real):
@@ -107,7 +109,7 @@ def momentum_spectral_backward_kernel(
     j = (tl.arange(0, n)[:, None] * W + tl.arange(0, W)[None, :])[:, None, :]
     trace += tl.program_id(0).to(tl.int64) * num_steps * (D * BB) + j * BB + tl.arange(0, BB)[None, :, None]
     dr = tl.zeros([n, D, BB, W], C)
-    sums = (tl.zeros([n, BB, W], C), tl.zeros([n, BB, W], C), tl.zeros([n, BB, W], C))
+    sums = (tl.zeros([n, BB, W], C), tl.zeros([n, BB, W], C), tl.zeros([n, BB, W], C), tl.zeros([n, BB, W], C))
     if SHARED:
         r = load_tile(R, tl.zeros([BB], tl.int32), column_stride, B, d, D, W).to(C)
     for block in range(tl.program_id(0), tl.cdiv(B, BB), tl.num_programs(0)):
@@ -162,10 +164,8 @@ def momentum_spectral_backward_kernel(
             q_bar -= a_scaled * z
             b_hat_bar -= a_scaled
             if d_schedule[0] is not None:
-                parts = (-(w * z + a * b_hat), a * m, -(phi_t * w * m))
-                sums = accumulate_schedule(
-                    d_schedule, sums, parts, sample, t, num_steps, real, first, MOMENTUM, 1, ROWS, STEPS
-                )
+                parts = (-(w * z + a * b_hat), a * m, -(phi_t * w * m), m)
+                sums = accumulate_schedule(d_schedule, sums, parts, sample, t, num_steps, real, first, 1, ROWS, STEPS)
             a, carry = adjoint_step(a, carry, w, phi_t, beta_t, gamma_t, MOMENTUM)
             # the cotangent of y_0 itself, which is never rotated, comes last
             if TRAJECTORY and t > 0:
@@ -190,23 +190,22 @@ def momentum_spectral_backward_kernel(
             if not SHARED:
                 store_tile(dR, dr, sample, column_stride, B, d, D, W)
         if d_schedule[0] is not None:
-            sums = store_schedule_of_samples(d_schedule, sums, sample, real, MOMENTUM, 1, ROWS, STEPS)
+            sums = store_schedule_of_samples(d_schedule, sums, sample, real, 1, ROWS, STEPS)
 
     if dR is not None and SHARED:
         own = tl.program_id(0) + tl.zeros([1], tl.int32)
         store_tile(dR, tl.sum(dr, 2)[:, :, None, :], own, column_stride, tl.num_programs(0), d, D, W)
     if d_schedule[0] is not None:
-        store_schedule_of_program(d_schedule, sums, MOMENTUM, ROWS, STEPS)
+        store_schedule_of_program(d_schedule, sums, ROWS, STEPS)
 
 
-def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
+def forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory):
     """y of ``momentum_spectral_kernel``."""
     B, d = b.shape
-    schedule = (step_sizes, momentum, extrapolation)
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
         return y
-    tile = Tile.find(SPECTRAL_FORWARD, d, b.dtype, step_sizes.dtype)
+    tile = Tile.find(SPECTRAL_FORWARD, d, b.dtype, schedule[0].dtype)
     if tile is None:
         return _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory)
     shared = matrix.shape[0] < B
@@ -214,7 +213,7 @@ def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num
     programs = resident_programs(b.device, blocks, tile.num_warps) if shared else blocks
     launch(
         momentum_spectral_kernel, b.device, programs,
-        Vectors.rows(eigenvalues), Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(*schedule), y,
+        Vectors.rows(eigenvalues), Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(schedule), y,
         1, B, num_steps,
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, num_warps=tile.num_warps,
     )  # fmt: skip
@@ -222,38 +221,38 @@ def forward(eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num
 
 
 def backward(
-    grad_y, eigenvalues, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
+    grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory,
     needs_eigenvalues, needs_matrix, needs_b, needs_y0, needs_schedule,
 ):  # fmt: skip
     """The gradients of ``momentum_spectral_backward_kernel``: of λ, R, b and y_0 None where not needed."""
     B, d = b.shape
-    schedule = (step_sizes, momentum, extrapolation)
+    compute = schedule[0].dtype
     needs = (needs_eigenvalues, needs_matrix, needs_b, needs_y0, needs_schedule)
     if b.numel() == 0:
         return zero_gradients((eigenvalues, matrix), b, schedule, needs[:2], needs_schedule)
-    tile = Tile.find(SPECTRAL_BACKWARD, d, b.dtype, step_sizes.dtype)
+    tile = Tile.find(SPECTRAL_BACKWARD, d, b.dtype, compute)
     if tile is None:
         return _rotated_backward(grad_y, eigenvalues, matrix, b, y0, schedule, num_steps, trajectory, *needs)
     shared = matrix.shape[0] < B
     programs = resident_programs(b.device, triton.cdiv(B, tile.samples), tile.num_warps)
-    trace = step_sizes.new_empty((programs, num_steps, tile.D, tile.samples))
+    trace = b.new_empty((programs, num_steps, tile.D, tile.samples), dtype=compute)
     d_eigenvalues = eigenvalues.new_empty((B, d)) if needs_eigenvalues else None
     d_matrix = None
     if needs_matrix:
-        d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
+        d_matrix = b.new_empty((programs, d, d), dtype=compute) if shared else matrix.new_empty(matrix.shape)
     db, dy0 = (b.new_empty((B, d)) if needed else None for needed in (needs_b, needs_y0))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
     launch(
         momentum_spectral_backward_kernel, b.device, programs,
         Vectors.cotangent(grad_y, trajectory), Vectors.rows(eigenvalues), Matrices.of(matrix), Vectors.rows(b),
-        Vectors.rows(y0), Schedule.of(*schedule), d_eigenvalues, d_matrix, db, dy0, d_schedule.parts, trace,
+        Vectors.rows(y0), Schedule.of(schedule), d_eigenvalues, d_matrix, db, dy0, d_schedule.parts, trace,
         1, B, num_steps,
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
         num_warps=tile.num_warps,
     )  # fmt: skip
     if d_matrix is not None and shared:
         d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
-    return (d_eigenvalues, d_matrix, db, dy0, *d_schedule.reduce(schedule))
+    return d_eigenvalues, d_matrix, db, dy0, d_schedule.reduce(schedule)
 
 
 def _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory):
@@ -261,7 +260,7 @@ def _rotated_forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory
     R = matrix.to(compute)
     b_hat = matvec(R.mT, b.to(compute))
     y0_hat = None if y0 is None else matvec(R.mT, y0.to(compute))
-    y_hat = triton_diagonal.forward(eigenvalues.to(compute), b_hat, y0_hat, *schedule, num_steps, trajectory)
+    y_hat = triton_diagonal.forward(eigenvalues.to(compute), b_hat, y0_hat, schedule, _NO_BOUNDS, num_steps, trajectory)
     if not trajectory:
         return matvec(R, y_hat).to(storage)
     start = torch.zeros_like(b) if y0 is None else y0
@@ -280,9 +279,9 @@ def _rotated_backward(
         grad_y_hat = torch.cat([torch.zeros_like(grad_y[:1]), _matvecs(R.mT, grad_y[1:])])
     else:
         grad_y_hat = matvec(R.mT, grad_y)
-    d_eigenvalues, db_hat, dy0_hat, *d_schedule = triton_diagonal.backward(
-        grad_y_hat, eigenvalues, b_hat, y0_hat, *schedule, num_steps, trajectory,
-        needs_eigenvalues, needs_b or needs_matrix, needs_y0 or needs_matrix, needs_schedule,
+    d_eigenvalues, db_hat, dy0_hat, d_schedule, _ = triton_diagonal.backward(
+        grad_y_hat, eigenvalues, b_hat, y0_hat, schedule, _NO_BOUNDS, num_steps, trajectory,
+        needs_eigenvalues, needs_b or needs_matrix, needs_y0 or needs_matrix, needs_schedule, (False,) * 3,
     )  # fmt: skip
     db = matvec(R, db_hat) if needs_b else None
     dy0 = matvec(R, dy0_hat) if needs_y0 else None
@@ -290,7 +289,7 @@ def _rotated_backward(
         dy0 = dy0 + grad_y[0]
     d_matrix = None
     if needs_matrix:
-        y_hat = triton_diagonal.forward(eigenvalues, b_hat, y0_hat, *schedule, num_steps, trajectory)
+        y_hat = triton_diagonal.forward(eigenvalues, b_hat, y0_hat, schedule, _NO_BOUNDS, num_steps, trajectory)
         left, right = [b.unsqueeze(0)], [db_hat.unsqueeze(0)]
         if y0 is not None:
             left.append(y0.unsqueeze(0))
@@ -299,7 +298,7 @@ def _rotated_backward(
         right.append(y_hat[1:] if trajectory else y_hat.unsqueeze(0))
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, torch.cat(left), torch.cat(right)).reshape(matrix.shape)
-    return (*(x if x is None else x.to(storage) for x in (d_eigenvalues, d_matrix, db, dy0)), *d_schedule)
+    return *(x if x is None else x.to(storage) for x in (d_eigenvalues, d_matrix, db, dy0)), d_schedule
 
 
 def _matvecs(matrix, zs):

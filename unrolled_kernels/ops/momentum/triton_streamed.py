@@ -3,7 +3,8 @@
 A program takes S samples: one that owns its Q, or 16 that share one, whose products are then matrix products in plain
 float32 or float64. The states live in global memory, ``[slots, S, d]`` a program, and are read back through L1: a
 barrier between two steps is what makes them one program's memory. Backward takes three passes, replay, adjoint and
-Q̄ = -Σ_t φ_t ȳ_{t+1} z_tᵀ, of which the last writes each tile of Q̄ once.
+Q̄ = -Σ_t φ_t ȳ_{t+1} z_tᵀ, of which the last writes each tile of Q̄ once. Where a proximal map ends the steps, replay
+keeps what it was given, and the adjoint passes through the map before the product.
 """
 
 import torch
@@ -11,10 +12,13 @@ import triton
 import triton.language as tl
 
 from unrolled_kernels.ops.triton.launch import (
+    BoundGradients,
+    Bounds,
     Matrices,
     Schedule,
     ScheduleGradient,
     Vectors,
+    is_proximal,
     launch,
     resident_programs,
 )
@@ -22,10 +26,14 @@ from unrolled_kernels.ops.triton.tile import (
     UNSPECIALIZED,
     accumulate_schedule,
     adjoint_step,
+    load_bounds,
     load_gamma,
     load_phi,
     load_schedule,
+    load_threshold,
     load_vector,
+    proximal_adjoint,
+    proximal_map,
     store_schedule_of_program,
     store_schedule_of_samples,
 )
@@ -46,6 +54,13 @@ def store_state(slot, entry, value, S: tl.constexpr, d):
     """Inverse of ``load_state``."""
     sample = tl.arange(0, S)[None, :]
     tl.store(slot + sample * d + entry, value, mask=(entry < d) & (sample < S))
+
+
+@triton.jit
+def add_to_bound(pointer, target, value, inside):
+    """What a step has of the gradient of a bound, where that is needed."""
+    if pointer is not None:
+        tl.store(pointer + target, tl.load(pointer + target, mask=inside, other=0.0) + value, mask=inside)
 
 
 @triton.jit
@@ -73,28 +88,33 @@ def streamed_product(
 
 @triton.jit
 def streamed_step(
-    Q, b, schedule, sample, t, real, current, previous, following, d,
+    Q, b, schedule, bounds, sample, t, real, current, previous, following, given, d,
     S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Step t: write y_{t+1} to the slot ``following`` from y_t and y_{t-1}."""
+    """Step t: write y_{t+1} to the slot ``following`` from y_t and y_{t-1}, and v_t to ``given`` unless it is None."""
     dtype: tl.constexpr = current.dtype.element_ty
     MOMENTUM: tl.constexpr = schedule.beta is not None
     phi_t, beta_t, gamma_t = load_schedule(schedule, sample, t, real)
+    threshold_t = load_threshold(schedule, sample, t, real)
     for first in range(0, d, R):
         i = (first + tl.arange(0, R))[:, None]
         Qz = streamed_product(Q, first, current, previous, gamma_t[None, :], d, S, R, C, False, MOMENTUM)
         x = load_state(current, i, S, d)
         rhs = load_vector(b, sample[None, :], i, (i < d) & real[None, :], dtype)
-        next_x = x - phi_t[None, :] * (Qz + rhs)
+        v = x - phi_t[None, :] * (Qz + rhs)
         if MOMENTUM:
-            next_x += beta_t[None, :] * (x - load_state(previous, i, S, d))
+            v += beta_t[None, :] * (x - load_state(previous, i, S, d))
+        if given is not None:
+            store_state(given, i, v, S, d)
+        lower, upper = load_bounds(bounds, sample[None, :], i, (i < d) & real[None, :], dtype)
+        next_x = proximal_map(schedule, bounds, lower, upper, phi_t[None, :], threshold_t[None, :], v)
         store_state(following, i, next_x, S, d)
     tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_dense_streamed_kernel(
-    Q, b, y0, schedule,
+    Q, b, y0, schedule, bounds,
     y,              # [B, d], or [num_steps + 1, B, d]
     states,         # [programs, 3, S, d]: y_t stands in slot t mod 3
     B, num_steps, d,
@@ -121,7 +141,7 @@ def momentum_dense_streamed_kernel(
         for t in range(num_steps):
             current, previous = states + (t % 3) * slot, states + (tl.maximum(t - 1, 0) % 3) * slot
             following = states + ((t + 1) % 3) * slot
-            streamed_step(Q_block, b, schedule, sample, t, real, current, previous, following, d, S, R, C)
+            streamed_step(Q_block, b, schedule, bounds, sample, t, real, current, previous, following, None, d, S, R, C)
             if TRAJECTORY:
                 target += tl.cast(B, tl.int64) * d
                 for first in range(0, d, R):
@@ -138,22 +158,24 @@ def momentum_dense_streamed_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_dense_streamed_backward_kernel(
-    grad_y, Q, b, y0, schedule,
+    grad_y, Q, b, y0, schedule, bounds,
     dQ,             # like Q; where the batch shares Q one [d, d] a program, in the compute dtype
     db, dy0,        # [B, d]
-    d_schedule,     # φ̄, β̄, γ̄, [B or programs, num_steps or 1] by ROWS and STEPS; any of these None where not needed
-    states,         # [programs, 2 num_steps + 4, S, d]: y_0 … y_k, ȳ_0 … ȳ_k, two slots for what goes on to ȳ_{t-1}
+    d_schedule,     # φ̄, β̄, γ̄, threshold̄, [B or programs, num_steps or 1] by ROWS and STEPS
+    d_bounds,       # [B, d], of zeros; any of these None where not needed
+    states,         # [programs, slots, S, d]: y_0 … y_k, ȳ_0 … ȳ_k, two slots for what goes on to ȳ_{t-1}, then v_t
     B, num_steps, d,
     S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    TRAJECTORY: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    TRAJECTORY: tl.constexpr, PROXIMAL: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = schedule.phi.dtype.element_ty
     MOMENTUM: tl.constexpr = schedule.beta is not None
     slot = tl.cast(d, tl.int64) * S
-    states += tl.program_id(0) * (2 * num_steps + 4) * slot
+    states += tl.program_id(0) * ((3 if PROXIMAL else 2) * num_steps + 4) * slot
     adjoints = states + (num_steps + 1) * slot
     carries = adjoints + (num_steps + 1) * slot
-    sums = (tl.zeros([R, S], dtype), tl.zeros([R, S], dtype), tl.zeros([R, S], dtype))
+    given = carries + 2 * slot
+    sums = (tl.zeros([R, S], dtype), tl.zeros([R, S], dtype), tl.zeros([R, S], dtype), tl.zeros([R, S], dtype))
     for block in range(tl.program_id(0), tl.cdiv(B, S), tl.num_programs(0)):
         first_block = block == tl.program_id(0)
         sample = block * S + tl.arange(0, S)
@@ -168,9 +190,13 @@ def momentum_dense_streamed_backward_kernel(
             store_state(adjoints + num_steps * slot, i, a, S, d)
             store_state(carries + (num_steps % 2) * slot, i, tl.zeros([R, S], dtype), S, d)
         tl.debug_barrier()
-        for t in range(num_steps - 1):
+        # of the last step only a map asks, for v_{k-1}
+        for t in range(num_steps if PROXIMAL else num_steps - 1):
             current, previous = states + t * slot, states + tl.maximum(t - 1, 0) * slot
-            streamed_step(Q_block, b, schedule, sample, t, real, current, previous, current + slot, d, S, R, C)
+            streamed_step(
+                Q_block, b, schedule, bounds, sample, t, real, current, previous, current + slot,
+                given + t * slot if PROXIMAL else None, d, S, R, C,
+            )  # fmt: skip
 
         for back in range(num_steps):
             t = num_steps - 1 - back
@@ -179,7 +205,26 @@ def momentum_dense_streamed_backward_kernel(
             phi_part = tl.zeros([R, S], dtype)
             beta_part = tl.zeros([R, S], dtype)
             gamma_part = tl.zeros([R, S], dtype)
+            threshold_part = tl.zeros([R, S], dtype)
             following = adjoints + (t + 1) * slot
+            if PROXIMAL:
+                threshold_t = load_threshold(schedule, sample, t, real)[None, :]
+                for first in range(0, d, R):
+                    i = (first + tl.arange(0, R))[:, None]
+                    inside = (i < d) & real[None, :]
+                    lower, upper = load_bounds(bounds, s, i, inside, dtype)
+                    v, a = load_state(given + t * slot, i, S, d), load_state(following, i, S, d)
+                    a, to_lower, to_upper, to_phi, to_threshold = proximal_adjoint(
+                        schedule, bounds, lower, upper, phi_t, threshold_t, v, a
+                    )
+                    store_state(following, i, a, S, d)
+                    phi_part += to_phi
+                    threshold_part += to_threshold
+                    target = s.to(tl.int64) * d + i
+                    add_to_bound(d_bounds.lower, target, to_lower, inside)
+                    add_to_bound(d_bounds.upper, target, to_upper, inside)
+                    add_to_bound(d_bounds.weight, target, to_lower, inside)
+                tl.debug_barrier()
             for first in range(0, d, R):
                 i = (first + tl.arange(0, R))[:, None]
                 inside = (i < d) & real[None, :]
@@ -201,9 +246,9 @@ def momentum_dense_streamed_backward_kernel(
                 store_state(adjoints + t * slot, i, a, S, d)
                 store_state(carries + (t % 2) * slot, i, carry, S, d)
             if d_schedule[0] is not None:
-                parts = (phi_part, beta_part, gamma_part)
+                parts = (phi_part, beta_part, gamma_part, threshold_part)
                 sums = accumulate_schedule(
-                    d_schedule, sums, parts, sample, t, num_steps, real, first_block, MOMENTUM, 1, ROWS, STEPS
+                    d_schedule, sums, parts, sample, t, num_steps, real, first_block, 1, ROWS, STEPS
                 )
             tl.debug_barrier()
 
@@ -245,12 +290,12 @@ def momentum_dense_streamed_backward_kernel(
                             tile += tl.load(own, mask=whole, other=0.0)
                         tl.store(own, tile, mask=whole)
         if d_schedule[0] is not None:
-            sums = store_schedule_of_samples(d_schedule, sums, sample, real, MOMENTUM, 1, ROWS, STEPS)
+            sums = store_schedule_of_samples(d_schedule, sums, sample, real, 1, ROWS, STEPS)
         # the states are overwritten for the next block
         tl.debug_barrier()
 
     if d_schedule[0] is not None:
-        store_schedule_of_program(d_schedule, sums, MOMENTUM, ROWS, STEPS)
+        store_schedule_of_program(d_schedule, sums, ROWS, STEPS)
 
 
 def _constants(matrix, B, compute):
@@ -261,43 +306,48 @@ def _constants(matrix, B, compute):
     return tile | {"num_warps": _WARPS, "maxnreg": 128 if compute == torch.float32 else None}
 
 
-def forward(matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory):
+def forward(matrix, b, y0, schedule, bounds, num_steps, trajectory):
     """y of ``momentum_dense_streamed_kernel``, for a batch that is not empty."""
     B, d = b.shape
-    constants = _constants(matrix, B, step_sizes.dtype)
+    constants = _constants(matrix, B, schedule[0].dtype)
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     programs = resident_programs(b.device, triton.cdiv(B, constants["S"]), _WARPS)
-    states = step_sizes.new_empty((programs, 3, constants["S"], d))
+    states = schedule[0].new_empty((programs, 3, constants["S"], d))
     launch(
         momentum_dense_streamed_kernel, b.device, programs,
-        Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(step_sizes, momentum, extrapolation),
+        Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(schedule), Bounds.of(bounds),
         y, states, B, num_steps, d, **constants, TRAJECTORY=trajectory,
     )  # fmt: skip
     return y
 
 
 def backward(
-    grad_y, matrix, b, y0, step_sizes, momentum, extrapolation, num_steps, trajectory,
-    needs_matrix, needs_b, needs_y0, needs_schedule,
+    grad_y, matrix, b, y0, schedule, bounds, num_steps, trajectory,
+    needs_matrix, needs_b, needs_y0, needs_schedule, needs_bounds,
 ):  # fmt: skip
     """The same of ``momentum_dense_streamed_backward_kernel``, for a batch that is not empty."""
     B, d = b.shape
-    schedule = (step_sizes, momentum, extrapolation)
     shared = matrix.shape[0] < B
-    constants = _constants(matrix, B, step_sizes.dtype)
+    constants = _constants(matrix, B, schedule[0].dtype)
     programs = resident_programs(b.device, triton.cdiv(B, constants["S"]), _WARPS)
-    states = step_sizes.new_empty((programs, 2 * num_steps + 4, constants["S"], d))
+    proximal = is_proximal(schedule, bounds)
+    states = schedule[0].new_empty((programs, (3 if proximal else 2) * num_steps + 4, constants["S"], d))
     d_matrix = None
     if needs_matrix:
-        d_matrix = step_sizes.new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
+        d_matrix = schedule[0].new_empty((programs, d, d)) if shared else matrix.new_empty(matrix.shape)
     db, dy0 = (b.new_empty((B, d)) if needed else None for needed in (needs_b, needs_y0))
     d_schedule = ScheduleGradient.allocate(schedule, B, num_steps, programs, needs_schedule)
+    d_bounds = BoundGradients.allocate(bounds, needs_bounds)
+    for x in d_bounds:
+        if x is not None:
+            x.zero_()
     launch(
         momentum_dense_streamed_backward_kernel, b.device, programs,
         Vectors.cotangent(grad_y, trajectory), Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0),
-        Schedule.of(*schedule), d_matrix, db, dy0, d_schedule.parts, states, B, num_steps, d,
-        **constants, TRAJECTORY=trajectory, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
+        Schedule.of(schedule), Bounds.of(bounds), d_matrix, db, dy0, d_schedule.parts, d_bounds, states,
+        B, num_steps, d,
+        **constants, TRAJECTORY=trajectory, PROXIMAL=proximal, ROWS=d_schedule.rows, STEPS=d_schedule.steps,
     )  # fmt: skip
     if needs_matrix and shared:
         d_matrix = d_matrix.sum(0, keepdim=True).to(b.dtype)
-    return (d_matrix, db, dy0, *d_schedule.reduce(schedule))
+    return d_matrix, db, dy0, d_schedule.reduce(schedule), d_bounds

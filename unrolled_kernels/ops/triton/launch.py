@@ -96,6 +96,11 @@ class Vectors(NamedTuple):
         return cls(x, x.stride(0))
 
     @classmethod
+    def strided(cls, x):
+        """Of a bound, which may be one number for all."""
+        return cls(None) if x is None else cls(x, *x.stride())
+
+    @classmethod
     def cotangent(cls, grad_y, trajectory):
         """In whatever layout it comes: one that is expanded from a number is not copied."""
         step, sample, entry = grad_y.stride() if trajectory else (0, *grad_y.stride())
@@ -103,22 +108,49 @@ class Vectors(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """φ, β, γ as one argument of a kernel; a stride is None where the samples, or the steps, share the coefficient."""
+    """φ, β, γ and a threshold as one argument of a kernel; a stride is None where samples, or steps, share one."""
 
     phi: torch.Tensor
     beta: torch.Tensor | None
     gamma: torch.Tensor | None
+    threshold: torch.Tensor | None
     phi_sample: int | None
     phi_step: int | None
     beta_sample: int | None
     beta_step: int | None
     gamma_sample: int | None
     gamma_step: int | None
+    threshold_sample: int | None
+    threshold_step: int | None
 
     @classmethod
-    def of(cls, *schedule):
+    def of(cls, schedule):
         strides = [None if c is None or c.shape[dim] == 1 else c.stride(dim) for c in schedule for dim in range(2)]
         return cls(*schedule, *strides)
+
+
+class Bounds(NamedTuple):
+    """What a proximal map has ``[B, d]`` of as one argument of a kernel, absent ones without a pointer."""
+
+    lower: Vectors
+    upper: Vectors
+    weight: Vectors
+
+    @classmethod
+    def of(cls, bounds):
+        return cls(*map(Vectors.strided, bounds))
+
+
+class BoundGradients(NamedTuple):
+    """Where the kernels add up their gradients, ``[B, d]``; None where not needed."""
+
+    lower: torch.Tensor | None
+    upper: torch.Tensor | None
+    weight: torch.Tensor | None
+
+    @classmethod
+    def allocate(cls, bounds, needs):
+        return cls(*(x.new_empty(x.shape) if needed else None for x, needed in zip(bounds, needs, strict=True)))
 
 
 def launch(kernel, device, programs, *args, num_warps, maxnreg=None, **constants):
@@ -150,15 +182,20 @@ def resident_programs(device, blocks, num_warps):
     return min(blocks, resident)
 
 
+def is_proximal(schedule, bounds):
+    """Whether a proximal map ends the steps."""
+    return any(x is not None for x in (schedule[3], *bounds))
+
+
 def zero_gradients(operands, b, schedule, needs_operands, needs_schedule):
     """The gradients of an empty batch."""
     d_operands = [x.new_zeros(x.shape if needed else 0) for x, needed in zip(operands, needs_operands, strict=True)]
     d_schedule = [schedule[0].new_zeros(c.shape if needs_schedule and c is not None else 0) for c in schedule]
-    return (*d_operands, b.new_zeros(b.shape), b.new_zeros(b.shape), *d_schedule)
+    return *d_operands, b.new_zeros(b.shape), b.new_zeros(b.shape), d_schedule
 
 
 class ScheduleGradient(NamedTuple):
-    """Where the kernels put φ̄, β̄, γ̄: a row for each sample, ``pieces`` times over, or for each program."""
+    """Where the kernels put φ̄, β̄, γ̄, threshold̄: a row for each sample, ``pieces`` times over, or for each program."""
 
     parts: tuple
     rows: bool  # some coefficient differs between samples

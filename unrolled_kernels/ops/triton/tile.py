@@ -50,6 +50,18 @@ def load_schedule(schedule, sample, t, inside):
 
 
 @triton.jit
+def load_threshold(schedule, sample, t, inside):
+    """threshold_t of each sample; without one φ_t, which is not to be looked at."""
+    if schedule.threshold is not None:
+        value = load_coefficient(
+            schedule.threshold, schedule.threshold_sample, schedule.threshold_step, sample, t, inside
+        )
+    else:
+        value = load_phi(schedule, sample, t, inside)
+    return value
+
+
+@triton.jit
 def load_vector(vectors, sample, entry, inside, compute: tl.constexpr, t=0):
     """Entries of ``Vectors``, of step t of a cotangent, in the compute dtype; zero where not ``inside``."""
     if vectors.pointer is None:
@@ -69,6 +81,84 @@ def diagonal_step(q, b, x, previous, phi_t, beta_t, gamma_t, MOMENTUM: tl.conste
     else:
         following = x - phi_t * (q * x + b)
     return following
+
+
+@triton.jit
+def load_bounds(bounds, sample, entry, inside, compute: tl.constexpr):
+    """The lower bound, or the weight, and the upper bound of a proximal map; what is absent is not to be looked at."""
+    lower = inside
+    upper = inside
+    if bounds.weight.pointer is not None:
+        lower = load_vector(bounds.weight, sample, entry, inside, compute)
+    elif bounds.lower.pointer is not None:
+        lower = load_vector(bounds.lower, sample, entry, inside, compute)
+    if bounds.upper.pointer is not None:
+        upper = load_vector(bounds.upper, sample, entry, inside, compute)
+    return lower, upper
+
+
+@triton.jit
+def soft_threshold(bounds, weight, phi_t, threshold_t):
+    """τ_t = φ_t weight or threshold_t, zero where that is below it."""
+    tau = threshold_t
+    if bounds.weight.pointer is not None:
+        tau = phi_t * tl.where(weight < 0, 0.0, weight)
+    return tl.where(tau < 0, 0.0, tau)
+
+
+@triton.jit
+def proximal_map(schedule, bounds, lower, upper, phi_t, threshold_t, v):
+    """y_{t+1} = p_t(v_t), elementwise; a NaN stays one."""
+    y = v
+    if bounds.lower.pointer is not None:
+        y = tl.where(y < lower, lower, y)
+    if bounds.upper.pointer is not None:
+        y = tl.where(y > upper, upper, y)
+    if (bounds.weight.pointer is not None) or (schedule.threshold is not None):
+        tau = soft_threshold(bounds, lower, phi_t, threshold_t)
+        y = tl.where(tl.abs(v) <= tau, 0.0, tl.where(v < 0, v + tau, v - tau))
+    return y
+
+
+@triton.jit
+def proximal_adjoint(schedule, bounds, lower, upper, phi_t, threshold_t, v, a):
+    """The adjoint of v = v_t from a = ȳ_{t+1}, and what lower (or the weight), upper, φ_t and threshold_t get of it."""
+    to_v = a
+    to_lower = a
+    to_upper = a
+    to_phi = tl.zeros_like(a)
+    to_threshold = to_phi
+    if (bounds.weight.pointer is not None) or (schedule.threshold is not None):
+        tau = soft_threshold(bounds, lower, phi_t, threshold_t)
+        to_v = tl.where(tl.abs(v) > tau, a, 0.0)
+        to_threshold = tl.where(v < 0, to_v, -to_v)
+        if bounds.weight.pointer is not None:
+            counted = tl.where(phi_t >= 0, to_threshold, 0.0)
+            to_phi = tl.where(lower < 0, 0.0, lower) * counted
+            to_lower = tl.where(lower >= 0, phi_t * counted, 0.0)
+        else:
+            to_threshold = tl.where(threshold_t >= 0, to_threshold, 0.0)
+    if bounds.lower.pointer is not None:
+        to_v = tl.where(v >= lower, to_v, 0.0)
+        to_lower = tl.where(v < lower, a, 0.0)
+    if bounds.upper.pointer is not None:
+        to_v = tl.where(v <= upper, to_v, 0.0)
+        to_upper = tl.where(v > upper, a, 0.0)
+        if bounds.lower.pointer is not None:
+            to_lower = tl.where(lower < upper, to_lower, 0.0)
+            to_upper = tl.where(upper < lower, a, to_upper)
+    return to_v, to_lower, to_upper, to_phi, to_threshold
+
+
+@triton.jit
+def store_bounds(d_bounds, target, to_lower, to_upper, inside):
+    """The gradients of the bounds, or of the weight, of ``inside``."""
+    if d_bounds.lower is not None:
+        tl.store(d_bounds.lower + target, to_lower, mask=inside)
+    if d_bounds.upper is not None:
+        tl.store(d_bounds.upper + target, to_upper, mask=inside)
+    if d_bounds.weight is not None:
+        tl.store(d_bounds.weight + target, to_lower, mask=inside)
 
 
 @triton.jit
@@ -157,48 +247,54 @@ def sum_of_sample(x, AXIS: tl.constexpr):
 @triton.jit
 def accumulate_schedule(
     d_schedule, sums, parts, row, t, num_steps, inside, first,
-    MOMENTUM: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, TAIL: tl.constexpr = False,
+    AXIS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, TAIL: tl.constexpr = False,
 ):  # fmt: skip
-    """Add what step t has of φ̄, β̄, γ̄, the tiles ``parts``, to ``sums``, or where the steps differ to memory.
+    """Add what step t has of φ̄, β̄, γ̄, threshold̄, the tiles ``parts``, to ``sums``, or where steps differ to memory.
 
     Where the samples have coefficients of their own (ROWS) the parts of a step go to their rows of
     ``[rows, num_steps]``. Where they share them, the total is added to the row of this program in
     ``[programs, num_steps]``, which no other touches. TAIL: t may be past the last step, which has no place there.
     """
     if STEPS:
-        for n in tl.static_range(3 if MOMENTUM else 1):
-            of_sample = sum_of_sample(parts[n], AXIS)
-            if ROWS:
-                if TAIL:
-                    inside = inside & (tl.full(row.shape, t, tl.int32) < num_steps)
-                tl.store(d_schedule[n] + row.to(tl.int64) * num_steps + t, of_sample, mask=inside)
-            else:
-                own = d_schedule[n] + tl.program_id(0).to(tl.int64) * num_steps + t
-                taken = t < num_steps
-                before = tl.load(own, mask=taken & (first == 0), other=0.0)
-                tl.store(own, before + tl.sum(of_sample, 0), mask=taken)
-    elif MOMENTUM:
-        sums = (sums[0] + parts[0], sums[1] + parts[1], sums[2] + parts[2])
+        for n in tl.static_range(4):
+            if d_schedule[n] is not None:
+                of_sample = sum_of_sample(parts[n], AXIS)
+                if ROWS:
+                    if TAIL:
+                        inside = inside & (tl.full(row.shape, t, tl.int32) < num_steps)
+                    tl.store(d_schedule[n] + row.to(tl.int64) * num_steps + t, of_sample, mask=inside)
+                else:
+                    own = d_schedule[n] + tl.program_id(0).to(tl.int64) * num_steps + t
+                    taken = t < num_steps
+                    before = tl.load(own, mask=taken & (first == 0), other=0.0)
+                    tl.store(own, before + tl.sum(of_sample, 0), mask=taken)
     else:
-        sums = (sums[0] + parts[0], sums[1], sums[2])
+        if d_schedule[1] is not None:
+            sums = (sums[0], sums[1] + parts[1], sums[2] + parts[2], sums[3])
+        if d_schedule[3] is not None:
+            sums = (sums[0], sums[1], sums[2], sums[3] + parts[3])
+        sums = (sums[0] + parts[0], sums[1], sums[2], sums[3])
     return sums
 
 
 @triton.jit
 def store_schedule_of_samples(
-    d_schedule, sums, row, inside, MOMENTUM: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr
+    d_schedule, sums, row, inside, AXIS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr
 ):
-    """Where each sample has coefficients of its own, but one for all steps: φ̄, β̄, γ̄; then sums begin anew."""
+    """Where each sample has coefficients of its own, but one for all steps: their gradients; then sums begin anew."""
     if ROWS and not STEPS:
-        for n in tl.static_range(3 if MOMENTUM else 1):
-            tl.store(d_schedule[n] + row, sum_of_sample(sums[n], AXIS), mask=inside)
-        sums = (tl.zeros_like(sums[0]), tl.zeros_like(sums[1]), tl.zeros_like(sums[2]))
+        for n in tl.static_range(4):
+            if d_schedule[n] is not None:
+                tl.store(d_schedule[n] + row, sum_of_sample(sums[n], AXIS), mask=inside)
+        zero = tl.zeros_like(sums[0])
+        sums = (zero, zero, zero, zero)
     return sums
 
 
 @triton.jit
-def store_schedule_of_program(d_schedule, sums, MOMENTUM: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """Where all samples and steps share the coefficients: the part that this program has of φ̄, β̄, γ̄."""
+def store_schedule_of_program(d_schedule, sums, ROWS: tl.constexpr, STEPS: tl.constexpr):
+    """Where all samples and steps share the coefficients: the part that this program has of their gradients."""
     if not ROWS and not STEPS:
-        for n in tl.static_range(3 if MOMENTUM else 1):
-            tl.store(d_schedule[n] + tl.program_id(0), tl.sum(sums[n]))
+        for n in tl.static_range(4):
+            if d_schedule[n] is not None:
+                tl.store(d_schedule[n] + tl.program_id(0), tl.sum(sums[n]))
