@@ -302,13 +302,10 @@ def test_auto_takes_what_is_fastest_for_the_work(monkeypatch):
     assert choose("auto", "cuda", True) == "eager"
     assert choose("cuda", "cuda", True) == "cuda"
     assert choose("auto", "cpu", True) == "cpu"
-    assert choose("auto", "cuda", False, True) == "manual"
-    with pytest.raises(ValueError, match="backend: 'triton' has no kernels for prox; use 'auto' or 'eager'"):
-        choose("triton", "cuda", False, True)
     assert choose("auto", "meta", False) == "eager"
     asked = []
 
-    def resolve(backend, device, products=False, proximal=False):
+    def resolve(backend, device, products=False):
         asked.append(products)
         return "eager"
 

@@ -66,8 +66,6 @@ def test_counts_results_and_gradients_are_those_of_a_loop(backend, structure, me
 def test_the_schedule_with_zeros(backend):
     """To the bit what the op makes of the coefficients with zeros, trajectory, thresholds and all."""
     device, k = device_of(backend), 30
-    if backend in ("cuda", "triton"):
-        pytest.skip("no proximal steps there")
     (q,), make_Q, b = random_quadratic("diagonal", (6,), 5, dtype=torch.float64, device=device)
     threshold = torch.tensor(0.05, dtype=torch.float64, device=device)
 

@@ -125,41 +125,35 @@ AUTO = {
 }
 
 
-def resolve(backend, device, products=False, proximal=False):
+def resolve(backend, device, products=False):
     """Who runs a call on ``device``: the call's own backend, else ``use_backend``'s, the environment's, or "auto"'s.
 
     Args:
         products: whether the steps are products of one large matrix with many vectors, which libraries do well.
-        proximal: whether the steps end with a proximal map, which the kernels for a GPU do not know.
     """
-    return _decide(backend, device.type, products, proximal)
+    return _decide(backend, device.type, products)
 
 
 # torch.compile would look through functools.cache, hence two functions
 @_torch_private.constant_of_the_graph
-def _decide(backend, device_type, products, proximal):
+def _decide(backend, device_type, products):
     name = _default.get() if backend is None or backend == "auto" else backend
     try:
-        return _choose(name, device_type, products, proximal)
+        return _choose(name, device_type, products)
     except TypeError:
         check_name(name)  # what cannot be hashed is no name
         raise
 
 
 @functools.cache
-def _choose(backend, device_type, products, proximal=False):
+def _choose(backend, device_type, products):
     check_name(backend)
     if backend == "auto":
-        if proximal and device_type == "cuda":
-            # the backward by hand in torch: slower than a kernel, but its memory does not grow with the steps either
-            return "manual"
         candidates = AUTO.get((device_type, products), ())
         chosen = next((name for name in candidates if unavailable_reason(name) is None), "eager")
         if chosen == "eager" and candidates:
             _warn_of_eager(device_type, candidates[0])
         return chosen
-    if proximal and backend in ("cuda", "triton"):
-        raise ValueError(f"backend: {backend!r} has no kernels for prox; use 'auto' or 'eager'")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     runs_on = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted else "cuda"}.get(backend, device_type)
     if device_type != runs_on:

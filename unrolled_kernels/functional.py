@@ -416,7 +416,7 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
             _check.check_tensors({"Q": Q, "b": b})
             raise
     shape = _full_shape(Q, b, y0)
-    chosen = _backend.resolve(backend, b.device, _multiplies_matrices(Q, shape), prox is not None)
+    chosen = _backend.resolve(backend, b.device, _multiplies_matrices(Q, shape))
     schedule = [
         None if name is None else _check_coefficient(name, c, shape[:-1], num_steps, b)
         for name, c in zip(names, schedule, strict=True)

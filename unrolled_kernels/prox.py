@@ -8,8 +8,7 @@ with ``Box``, ISTA and FISTA with ``L1``, LISTA with ``SoftThreshold``. A proxim
 regions of the step sizes stay what they are.
 
 A map is not diagonal in the eigenbasis of a ``Spectral``, which runs as the dense matrix that it is: one product a step
-instead of the two there and back. The CPU kernels know these maps; on a GPU the steps and the backward by hand run in
-torch, whose memory does not grow with the steps either.
+instead of the two there and back.
 """
 
 from dataclasses import dataclass
