@@ -95,7 +95,7 @@ gpu-profile:
 # for PyPI, of this Python: pybind11 has no stable interface over Pythons. torch's libraries are torch's
 wheel: $(VENV)/.dev
 	rm -rf build/wheel && mkdir -p build/wheel
-	UNROLLED_KERNELS_EXTENSION=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel .
+	UNROLLED_KERNELS_EXTENSION=1 UNROLLED_KERNELS_AUTOGRAD=0 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 	ls -l dist
 

@@ -2,12 +2,14 @@
 
     unrolled_kernels/_C               the ops of the library: csrc, but for
     unrolled_kernels/_C_experiments   kernels of the paper's tasks, csrc/experiments
+    unrolled_kernels/_C_autograd      gradients in C++, csrc/autograd: for the very torch that it is built against
 
 Sources in a folder ``cpu`` are compiled once for each instruction set, all others once.
 
 The metadata is in pyproject.toml. Environment:
 
     UNROLLED_KERNELS_EXTENSION   0: install pure Python; 1: a build that fails is an error. Unset: it is reported.
+    UNROLLED_KERNELS_AUTOGRAD    0: leave _C_autograd out, as a wheel for any torch must; Python does what it does.
     UNROLLED_KERNELS_CUDA        0: leave the CUDA kernels out. 1: fail where they cannot be built. Unset: build them
                                  where torch is a CUDA build and nvcc is there.
     CXX, CUDA_HOME, MAX_JOBS     the compiler, the CUDA toolkit and the number of compilations at once.
@@ -79,11 +81,10 @@ def find_torch():
 
 
 def torch_version(root):
-    """``((2, 13), "13.0")``: torch's version and its CUDA's, or None, where it cannot be imported."""
+    """``("2.13.0+cu130", "13.0")``: torch's version and its CUDA's, or None, where it cannot be imported."""
     text = (root / "version.py").read_text()
-    major, minor = map(int, re.search(r"__version__ = '(\d+)\.(\d+)", text).groups())
     cuda = re.search(r"^cuda\b.*= '([\d.]+)'", text, re.MULTILINE)
-    return (major, minor), cuda and cuda[1]
+    return re.search(r"__version__ = '(.+)'", text)[1], cuda and cuda[1]
 
 
 def cuda_toolkit(torch_cuda):
@@ -175,14 +176,12 @@ def sources_sha256():
     return digest.hexdigest()
 
 
-def ninja_file(compiler, core, experiments, build):
-    """The text of build.ninja, which makes both libraries, and why there is no CUDA in it (None if there is)."""
+def ninja_file(compiler, libraries, build):
+    """The text of build.ninja for the libraries, by name, and why there is no CUDA in it (None if there is)."""
     torch_root = find_torch()
-    release, torch_cuda = torch_version(torch_root)
-    if release < TORCH_TARGET:
-        raise BuildError(
-            f"torch {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later is needed, this is {release[0]}.{release[1]}"
-        )
+    version, torch_cuda = torch_version(torch_root)
+    if tuple(map(int, version.split(".")[:2])) < TORCH_TARGET:
+        raise BuildError(f"torch {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later is needed, this is {version}")
     torch_include = torch_root / "include"
     includes = [CSRC, torch_include, pybind11_include(torch_include), Path(sysconfig.get_paths()["include"])]
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
@@ -229,7 +228,7 @@ def ninja_file(compiler, core, experiments, build):
         f"nvcc_flags = {' '.join(nvcc_flags)}",
         *rule("cxx", "$cxx $flags $extra -MMD -MF $out.d -c $in -o $out", "compile $in $level", depfile="$out.d"),
         *rule("nvcc", "$nvcc $nvcc_flags $extra -MD -MF $out.d -c $in -o $out", "compile $in $level", depfile="$out.d"),
-        *rule("link", f"$cxx -shared -Wl,--as-needed $in {' '.join(link_flags)} -o $out", "link $out"),
+        *rule("link", f"$cxx -shared -Wl,--as-needed $in {' '.join(link_flags)} $extra -o $out", "link $out"),
     ]
 
     def compile_source(rule_name, path, extra=(), level=None):
@@ -250,8 +249,9 @@ def ninja_file(compiler, core, experiments, build):
             objects.append(compile_source("cxx", path, module_flags if path.name == "module.cpp" else ()))
         return objects
 
-    def link(library, objects):
+    def link(library, objects, extra=""):
         lines.append(f"build {quote(library)}: link {' '.join(map(quote, objects))}")
+        lines.append(f"  extra = {extra}")
         lines.append(f"default {quote(library)}")
 
     # what takes longest first
@@ -263,15 +263,19 @@ def ninja_file(compiler, core, experiments, build):
     ]
     shared = [compile_source("cxx", path) for path in sorted(CSRC.glob("cpu/simd/*.cpp"))]
     objects = compile_folder(CSRC)
-    link(core, [*cuda_objects, *objects, *shared])
+    link(libraries["_C"], [*cuda_objects, *objects, *shared])
     # the experiments train RNNs by the kernels themselves
     shared += [path for path in objects if path.name.startswith("cpu.rnn_cells.")]
-    link(experiments, [*compile_folder(CSRC / "experiments"), *shared])
+    link(libraries["_C_experiments"], [*compile_folder(CSRC / "experiments"), *shared])
+    if "_C_autograd" in libraries:
+        # all of torch's interface, not the stable one alone
+        node = compile_source("cxx", CSRC / "autograd/momentum.cpp", ["-UTORCH_TARGET_VERSION"])
+        link(libraries["_C_autograd"], [node], "-ltorch_python -lc10")
     return "\n".join(lines) + "\n", cuda_reason
 
 
-def build_libraries(core, experiments):
-    """Compile everything to these two files; return the reason why there are no CUDA kernels, or None."""
+def build_libraries(libraries):
+    """Compile to these files, by name; return what is to be recorded of it."""
     if os.environ.get("UNROLLED_KERNELS_EXTENSION") == "0":
         raise BuildError("UNROLLED_KERNELS_EXTENSION=0")
     compiler = next(
@@ -284,39 +288,54 @@ def build_libraries(core, experiments):
         raise BuildError("ninja was not found: pip install ninja")
     build = ROOT / "build" / f"extension-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     build.mkdir(parents=True, exist_ok=True)
-    text, cuda_reason = ninja_file(compiler, build / core.name, build / experiments.name, build)
+    built = {name: build / library.name for name, library in libraries.items()}
+    text, cuda_reason = ninja_file(compiler, built, build)
     (build / "build.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    if subprocess.run([ninja, "-C", str(build), *jobs]).returncode != 0:
-        raise BuildError("the compilation failed; its messages are above")
-    for library in (core, experiments):
+
+    def make(*targets):
+        return subprocess.run([ninja, "-C", str(build), *jobs, *targets]).returncode == 0
+
+    record = {"cuda_reason": cuda_reason, "autograd_torch": None}
+    if "_C_autograd" in built:
+        record["autograd_torch"] = torch_version(find_torch())[0]
+    if not make("-k", "0"):
+        # a torch whose interface has changed is no reason to go without the kernels
+        required = [str(path) for name, path in built.items() if name != "_C_autograd"]
+        if os.environ.get("UNROLLED_KERNELS_EXTENSION") == "1" or not make(*required):
+            raise BuildError("the compilation failed; its messages are above")
+        record["autograd_torch"] = None
+    for name, library in libraries.items():
+        if name == "_C_autograd" and record["autograd_torch"] is None:
+            library.unlink(missing_ok=True)
+            continue
         library.parent.mkdir(parents=True, exist_ok=True)
         # a process that has the old library loaded keeps it: a new file takes its name
         fresh = library.with_name(library.name + ".new")
-        shutil.copyfile(build / library.name, fresh)
+        shutil.copyfile(built[name], fresh)
         os.replace(fresh, library)
-    return cuda_reason
+    return record
 
 
 class BuildExtension(build_ext):
     """Builds with ninja, and leaves a record of what was built and why the rest was not."""
 
     def run(self):
-        libraries = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+        libraries = {name.rpartition(".")[2]: Path(self.get_ext_fullpath(name)) for name in NAMES}
         record = {"extension": True, "extension_reason": None}
         try:
-            record["cuda_reason"] = build_libraries(*libraries)
+            record |= build_libraries(libraries)
         except BuildError as error:
             if "1" in (os.environ.get("UNROLLED_KERNELS_EXTENSION"), os.environ.get("UNROLLED_KERNELS_CUDA")):
                 raise SystemExit(f"unrolled_kernels: {error}") from None
             print(f"unrolled_kernels: installing without the extension: {error}", file=sys.stderr)
             record = {"extension": False, "extension_reason": str(error), "cuda_reason": str(error)}
             # libraries of an earlier build would belong to other sources
-            for library in libraries:
+            for library in libraries.values():
                 library.unlink(missing_ok=True)
-            self.extensions = []
+        self.extensions = [x for x in self.extensions if Path(self.get_ext_fullpath(x.name)).exists()]
         record["cuda"] = record["cuda_reason"] is None
-        package = libraries[0].parent
+        package = libraries["_C"].parent
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -324,5 +343,7 @@ class BuildExtension(build_ext):
         return [self.get_ext_fullpath(extension.name) for extension in self.extensions]
 
 
-NAMES = ("unrolled_kernels._C", "unrolled_kernels._C_experiments")
+NAMES = ("unrolled_kernels._C", "unrolled_kernels._C_experiments", "unrolled_kernels._C_autograd")
+if os.environ.get("UNROLLED_KERNELS_AUTOGRAD") == "0":
+    NAMES = NAMES[:2]
 setup(ext_modules=[Extension(name, sources=[]) for name in NAMES], cmdclass={"build_ext": BuildExtension})

@@ -11,6 +11,7 @@
 #include "cpu/simd/isa.h"
 #include "cpu/momentum_launch.h"
 #include "cpu/rnn_launch.h"
+#include "momentum_ops.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -159,6 +160,8 @@ py::dict kernel_plan(const std::string& structure, int64_t B, int64_t d, int64_t
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of unrolled_kernels.";
   unrolled_kernels::answer_for_python();
+  m.attr("momentum_ops") =
+      py::capsule(&unrolled_kernels::momentum_ops, unrolled_kernels::momentum_ops_name);  // for _C_autograd
   m.def("build_info", &unrolled_kernels::build_info,
         "Compiler, instruction sets built and in use, CUDA (None if not built), torch target, hash of the sources.");
   m.def("kernel_plan", &unrolled_kernels::kernel_plan, py::arg("structure"), py::arg("B"), py::arg("d"),

@@ -21,6 +21,7 @@
 
 #include "common/tensors.h"
 #include "cpu/momentum_launch.h"
+#include "momentum_ops.h"
 #ifdef UNROLLED_KERNELS_WITH_CUDA
 #include "cuda/call.h"
 #include "cuda/momentum_kernels.h"
@@ -430,6 +431,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momen
   return {y_tangent, matrix_grad, diagonal_grad, b_grad, y0_grad, phi_grad, beta_grad, gamma_grad};
 }
 
+Tensor call_forward(const MomentumOps::Tensors& x, int64_t num_steps, bool trajectory) {
+  return momentum(x[0], x[1], x[2], *x[3], x[4], *x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], num_steps,
+                  trajectory);
+}
+
+void call_backward(const Tensor& grad_y, const MomentumOps::Tensors& x, int64_t num_steps, bool trajectory,
+                   int64_t needs, MomentumOps::Tensors& grads) {
+  auto found = momentum_backward(grad_y, x[0], x[1], x[2], *x[3], x[4], *x[5], x[6], x[7], x[8], x[9], x[10], x[11],
+                                 x[12], num_steps, trajectory, needs, {}, {}, {});
+  int64_t i = 0;
+  std::apply([&](auto&... grad) { ((grads[i++] = std::move(grad)), ...); }, found);
+}
+
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("momentum", TORCH_BOX(&momentum));
   m.impl("momentum_begun", TORCH_BOX(&momentum_begun));
@@ -438,6 +452,9 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 }
 
 }  // namespace
+
+const MomentumOps momentum_ops{&call_forward, &call_backward};
+
 }  // namespace unrolled_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {

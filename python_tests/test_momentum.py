@@ -9,6 +9,7 @@ import torch
 from conftest import BACKENDS, device_of, interpreted
 from problems import DTYPES, MomentumProblem, compare
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
@@ -656,3 +657,106 @@ def test_func_transforms(backend, structure):
 def test_compiled_func_transforms(backend):
     problem = MomentumProblem("dense", (3,), 4, 3, device=device_of(backend))
     problems.assert_compiled_transforms_agree(problem, backend)
+
+
+@pytest.fixture(params=["C++", "Python"])
+def node(request, monkeypatch):
+    """The autograd of a CPU's calls, with the node of csrc/autograd and as where it was not built."""
+    if request.param == "C++" and function._node is None:
+        pytest.skip("csrc/autograd is not built for this torch: pip install --no-build-isolation .")
+    if request.param == "Python":
+        monkeypatch.setattr(function, "_node", None)
+    return request.param
+
+
+def _plain_inputs():
+    (Q,), _, b = random_quadratic("dense", (3,), 5, dtype=torch.float64, device="cpu")
+    return [x.detach().requires_grad_() for x in (Q, b, torch.tensor(0.3).double(), torch.tensor(0.2).double())]
+
+
+def _run_plain(Q, b, phi, mu, **options):
+    return F.nesterov(Q, b, phi, mu, 4, backend="cpu", **options)
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_the_node_is_what_autograd_expects(node):
+    inputs = _plain_inputs()
+    y = _run_plain(*inputs)
+    assert ("CppNode" in y.grad_fn.name()) == (node == "C++")
+    expected = torch.autograd.grad(F.nesterov(*inputs, 4, backend="eager").pow(3).sum(), inputs)
+    for chosen in ([0], [1], [2], [3], [0, 3], [0, 1, 2, 3]):
+        grads = torch.autograd.grad(y.pow(3).sum(), [inputs[i] for i in chosen], retain_graph=True)
+        for i, grad in zip(chosen, grads, strict=True):
+            torch.testing.assert_close(grad, expected[i])
+    several = torch.autograd.grad(y, inputs, torch.stack([3 * y.detach() ** 2, y.detach()]), is_grads_batched=True)
+    for grad, one in zip(several, expected, strict=True):
+        torch.testing.assert_close(grad[0], one)
+    assert torch.autograd.gradgradcheck(_run_plain, inputs, fast_mode=True)
+    # what is kept is the inputs, packed and unpacked by hooks
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or len(packed) - 1, packed.__getitem__):
+        hooked = _run_plain(*inputs)
+    assert [x.data_ptr() for x in packed] == [x.data_ptr() for x in inputs]
+    torch.testing.assert_close(torch.autograd.grad(hooked.pow(3).sum(), inputs), expected)
+    y = _run_plain(*inputs)
+    with torch.no_grad():
+        inputs[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_the_node_leaves_what_it_does_not_know_to_python(node):
+    """Transforms, modes, subclasses, profilers and anomaly mode see what they see of a Function in Python."""
+    Q, b, phi, mu = inputs = _plain_inputs()
+    at_b = lambda b: _run_plain(Q, b, phi, mu)
+    tangent = torch.ones_like(b)
+    expected = torch.autograd.functional.jvp(at_b, b, tangent)[1]
+    torch.testing.assert_close(torch.func.jvp(at_b, (b,), (tangent,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = at_b(torch.autograd.forward_ad.make_dual(b, tangent))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
+    torch.testing.assert_close(torch.vmap(at_b)(torch.stack([b, b]))[1], at_b(b))
+    with FakeTensorMode():
+        assert isinstance(_run_plain(torch.empty(3, 5, 5), torch.empty(3, 5), 0.1, 0.2), FakeTensor)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        at_b(b).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"unrolled_kernels::momentum", "unrolled_kernels::momentum_backward"} <= names
+
+    class Own(torch.Tensor):
+        pass
+
+    assert type(_run_plain(Q.detach().as_subclass(Own), b, phi, mu)) is Own
+    with torch.autograd.set_detect_anomaly(True):
+        y = _run_plain(*inputs)
+        y.register_hook(lambda grad: grad * float("nan"))
+        # the warning shows the call that made the node
+        with (
+            pytest.warns(UserWarning, match="(?s)Momentum.*_run_plain"),
+            pytest.raises(RuntimeError, match=r"MomentumFunction.* returned nan values"),
+        ):
+            y.sum().backward()
+    # one plain call is the same to the bit on both ways
+    first = torch.autograd.grad(_run_plain(*inputs).sum(), inputs)
+    with torch.autograd.graph.save_on_cpu():
+        again = torch.autograd.grad(_run_plain(*inputs).sum(), inputs)
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.skipif(function._node is None, reason="csrc/autograd is not built for this torch")
+@structures
+@trajectories
+def test_both_nodes_give_the_same_bits(structure, trajectory, monkeypatch):
+    leaves, make_Q, b = random_quadratic(structure, (3,), 5, device="cpu")
+    phi = 0.1 + torch.rand(3, 4)
+    inputs = [x.detach().requires_grad_() for x in (*leaves, b, phi)]
+
+    def run():
+        *leaves, b, phi = inputs
+        y = F.momentum(make_Q(*leaves), b, phi, 0.3, phi / 2, 4, y0=b, return_trajectory=trajectory, backend="cpu")
+        return [y, *torch.autograd.grad(y.pow(3).sum(), inputs)]
+
+    in_cpp = run()
+    monkeypatch.setattr(function, "_node", None)
+    assert all(map(torch.equal, in_cpp, run()))

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import unrolled_kernels as uk
@@ -314,9 +315,10 @@ def check_contents(kind, wheel, tmp_path):
     assert "unrolled_kernels/py.typed" in own
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
     names = [re.fullmatch(r"unrolled_kernels/(\w+)\..*\.so", library)[1] for library in libraries]
-    assert names == (["_C", "_C_experiments"] if kind == "compiled" else [])
+    assert names == (["_C", "_C_autograd", "_C_experiments"] if kind == "compiled" else [])
     for library in libraries:
-        check_library(tmp_path / library)
+        if "_C_autograd" not in library:
+            check_library(tmp_path / library)
 
 
 def check_library(library):
@@ -333,8 +335,19 @@ def check_library(library):
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_a_node_for_another_torch_is_not_loaded(monkeypatch):
+    load, built_for = _backend.autograd_extension.__wrapped__, {"autograd_torch": "2.0.0"}
+    monkeypatch.setattr(_backend, "build_record", built_for.get)
+    assert load() is None
+    built_for["autograd_torch"] = str(torch.__version__)
+    monkeypatch.setitem(sys.modules, "unrolled_kernels._C_autograd", None)
+    assert load() is None
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
 def test_the_extensions_need_the_stable_interface_alone():
-    libraries = sorted((ROOT / "unrolled_kernels").glob("_C*.so"))
+    # _C_autograd is a torch's own, and left alone by another (test_a_node_for_another_torch_is_not_loaded)
+    libraries = sorted({*(ROOT / "unrolled_kernels").glob("_C*.so")} - {*(ROOT / "unrolled_kernels").glob("_C_a*.so")})
     assert len(libraries) >= 2
     for library in libraries:
         check_library(library)

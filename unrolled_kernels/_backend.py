@@ -36,10 +36,23 @@ def extension():
         return None
 
 
+@functools.cache
+def autograd_extension():
+    """The compiled module ``unrolled_kernels._C_autograd``; None where it was not built, or not for this very torch."""
+    if os.environ.get("UNROLLED_KERNELS_AUTOGRAD") == "0" or extension() is None:
+        return None
+    if build_record("autograd_torch") != str(torch.__version__):
+        return None
+    try:
+        return importlib.import_module("unrolled_kernels._C_autograd")
+    except ImportError:
+        return None
+
+
 def build_record(key):
     """What the build wrote down for ``key``, see setup.py; None where there is nothing to say."""
     record = Path(__file__).with_name("_build.json")
-    return json.loads(record.read_text())[key] if record.exists() else "no build was recorded"
+    return json.loads(record.read_text()).get(key) if record.exists() else "no build was recorded"
 
 
 def why_no_extension():
@@ -131,12 +144,13 @@ def resolve(backend, device, products=False):
     Args:
         products: whether the steps are products of one large matrix with many vectors, which libraries do well.
     """
-    return _decide(backend, device.type, products)
+    return decide(backend, device.type, products)
 
 
 # torch.compile would look through functools.cache, hence two functions
 @_torch_private.constant_of_the_graph
-def _decide(backend, device_type, products):
+def decide(backend, device_type, products=False):
+    """``resolve`` by the name of the device."""
     name = _default.get() if backend is None or backend == "auto" else backend
     try:
         return _choose(name, device_type, products)

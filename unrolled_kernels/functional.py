@@ -23,6 +23,7 @@ from unrolled_kernels import _backend, _check
 from unrolled_kernels.annotations import Number, Quadratic, Weights
 from unrolled_kernels.ops.momentum import gradients as _gradients
 from unrolled_kernels.ops.momentum import stopping as _stopping
+from unrolled_kernels.ops.momentum.function import dense as _dense_op
 from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
@@ -277,6 +278,8 @@ def momentum(
         TypeError, ValueError: as ``gradient_descent``.
     """
     num_steps = _check.check_num_steps(num_steps)
+    _check.check_number("momentum", momentum)
+    _check.check_number("extrapolation", extrapolation)
     names, schedule = ("step_sizes", "momentum", "extrapolation", None), (step_sizes, momentum, extrapolation, None)
     return _run(
         Q,
@@ -392,6 +395,12 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
         names: which arguments φ, β, γ and μ are; None for what is absent.
         schedule: φ, β, γ and μ.
     """
+    plain = y0 is None and prox is None and gradients == _EXACT and stopping == _NO_STOPPING
+    if plain and getattr(b, "is_cpu", False) and _backend.decide(backend, "cpu") == "cpu":
+        # where there is nothing to check or to reshape, checks cost a small call more than its kernel
+        y = _dense_op(Q, b, *schedule, num_steps, return_trajectory)
+        if y is not None:
+            return y
     tolerance, return_info = stopping
     _check.check_flag("return_trajectory", return_trajectory)
     check_prox(prox)
@@ -405,7 +414,6 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
             return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradients, stopping, backend)
     op = _momentum_op if gradients == _EXACT else _other_gradients(*gradients, return_trajectory)
     if y0 is None and prox is None and stopping == _NO_STOPPING and _is_plain(Q, b):
-        # where there is nothing to check or to reshape, checks cost a small call more than its kernel
         try:
             plain = _plain_schedule(names, schedule, b)
             if plain is not None:

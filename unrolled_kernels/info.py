@@ -29,6 +29,7 @@ def report():
         lines.append(f"  not built: {_backend.why_no_extension()}")
     else:
         lines += [f"  {name:22s} {value}" for name, value in extension.build_info().items()]
+        lines.append(f"  {'autograd node':22s} {'C++' if _backend.autograd_extension() else 'Python'}")
         if not extension.build_info()["cuda"]:
             lines.append(f"  without CUDA kernels: {_backend.build_record('cuda_reason')}")
     with warnings.catch_warnings():

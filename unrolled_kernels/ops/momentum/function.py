@@ -4,13 +4,18 @@ The first Function's backward is the second, whose own backward differentiates t
 gradients of every order are those of the specification. Where there are kernels for it (a dense or diagonal Q on a
 CPU), they take the place of that for gradients of second order. Both Functions take canonical arguments (see the
 package's docstring).
+
+Where csrc/autograd was built, a CPU's calls of plain tensors go to its node, which is the first Function in C++: at
+(B, d, k) = (50, 5, 30) Python's part of autograd takes longer than the kernels. What its backward cannot do it hands to
+the second Function.
 """
 
+import functools
 import os
 
 import torch
 
-from unrolled_kernels import _torch_private
+from unrolled_kernels import _backend, _torch_private
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
 from unrolled_kernels.ops.momentum import manual, native, reference, triton_ops
@@ -52,6 +57,26 @@ def momentum(
         if torch.compiler.is_compiling():
             # the op and its own gradients: of a Function the compiler does not see that what it saved is written into
             return _LAUNCHERS[backend].forward(*tensors, *prox, num_steps, trajectory)
+        if backend == "cpu" and _node is not None:
+            y = _node.canonical(
+                matrix,
+                diagonal,
+                observed,
+                b,
+                y0,
+                step_sizes,
+                momentum,
+                extrapolation,
+                mu,
+                lower,
+                upper,
+                weight,
+                threshold,
+                num_steps,
+                trajectory,
+            )
+            if y is not None:
+                return y
         return MomentumFunction.apply(
             backend,
             matrix,
@@ -71,6 +96,19 @@ def momentum(
             trajectory,
         )
     return reference.forward(*tensors, lower, upper, weight, threshold, num_steps, trajectory)
+
+
+def dense(Q, b, step_size, momentum, extrapolation, mu, num_steps, trajectory):
+    """What ``momentum`` gives on a CPU for Q ``[B, d, d]``, b ``[B, d]`` and numbers, if a node in C++ can tell.
+
+    Args:
+        step_size, momentum, extrapolation, mu: floats or tensors of one number in the dtype of b; None where absent.
+    Returns:
+        y, or None where the arguments are others, or not all of them plain tensors: then ``momentum`` has to be called.
+    """
+    if _node is None or torch.compiler.is_compiling():
+        return None
+    return _node.dense(Q, b, step_size, momentum, extrapolation, mu, num_steps, trajectory)
 
 
 # with one Q for the batch, the iterates are kept for backward where they take no more bytes than this
@@ -135,11 +173,7 @@ class MomentumFunction(Function):
         needs |= lower << 9 | upper << 10 | weight << 11 | tau << 12
         saved = ctx.saved_tensors
         arguments = (grad_y, *saved[:13], *ctx.constants, needs)
-        if common.is_differentiated():
-            grads = _differentiable_backward(ctx.backend, *arguments)
-        else:
-            # nothing will differentiate this backward: straight to the launcher
-            grads = _LAUNCHERS[ctx.backend].backward(*arguments, *saved[13:])
+        grads = _backward(ctx.backend, *arguments, *saved[13:])
         d_matrix, d_diagonal, d_observed, db, dy0, d_phi, d_beta, d_gamma, d_mu, *d_prox = grads
         d_lower, d_upper, d_weight, d_tau = d_prox
         return (
@@ -166,6 +200,13 @@ class MomentumFunction(Function):
         *tensors, num_steps, trajectory = arguments
         run = lambda *tensors: MomentumFunction.apply(backend, *tensors, num_steps, trajectory)
         return common.vmap_forward(run, info.batch_size, in_dims[1:14], tensors, trajectory, b=3)
+
+
+def _backward(backend, *arguments):
+    if common.is_differentiated():
+        return _differentiable_backward(backend, *arguments[:17])
+    # nothing will differentiate this backward: straight to the launcher
+    return _LAUNCHERS[backend].backward(*arguments)
 
 
 class KeptMomentumFunction(MomentumFunction):
@@ -295,3 +336,8 @@ def _second_order(ctx, cotangents):
     grads = native.second_order(*arguments, ctx.num_steps, ctx.trajectory, needs)
     grads = [g if needs >> i & 1 else None for i, g in enumerate(grads)]
     return (None, *grads[:3], None, *grads[3:], *[None] * 8)
+
+
+_node = _backend.autograd_extension()
+if _node is not None:
+    _node.set_python_backward(functools.partial(_backward, "cpu"))

@@ -1,0 +1,262 @@
+// Python module unrolled_kernels._C_autograd: the ops of momentum.cpp on a CPU as functions with a gradient.
+//
+// It does what MomentumFunction of ops/momentum/function.py does, without Python's part of autograd and without the
+// dispatcher, which take several times as long as a small kernel. Unlike the ops it needs the very torch that it was
+// built against. Whatever is more than plain tensors and one derivative is left to the Functions in Python.
+#include <ATen/EmptyTensor.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "momentum_ops.h"
+
+namespace unrolled_kernels {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+constexpr int64_t num_tensors = MomentumOps::num_tensors;
+// places among the tensors
+enum { matrix = 0, b = 3, step_sizes = 5 };
+
+const MomentumOps* ops = nullptr;
+// computes gradients that may themselves be differentiated, vmapped or watched
+PyObject* python_backward = nullptr;
+
+// Nothing is at work that would see the ops by themselves: a mode, a transform, a tracer, a profiler.
+bool is_plain_call() {
+  return !c10::impl::dispatch_mode_enabled() && !at::impl::torch_function_mode_enabled() &&
+         !at::tracer::impl::is_dispatch_enabled() && !at::hasCallbacks() &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// A tensor of numbers on a CPU: no subclass, no tangent, nothing wrapped, lazily negated or without data.
+bool is_plain(const Tensor& x) {
+  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                       c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  return (x.key_set() | plain) == plain && !x._fw_grad(0).defined();
+}
+
+// What a call has, without what it has not: bit i of `present` for the argument i.
+struct Call {
+  variable_list tensors;
+  int64_t present = 0, num_steps = 0;
+  bool trajectory = false;
+
+  void add(int64_t i, Tensor x) {
+    tensors.push_back(std::move(x));
+    present |= int64_t{1} << i;
+  }
+
+  // Calls f(i, edge) for each tensor: its place among the arguments and in `tensors`.
+  template <typename F>
+  void for_each(F f) const {
+    for (int64_t i = 0, edge = 0; i < num_tensors; ++i) {
+      if (present >> i & 1) f(i, edge++);
+    }
+  }
+
+  void fill(MomentumOps::Tensors& stable) const {
+    for_each([&](int64_t i, int64_t edge) { stable[i] = to_stable(tensors[edge]); });
+  }
+
+  static torch::stable::Tensor to_stable(const Tensor& x) {
+    return torch::stable::Tensor(torch::aot_inductor::new_tensor_handle(Tensor(x)));
+  }
+  static Tensor from_stable(const torch::stable::Tensor& x) {
+    return *torch::aot_inductor::tensor_handle_to_tensor_pointer(x.get());
+  }
+
+  Tensor forward() const {
+    const at::AutoDispatchBelowAutograd guard;
+    MomentumOps::Tensors stable;
+    fill(stable);
+    return from_stable(ops->forward(stable, num_steps, trajectory));
+  }
+
+  // the gradient of each of `tensors`, or an undefined one
+  variable_list backward(const Tensor& grad_y, int64_t needs) const {
+    const at::AutoDispatchBelowAutograd guard;
+    MomentumOps::Tensors stable, grads;
+    fill(stable);
+    ops->backward(to_stable(grad_y), stable, num_steps, trajectory, needs, grads);
+    variable_list found(tensors.size());
+    for_each([&](int64_t i, int64_t edge) {
+      if (needs >> i & 1) found[edge] = from_stable(*grads[i]);
+    });
+    return found;
+  }
+
+  variable_list backward_in_python(const Tensor& grad_y, int64_t needs) const {
+    const pybind11::gil_scoped_acquire lock;
+    pybind11::tuple arguments(num_tensors + 4);
+    arguments[0] = pybind11::cast(grad_y);
+    for (int64_t i = 0; i < num_tensors; ++i) arguments[1 + i] = pybind11::none();
+    for_each([&](int64_t i, int64_t edge) { arguments[1 + i] = pybind11::cast(tensors[edge]); });
+    arguments[num_tensors + 1] = num_steps;
+    arguments[num_tensors + 2] = trajectory;
+    arguments[num_tensors + 3] = needs;
+    const auto grads =
+        pybind11::reinterpret_steal<pybind11::sequence>(PyObject_Call(python_backward, arguments.ptr(), nullptr));
+    if (!grads) throw pybind11::error_already_set();
+    variable_list found(tensors.size());
+    for_each([&](int64_t i, int64_t edge) {
+      if (needs >> i & 1) found[edge] = pybind11::cast<Tensor>(grads[i]);
+    });
+    return found;
+  }
+};
+
+}  // namespace
+
+// not in the namespace without a name: autograd's messages name it
+struct MomentumFunction : torch::autograd::Function<MomentumFunction> {
+  // the list is what autograd sees of the call
+  static Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList, const Call& call) {
+    ctx->saved_data["call"] = std::vector<int64_t>{call.present, call.num_steps, call.trajectory};
+    ctx->save_for_backward(call.tensors);
+    return call.forward();
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grad_y) {
+    const std::vector<int64_t> saved = ctx->saved_data["call"].toIntVector();
+    const Call call{ctx->get_saved_variables(), saved[0], saved[1], saved[2] != 0};
+    bool plain = !at::GradMode::is_enabled() && is_plain_call() && is_plain(grad_y[0]);
+    int64_t needs = 0;
+    call.for_each([&](int64_t i, int64_t edge) {
+      plain = plain && is_plain(call.tensors[edge]);
+      needs |= static_cast<int64_t>(ctx->needs_input_grad(edge)) << i;
+    });
+    variable_list grads = plain ? call.backward(grad_y[0], needs) : call.backward_in_python(grad_y[0], needs);
+    grads.emplace_back();  // the call itself has none
+    return grads;
+  }
+};
+
+namespace {
+
+PyObject* run(const Call& call) {
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release no_lock;
+    y = at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad(call.tensors)
+            ? MomentumFunction::apply(at::TensorList(call.tensors), call)
+            : call.forward();
+  }
+  return THPVariable_Wrap(std::move(y));
+}
+
+// The last two arguments; false where the number of steps is not of this size.
+bool read_steps(Call& call, PyObject* num_steps, PyObject* trajectory) {
+  if (!PyLong_CheckExact(num_steps) || !PyBool_Check(trajectory)) return false;
+  call.num_steps = PyLong_AsLongLong(num_steps);
+  if (call.num_steps == -1 && PyErr_Occurred()) throw python_error();
+  call.trajectory = trajectory == Py_True;
+  return true;
+}
+
+// canonical(*tensors, num_steps, trajectory): y, or None where the Functions in Python are to be asked
+PyObject* canonical(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == num_tensors + 2, "canonical: expected ", num_tensors + 2, " arguments, got ", count);
+  Call call;
+  if (!is_plain_call() || !read_steps(call, arguments[num_tensors], arguments[num_tensors + 1])) Py_RETURN_NONE;
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    if (arguments[i] == Py_None) continue;
+    if (!THPVariable_CheckExact(arguments[i])) Py_RETURN_NONE;
+    const Tensor& x = THPVariable_Unpack(arguments[i]);
+    if (!is_plain(x)) Py_RETURN_NONE;
+    call.add(i, x);
+  }
+  return run(call);
+  END_HANDLE_TH_ERRORS
+}
+
+// A number as a tensor like b.
+Tensor as_tensor(double x, const Tensor& b) {
+  Tensor y = at::detail::empty_cpu({}, b.scalar_type());
+  if (b.scalar_type() == at::kDouble) {
+    *y.mutable_data_ptr<double>() = x;
+  } else {
+    *y.mutable_data_ptr<float>() = static_cast<float>(x);
+  }
+  return y;
+}
+
+// dense(Q, b, step_sizes, momentum, extrapolation, mu, num_steps, trajectory): y of one Q [d, d] for each b [d], the
+// others being numbers; None where that is not what the arguments are, or where others are to be asked
+PyObject* dense(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 8, "dense: expected 8 arguments, got ", count);
+  if (!THPVariable_CheckExact(arguments[0]) || !THPVariable_CheckExact(arguments[1])) Py_RETURN_NONE;
+  const Tensor &Q = THPVariable_Unpack(arguments[0]), &linear = THPVariable_Unpack(arguments[1]);
+  const auto dtype = linear.scalar_type();
+  if (!is_plain_call() || !is_plain(Q) || !is_plain(linear)) Py_RETURN_NONE;
+  if (Q.scalar_type() != dtype || (dtype != at::kFloat && dtype != at::kDouble)) Py_RETURN_NONE;
+  if (Q.dim() != 3 || linear.dim() != 2 || Q.size(0) != linear.size(0) || Q.size(1) != linear.size(1) ||
+      Q.size(2) != linear.size(1)) {
+    Py_RETURN_NONE;
+  }
+  if (arguments[2] == Py_None) Py_RETURN_NONE;
+  Call call;
+  if (!read_steps(call, arguments[6], arguments[7])) Py_RETURN_NONE;
+  call.tensors.reserve(6);
+  call.add(matrix, Q);
+  call.add(b, linear);
+  for (int64_t i = 0; i < 4; ++i) {
+    PyObject* const argument = arguments[2 + i];
+    if (argument == Py_None) continue;
+    if (PyFloat_CheckExact(argument)) {
+      call.add(step_sizes + i, as_tensor(PyFloat_AS_DOUBLE(argument), linear));
+      continue;
+    }
+    if (!THPVariable_CheckExact(argument)) Py_RETURN_NONE;
+    const Tensor& x = THPVariable_Unpack(argument);
+    if (x.dim() != 0 || x.scalar_type() != dtype || !is_plain(x)) Py_RETURN_NONE;
+    call.add(step_sizes + i, x);
+  }
+  return run(call);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* set_python_backward(PyObject*, PyObject* callable) {
+  Py_INCREF(callable);
+  Py_XSETREF(python_backward, callable);
+  Py_RETURN_NONE;
+}
+
+template <typename F>
+constexpr PyMethodDef method(const char* name, F* function, int flags, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), flags, doc};
+}
+
+}  // namespace
+}  // namespace unrolled_kernels
+
+PyMODINIT_FUNC PyInit__C_autograd() {
+  using namespace unrolled_kernels;
+  static PyMethodDef methods[] = {
+      method("canonical", &canonical, METH_FASTCALL, "y of canonical arguments; None where Python is to be asked."),
+      method("dense", &dense, METH_FASTCALL, "y of dense Q and numbers; None where Python is to be asked."),
+      method("set_python_backward", &set_python_backward, METH_O, "What computes gradients that are differentiated."),
+      {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   "_C_autograd",
+                                   "The ops with their gradients in C++, for the torch that it was built against.",
+                                   -1,
+                                   methods,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
+  ops = static_cast<const MomentumOps*>(PyCapsule_Import(momentum_ops_name, 0));
+  return ops ? PyModule_Create(&definition) : nullptr;
+}

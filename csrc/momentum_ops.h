@@ -1,0 +1,25 @@
+// The ops of momentum.cpp as plain functions: what _C hands to _C_autograd, which calls them without the dispatcher.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace unrolled_kernels {
+
+struct MomentumOps {
+  static constexpr int64_t num_tensors = 13;
+  // forward's arguments in their order, and the gradient of each
+  using Tensors = std::optional<torch::stable::Tensor>[num_tensors];
+
+  torch::stable::Tensor (*forward)(const Tensors& tensors, int64_t num_steps, bool trajectory);
+  void (*backward)(const torch::stable::Tensor& grad_y, const Tensors& tensors, int64_t num_steps, bool trajectory,
+                   int64_t needs, Tensors& grads);
+};
+
+extern const MomentumOps momentum_ops;
+// the name of the capsule
+inline constexpr char momentum_ops_name[] = "unrolled_kernels._C.momentum_ops";
+
+}  // namespace unrolled_kernels
