@@ -311,11 +311,12 @@ def problems(draw, methods=tuple(METHODS), least=0, maps=(None,)):
     )
 
 
-def compare(problem, *backends):
-    """Each of ``backends`` against the float64 reference, as close as eager in the same dtype."""
+def compare(problem, *backends, eager=None):
+    """Each of ``backends`` against the float64 reference, as close as eager in the same dtype, or as ``eager``."""
     values, dtype = problem.values(), DTYPES[problem.dtype]
     exact = problem.run("eager", torch.float64, values, full=True)
-    eager = problem.run("eager", torch.float32 if problem.dtype == "f64" else dtype, values)
+    if eager is None:
+        eager = problem.run("eager", torch.float32 if problem.dtype == "f64" else dtype, values)
     sizes = problem.terms_of_cells(values) if problem.method == "rnn" else {}
     for backend in backends:
         actual = problem.run(backend, dtype, values)
@@ -345,6 +346,17 @@ def test_prox(backend, problem):
 def test_momentum(backend, problem):
     # the backward by hand is the control: where it fails too, the kernels are not to blame
     compare(problem, "manual", backend)
+
+
+@backends
+@examples(100)
+@given(problem=problems(("gd", "nesterov", "momentum")), tolerance=st.sampled_from([1e-2, 1e-1, 0.5]))
+def test_tolerance(backend, problem, tolerance):
+    """In float64, where nothing is so close to a tolerance that rounding decides."""
+    assume("backward_steps" not in problem.gradients)
+    problem = dataclasses.replace(problem, dtype="f64", gradients=problem.gradients | {"tolerance": tolerance})
+    eager = {n: x.float() for n, x in problem.run("eager", torch.float64, problem.values()).items()}
+    compare(problem, "manual", backend, eager=eager)
 
 
 @backends
