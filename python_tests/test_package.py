@@ -40,6 +40,13 @@ def run_python(code, **environment):
     )
 
 
+def command_script(folder, end="sys.exit(main())\n"):
+    """What pip makes of the entry point ``unrolled-kernels``."""
+    script = folder / "unrolled-kernels"
+    script.write_text(f"import sys\nfrom unrolled_kernels.experiments.cli import main\n{end}")
+    return script
+
+
 @pytest.mark.parametrize(
     ("command", "spins"),
     [
@@ -53,9 +60,7 @@ def run_python(code, **environment):
 def test_threads_of_the_commands_sleep_while_they_wait(tmp_path, command, spins):
     """As OpenMP read it when it was loaded; a program that imports the package decides for itself."""
     if command[0] == "unrolled-kernels":
-        script = tmp_path / "unrolled-kernels"
-        script.write_text("import sys\nfrom unrolled_kernels.experiments.cli import main\nsys.exit(main())\n")
-        command = [script, *command[1:]]
+        command = [command_script(tmp_path), *command[1:]]
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -64,6 +69,24 @@ def test_threads_of_the_commands_sleep_while_they_wait(tmp_path, command, spins)
     if not counts:
         pytest.skip("torch's OpenMP is not GNU's")
     assert all((count != "0") == spins for count in counts)
+
+
+def test_a_command_says_its_help_without_torch(tmp_path):
+    """Which takes a second to import; what is asked for afterwards is what the package has elsewhere."""
+    end = (
+        "try: main()\nexcept SystemExit: assert 'torch' not in sys.modules\n"
+        "import unrolled_kernels as uk\n"
+        "for name in uk.__all__: print(name, getattr(getattr(uk, name), '__module__', None))\n"
+        "try: uk.UnrolledSGD\nexcept AttributeError as error: print(error)\n"
+    )
+    command = [sys.executable, command_script(tmp_path, end), "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "learn-to-optimize" in said.stdout, said.stderr
+    names = [f"{name} {getattr(getattr(uk, name), '__module__', None)}" for name in uk.__all__]
+    assert said.stdout.splitlines()[-len(names) - 1 :] == [
+        *names,
+        "module 'unrolled_kernels' has no attribute 'UnrolledSGD'",
+    ]
 
 
 @pytest.mark.parametrize("hidden", ["unrolled_kernels._C", "triton", "pandas"])
