@@ -70,6 +70,11 @@ UNROLLED_KERNELS_INLINE void multiply_transposed(const StaticMatrix<d, C>& Q, co
   Q.multiply(x, lanes<C>, d * lanes<C>, end);
 }
 
+template <typename Matrix>
+constexpr bool is_static = false;
+template <int d, typename C>
+constexpr bool is_static<StaticMatrix<d, C>> = true;
+
 // [Q 0; X Q] for states with their tangents behind them
 template <typename Matrix, typename C>
 struct DualMatrix {
@@ -175,8 +180,8 @@ UNROLLED_KERNELS_NOINLINE void add_tangents(const Trace<C>& trace, int64_t t, Ve
 
 // The steps `begin` ... `end` - 1 of the k. k - 1 give every z_t.
 template <bool momentum, bool proximal, int groups, typename Matrix, typename C>
-UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k,
-                                      int64_t begin, int64_t end) {
+UNROLLED_KERNELS_NOINLINE void replay_steps(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k,
+                                            int64_t begin, int64_t end) {
   constexpr int64_t W = lanes<C>;
   Trace<C> traces[groups];
 #pragma GCC unroll 2
@@ -208,25 +213,58 @@ UNROLLED_KERNELS_NOINLINE void replay(const Trace<C> (&all)[groups], const Matri
   }
 }
 
+// The proximal map of step t, which has left v_t in the place of y_{t+1}.
+template <bool momentum, typename C>
+UNROLLED_KERNELS_NOINLINE void forward_map(const Trace<C>& trace, int64_t t, int64_t k, int64_t row) {
+  const StepMap<C> map = trace.step_map(t, trace.schedule.template at<momentum>(t).phi);
+  const Vector<C> gamma_next = trace.schedule.template at<momentum>(min(t + 1, k - 1)).gamma;
+  const C* y = trace.y.at(t);
+  C *y_next = trace.y.at(t + 1), *m_next = trace.m.at(t + 1), *z_next = trace.z.at(t + 1);
+  with_prox(map.prox, [&](auto prox) {
+    for (int64_t n = 0; n < row; n += lanes<C>) {
+      const Vector<C> v = load(y_next + n);
+      if (map.v) store(map.v + n, v);
+      const Vector<C> to = proximal_map<decltype(prox)::value>(map.rows, map.phi, map.threshold, n, v);
+      store(y_next + n, to);
+      if constexpr (momentum) {
+        const Vector<C> moved = to - load(y + n);
+        store(m_next + n, moved);
+        store(z_next + n, to + gamma_next * moved);
+      }
+    }
+  });
+}
+
+// A map within the step is compiled for every form of it. Where products are long it comes after them instead, which
+// takes as long; with d <= 8 it would take a tenth longer.
+template <bool momentum, int groups, typename Matrix, typename C>
+void replay(const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t k, int64_t begin, int64_t end) {
+  if (!traces[0].map) return replay_steps<momentum, false>(traces, matrices, k, begin, end);
+  if constexpr (is_static<Matrix>) {
+    replay_steps<momentum, true>(traces, matrices, k, begin, end);
+  } else if constexpr (!is_dual<Matrix>) {
+    for (int64_t t = begin; t < end; ++t) {
+      replay_steps<momentum, false>(traces, matrices, k, t, t + 1);
+      for (const Trace<C>& trace : traces) forward_map<momentum>(trace, t, k, matrices[0].size() * lanes<C>);
+    }
+  }
+}
+
 template <typename Inputs, int groups, typename Matrix, typename C>
 void replay(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t begin,
             int64_t end) {
-  if (is_dual<Matrix> || p.prox == Prox::none) {
-    p.beta.data ? replay<true, false>(traces, matrices, p.k, begin, end)
-                : replay<false, false>(traces, matrices, p.k, begin, end);
-  } else if constexpr (!is_dual<Matrix>) {
-    p.beta.data ? replay<true, true>(traces, matrices, p.k, begin, end)
-                : replay<false, true>(traces, matrices, p.k, begin, end);
-  }
+  p.beta.data ? replay<true>(traces, matrices, p.k, begin, end) : replay<false>(traces, matrices, p.k, begin, end);
 }
 
 template <typename C>
 UNROLLED_KERNELS_NOINLINE void adjoint_map(const Trace<C>& trace, int64_t t, Vector<C> phi, int64_t row, C* ybar) {
   ProxTerms<C> terms;
   const StepMap<C> map = trace.step_map(t, phi);
-  for (int64_t n = 0; n < row; n += lanes<C>) {
-    adjoint_map(map, trace.map->sums, n, trace.s + (t + 1) * row, ybar, terms);
-  }
+  with_prox(map.prox, [&](auto prox) {
+    for (int64_t n = 0; n < row; n += lanes<C>) {
+      adjoint_map<decltype(prox)::value>(map, trace.map->sums, n, trace.s + (t + 1) * row, ybar, terms);
+    }
+  });
   if (trace.sums.phi) {
     trace.sums.add_phi(t, -terms.phi);
     trace.sums.add_threshold(t, -terms.threshold);
@@ -368,9 +406,13 @@ class DenseTile {
         Q_(arena, p, tile_.size()),
         tangents_(tangents(arena, p, backward, tile_.size(), steps)),
         b_(arena.take<C>(width_)),
-        // a step reads all of z_t before the last of z_{t+1} is there; y_t and m_t are overwritten as they are read
+        // a step reads all of z_t before the last of z_{t+1} is there; y_t and m_t are overwritten as they are read,
+        // unless a proximal map takes y_t once more
         z_(states(arena, backward || (p.trajectory && !p.beta.data) ? keep_all : keep_two)),
-        y_(!p.beta.data ? z_ : states(arena, p.trajectory && (dual || !backward) ? keep_all : keep_one)),
+        y_(!p.beta.data ? z_
+                        : states(arena, p.trajectory && (dual || !backward) ? keep_all
+                                        : p.prox == Prox::none              ? keep_one
+                                                                            : keep_two)),
         m_(!p.beta.data ? States<C>{} : states(arena, backward ? keep_all : keep_one)),
         s_(backward ? arena.take<C>((p.k + 1) * width_) : nullptr),
         ybar_(backward ? arena.take<C>(width_) : nullptr),
@@ -415,7 +457,7 @@ class DenseTile {
   const TileMatrix<Storage, Layout, Operand>& Q() const { return Q_; }
   auto dual_matrix() const { return tangents_.dual(Q_.view()); }
 
-  Trace<C> trace() const {
+  UNROLLED_KERNELS_NOINLINE Trace<C> trace() const {
     Trace<C> trace{b_,
                    y_,
                    m_,
@@ -576,11 +618,12 @@ void with_static_d(int64_t d, F f) {
 }
 
 // Calls f(traces, matrices) of the tiles in turn, `second` only if there are two, with the type of matrix that suits.
+// Where d is known to the compiler up to 8, tiles take turns with these matrices alone.
 template <typename C, typename Tile, typename F>
 void with_matrices(const Tile& first, const Tile& second, int active, int64_t d, F f) {
-  const auto call = [&](auto matrix) {
+  const auto call = [&](auto matrix, auto turns) {
     using Matrix = decltype(matrix(first));
-    if constexpr (Tile::may_take_turns) {
+    if constexpr (decltype(turns)::value) {
       if (active == 2) {
         const Trace<C> traces[2] = {first.trace(), second.trace()};
         const Matrix matrices[2] = {matrix(first), matrix(second)};
@@ -594,11 +637,12 @@ void with_matrices(const Tile& first, const Tile& second, int active, int64_t d,
   if constexpr (Tile::static_d) {
     if (d <= 8) {
       return with_static_d<C>(d, [&](auto size) {
-        call([](const Tile& tile) { return StaticMatrix<decltype(size)::value, C>{tile.Q().view().data}; });
+        call([](const Tile& tile) { return StaticMatrix<decltype(size)::value, C>{tile.Q().view().data}; },
+             std::true_type());
       });
     }
   }
-  call([](const Tile& tile) { return tile.Q().view(); });
+  call([](const Tile& tile) { return tile.Q().view(); }, std::bool_constant<Tile::may_take_turns && !Tile::static_d>());
 }
 
 // The tiles that take turns, their scratch, and the walk over a chunk.

@@ -99,18 +99,11 @@ UNROLLED_KERNELS_INLINE auto with_prox(Prox prox, F f) {
   }
 }
 
-// Both for a map that is known at run time, as beside a product with a matrix it may be.
+// The first for a map that is known at run time, as beside a product with a matrix it may be.
 template <typename C>
 UNROLLED_KERNELS_INLINE Vector<C> proximal_map(Prox prox, const ProxRows<C>& p, Vector<C> phi, Vector<C> threshold,
                                                int64_t n, Vector<C> v) {
   return with_prox(prox, [&](auto map) { return proximal_map<decltype(map)::value>(p, phi, threshold, n, v); });
-}
-template <typename C>
-UNROLLED_KERNELS_INLINE Vector<C> proximal_adjoint(Prox prox, const ProxRows<C>& p, const ProxSums<C>& sums,
-                                                   Vector<C> phi, Vector<C> threshold, int64_t n, Vector<C> v,
-                                                   Vector<C> s, ProxTerms<C>& terms) {
-  return with_prox(
-      prox, [&](auto map) { return proximal_adjoint<decltype(map)::value>(p, sums, phi, threshold, n, v, s, terms); });
 }
 
 }  // namespace UNROLLED_KERNELS_NAMESPACE

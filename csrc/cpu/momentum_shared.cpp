@@ -266,7 +266,9 @@ class DenseRows {
         const auto at = [&](C* data) { return data ? rows(data).at(r, i) : nullptr; };
         const ProxSums<C> sums{at(map_sums_.lower), at(map_sums_.upper), at(map_sums_.weight)};
         C* const ybar = p_.beta.data ? at(ybar_) : nullptr;
-        adjoint_map(step_map(t, r, i, phi, v(t)), sums, 0, s(t + 1).at(r, i), ybar, terms);
+        with_prox(p_.prox, [&](auto prox) {
+          adjoint_map<decltype(prox)::value>(step_map(t, r, i, phi, v(t)), sums, 0, s(t + 1).at(r, i), ybar, terms);
+        });
       }
       store(sums_ + r * W, -terms.phi);
       store(sums_ + (3 * count_ + r) * W, -terms.threshold);

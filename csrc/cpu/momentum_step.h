@@ -58,12 +58,11 @@ UNROLLED_KERNELS_INLINE void forward_step(const ForwardRows<C>& rows, const Step
 }
 
 // Turns s_{t+1} at `i` into e, and ybar_{t+1} with it if there is momentum (else nullptr).
-template <typename C>
+template <Prox prox, typename C>
 UNROLLED_KERNELS_INLINE void adjoint_map(const StepMap<C>& map, const ProxSums<C>& sums, int64_t i, C* s, C* ybar,
                                          ProxTerms<C>& terms) {
   const Vector<C> before = load(s + i);
-  const Vector<C> e =
-      proximal_adjoint(map.prox, map.rows, sums, map.phi, map.threshold, i, load(map.v + i), before, terms);
+  const Vector<C> e = proximal_adjoint<prox>(map.rows, sums, map.phi, map.threshold, i, load(map.v + i), before, terms);
   store(s + i, e);
   if (ybar) store(ybar + i, load(ybar + i) + (e - before));
 }

@@ -1,7 +1,7 @@
 // One forward and backward of float32 gradient descent, or of Nesterov's method, so many times: for the count of their
 // instructions.
 //
-//     instructions KIND METHOD B d k REPETITIONS      dense | shared | diagonal | spectral, gd | nag
+//     instructions KIND METHOD B d k REPETITIONS      dense | shared | diagonal | spectral, gd | nag | box-gd | box-nag
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -22,7 +22,7 @@ int main(int count, char** arguments) {
   const int64_t matrices = kind == "diagonal" ? 0 : kind == "shared" ? 1 : B;
   std::vector<float> matrix(matrices * d * d, 0.5f / static_cast<float>(d)), d_matrix(matrix.size());
   std::vector<float> diagonal(B * d, 0.5f), d_diagonal(B * d), b(B * d, 1.0f), db(B * d), y(B * d), ybar(B * d, 1);
-  float phi = 0.5f, beta = 0.4f, gradients[3];
+  float phi = 0.5f, beta = 0.4f, bound = -0.25f, gradients[3];
 
   MomentumForward<float> forward{};
   forward.B = B, forward.d = d, forward.k = k;
@@ -30,7 +30,9 @@ int main(int count, char** arguments) {
   if (structure != Structure::dense) forward.diagonal = diagonal.data(), forward.diagonal_stride = d;
   forward.b = b.data(), forward.b_stride = d;
   forward.phi = {&phi, 0, 0};
-  if (method == "nag") forward.beta = forward.gamma = {&beta, 0, 0};
+  const bool box = method.rfind("box-", 0) == 0;
+  if (box) forward.prox = Prox::box, forward.lower = {&bound, 0, true};
+  if (method.substr(box ? 4 : 0) == "nag") forward.beta = forward.gamma = {&beta, 0, 0};
   forward.y = y.data();
 
   MomentumBackward<float> backward{};
