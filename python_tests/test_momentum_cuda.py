@@ -333,12 +333,12 @@ def test_proximal_maps(structure, prox):
 @proximal_structures
 @maps
 def test_proximal_edges(structure, prox):
-    for k, (B, d), warm in itertools.product((0, 1, 2), ((0, 6), (1, 6), (3, 130)), (True, False)):
+    for k, B, d, warm in ((0, 1, 6, True), (1, 0, 6, False), (1, 3, 6, False), (1, 3, 130, True), (2, 1, 130, False)):
         tensors = _problem(structure, B, d, k, form="step", prox=prox, warm=warm, trajectory=warm, seed=5)
         _check(Momentum(), tensors, k, torch.float64)
-    for i, d in itertools.product((*range(5), *range(9, 13)), (6, 130)):
-        for needs in (EVERY - (1 << i), 1 << i):
-            _check(Momentum(), _problem(structure, 3, d, 2, prox=prox), 2, torch.float64, needs)
+    # bounds and the weight, without and alone, the threshold, and nothing
+    for d, needs in ((6, EVERY - (7 << 9)), (6, 7 << 9), (130, 1 << 9), (130, EVERY - (1 << 10)), (6, 1 << 12), (6, 0)):
+        _check(Momentum(), _problem(structure, 3, d, 2, prox=prox), 2, torch.float64, needs)
 
 
 @needs_emulation

@@ -277,7 +277,7 @@ def test_forms_and_trajectories_compile_without_spills(structure):
 @pytest.mark.parametrize(
     ("structure", "d"),
     [
-        pytest.param(s, d, marks=[pytest.mark.slow] if d in (8, 64, 128) else [])
+        pytest.param(s, d, marks=[pytest.mark.slow] if d in (8, 16, 64, 128) else [])
         for s, d in (*(("dense", d) for d in (5, 8, 16, 32, 64, 128, 150)), ("tikhonov", 512))
     ],
 )
