@@ -47,6 +47,9 @@ bench: build $(VENV)/.experiments $(VENV)/.dev
 	$(BIN)/python -m benchmarks.rnn --record
 	$(BIN)/python -m benchmarks.training --record
 	$(BIN)/python -m benchmarks.scaling --record
+	$(BIN)/python -m benchmarks.shared --record --rounds 3 --structure dense --method gd,nag
+	$(BIN)/python -m benchmarks.shared --record --rounds 3 --structure spectral
+	$(BIN)/python -m benchmarks.auto
 	$(BIN)/python -m benchmarks.report
 
 # on a machine with a GPU, with its own python3 and torch: builds in place, for that GPU alone, and installs nothing

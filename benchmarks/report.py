@@ -66,6 +66,8 @@ class Device:
         momentum, rnn, self.training, self.sweeps = (read(file) if file.exists() else None for file in files)
         rows = pd.concat([part for part in (momentum, rnn) if part is not None], ignore_index=True)
         self.rows = rows[rows["mode"] == "forward+backward"]
+        shared = [read(file).assign(file=file.stem) for file in sorted(directory.glob("shared_*.csv"))]
+        self.shared = pd.concat(shared, ignore_index=True) if shared else None
         self.machine = json.loads((directory / "machine.json").read_text())
 
     def page(self):
@@ -90,6 +92,8 @@ class Device:
         if self.sweeps is not None:
             drawn.append(figures.scaling(self.sweeps, PAGES))
             parts += ["## How the time grows", exponents(self.sweeps, self.machine)]
+        if self.shared is not None:
+            parts += ["## One Q for the whole batch", _SHARED, shared_table(self.shared)]
         parts += ["## What this machine can do", _ROOFS, roofs_table(self.machine["roofs"]), "## Figures"]
         parts += [f"![{file.stem.removeprefix(self.name + '-')}]({file.name})" for file in drawn]
         return "\n\n".join(parts) + "\n"
@@ -182,6 +186,10 @@ _COLUMNS = (
     "`of the roof`: the least time for the op's [fewest bytes and flops](docs/speed.md#the-floors), at rates measured "
     "beside the row, as a share of the time taken, and which of the two bounds it. Memory is what a call holds beyond "
     "its inputs."
+)
+_SHARED = (
+    "Forward + backward with the gradient of every input, in turns with the eager loop of matrix products; fewer than "
+    "20 steps where a call would take long. MB: the most that a call holds beyond what it was given, results included."
 )
 _TRAINING = "Both sides compute the same thing in the form of Q that the row names; what is not the layer is not fused."
 _ROOFS = (
@@ -292,6 +300,23 @@ def roofs_table(roofs):
         for level, rates in roofs["stream_gb_s"].items()
     ]
     return "\n".join(lines)
+
+
+def shared_table(rows):
+    """The eager loop's time over the fused backend's, and the memory of both, for every d and B."""
+    keys = ["file", "structure", "method", "d", "B", "k"]
+    lines = ["| Q | method | d | B | k | fused, µs | eager, µs | eager / fused | fused, MB | eager, MB |", _rule(10)]
+    for (_, structure, method, *sizes), case in rows.groupby(keys):
+        at = case.set_index("backend")
+        fused, eager = (at.loc[name] for name in (next(n for n in FUSED if n in at.index), "eager"))
+        cells = [structure, method.upper(), *sizes, f"{fused.p50_us:.0f}", f"{eager.p50_us:.0f}"]
+        cells += [f"{eager.p50_us / fused.p50_us:.2f}", f"{fused.peak_mb:.1f}", f"{eager.peak_mb:.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _rule(columns):
+    return f"|{'---|' * 2}{'---:|' * (columns - 2)}"
 
 
 def exponents(sweeps, machine):

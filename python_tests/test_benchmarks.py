@@ -1,7 +1,6 @@
 """What the benchmarks rest on: peers that compute the same, a roof that nothing exceeds, and a report of their rows."""
 
 import dataclasses
-import math
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ pytest.importorskip("pandas")
 
 import pandas as pd
 
-from benchmarks import figures, momentum, peers, report, rnn, roofs, suite
+from benchmarks import auto, figures, momentum, peers, report, rnn, roofs, suite
 from unrolled_kernels import _backend
 from unrolled_kernels.experiments.timing import in_turns
 from unrolled_kernels.testing import STRUCTURES
@@ -74,20 +73,32 @@ RECORDED = sorted((ROOT / "benchmarks" / "results").glob("c*/*.csv"))
 
 @pytest.mark.parametrize("file", RECORDED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_auto_takes_no_path_that_was_slower(file):
-    """No recorded row has the eager loop before the backend that "auto" takes for it."""
+    """No recorded row shows the backend that "auto" takes for it to be slower than the eager loop."""
     rows = pd.read_csv(file)
     if "backend" not in rows:
         pytest.skip("rows of another kind")
     device = "cpu" if file.parent.name.startswith("cpu") else "cuda"
     keys = ["structure", "method", "mode", "dtype", "B", "d", "k"]
-    for key, group in rows.groupby(keys):
-        times = group.set_index("backend").p50_us
-        case = dict(zip(keys, key, strict=True))
-        products = file.stem.startswith("shared_dense") and min(case["B"], case["d"]) > 128
-        taken = next((name for name in _backend.AUTO[device, products] if name in times), "eager")
-        assert times[taken] <= times.get("eager", math.inf), (
-            f"{case}: {taken} {times[taken]} µs, eager {times.eager} µs"
-        )
+    for key, group in rows.groupby([*keys, "threads"], dropna=False):
+        case = dict(zip(keys, key, strict=False))
+        times = {row.backend: (row.p50_us, row.p20_us) for row in group.itertuples()}
+        candidates = _backend.AUTO[device, auto.multiplies_matrices(file, case)]
+        taken = next((name for name in candidates if name in times), "eager")
+        assert "eager" not in times or not auto.is_slower(times, taken), f"{case}: {taken} {times[taken]} µs, {times}"
+
+
+def test_what_auto_takes_is_written_from_the_rows():
+    assert auto.FILE.read_text() == auto.text(), "run python -m benchmarks.auto"
+
+
+def test_what_auto_takes_is_never_slower_than_the_eager_loop():
+    fast, slow = ({"eager": (2.0, 1.9), "cuda": (1.0, 0.9), "triton": (triton, triton - 0.05)} for triton in (0.5, 2.1))
+    assert auto.choose({0: fast, 1: fast}) == ("triton", "cuda")
+    assert auto.choose({0: fast, 1: slow}) == ("cuda",)
+    assert auto.choose({0: slow | {"cuda": (3.0, 2.1)}}) == ()
+    assert auto.choose({0: {"eager": (1.0, 1.0), "jax": (0.5, 0.5)}}) is None
+    # as fast as the eager loop
+    assert auto.choose({0: {"eager": (1.0, 0.95), "cpu": (1.01, 0.96)}}) == ("cpu",)
 
 
 def test_rows_of_a_case(one_thread):

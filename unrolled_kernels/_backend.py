@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from unrolled_kernels import _torch_private
+from unrolled_kernels._auto import AUTO
 
 NAMES = ("eager", "cpu", "cuda", "triton")
 
@@ -124,18 +125,6 @@ def check_name(name):
     reason = unavailable_reason(name)
     if reason is not None:
         raise ValueError(f"backend: {name!r} is not available here: {reason}")
-
-
-# What "auto" takes, by device and by whether the steps are products of one large matrix with many vectors: the first
-# that is available, else eager. No row of benchmarks/results has the eager loop before it (test_benchmarks.py). On a
-# GPU by what the kernels issue, nothing being measured yet: beyond d = 128 a block reads Q from L2 at each step, where
-# a library's product takes it once for a hundred samples.
-AUTO = {
-    ("cpu", False): ("cpu",),
-    ("cpu", True): ("cpu",),
-    ("cuda", False): ("cuda", "triton"),
-    ("cuda", True): (),
-}
 
 
 def resolve(backend, device, products=False):

@@ -1,0 +1,82 @@
+"""Which backends ``backend="auto"`` tries: ``python -m benchmarks.auto`` writes it from the rows of benchmarks/results.
+
+A row shows a backend to be slower than the eager loop where even the faster of its turns (20th percentile) take longer
+than the eager loop's median: medians of two functions that are equally fast are in either order.
+"""
+
+import csv
+import math
+from collections import defaultdict
+
+from benchmarks import harness, suite
+
+FILE = harness.ROOT / "unrolled_kernels/_auto.py"
+# Where nothing is measured. On a GPU by what the kernels issue: beyond d = 128 a block reads Q from L2 at each step,
+# where a library's product takes it once for a hundred samples.
+UNMEASURED = {
+    ("cpu", False): ("cpu",),
+    ("cpu", True): ("cpu",),
+    ("cuda", False): ("cuda", "triton"),
+    ("cuda", True): (),
+}
+_CASE = ("structure", "method", "mode", "dtype", "B", "d", "k", "threads")
+
+
+def multiplies_matrices(file, row):
+    """Whether a row's steps are products of one large matrix with many vectors, as ``functional`` asks."""
+    return file.stem.startswith("shared_dense") and min(int(row["B"]), int(row["d"])) > 128
+
+
+def measured():
+    """``{(device, products): {case: {backend: (median, 20th percentile)}}}`` of the committed rows, in µs."""
+    tables = defaultdict(lambda: defaultdict(dict))
+    for file in sorted((harness.ROOT / "benchmarks/results").glob("c*/*.csv")):
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                if "backend" in row:
+                    key = "cpu" if file.parent.name.startswith("cpu") else "cuda", multiplies_matrices(file, row)
+                    case = (file.name, *(row[name] for name in _CASE))
+                    tables[key][case][row["backend"]] = float(row["p50_us"]), float(row["p20_us"])
+    return tables
+
+
+def is_slower(times, name):
+    """Whether ``{backend: (median, 20th percentile)}`` shows backend ``name`` to be slower than the eager loop."""
+    return times[name][1] > times["eager"][0]
+
+
+def choose(cases):
+    """Fused backends that no case shows to be slower, the fastest on average first; None: nothing is measured."""
+    ratios, lost = defaultdict(list), set()
+    for times in cases.values():
+        for name in suite.FUSED:
+            if name in times and "eager" in times:
+                ratios[name].append(math.log(times[name][0] / times["eager"][0]))
+                lost |= {name} if is_slower(times, name) else set()
+    if not ratios:
+        return None
+    return tuple(sorted(ratios.keys() - lost, key=lambda name: sum(ratios[name]) / len(ratios[name])))
+
+
+def text():
+    """The module."""
+    tables = measured()
+    lines = ['"""What ``backend="auto"`` takes; written by ``python -m benchmarks.auto``, not by hand."""', ""]
+    lines += [
+        "# By device and by whether the steps are products of one large matrix with many vectors: the first that is",
+        "# available, else eager.",
+        "AUTO: dict[tuple[str, bool], tuple[str, ...]] = {",
+    ]
+    for key, unmeasured in UNMEASURED.items():
+        found = choose(tables.get(key, {}))
+        cases = sum(any(name in times for name in suite.FUSED) for times in tables.get(key, {}).values())
+        names = unmeasured if found is None else found
+        told = "not measured" if found is None else f"of {cases} cases none has the eager loop before it"
+        shown = ", ".join(f'"{name}"' for name in names) + ("," if len(names) == 1 else "")
+        lines.append(f'    ("{key[0]}", {key[1]}): ({shown}),  # {told}')
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text())
+    print(f"wrote {FILE}")
