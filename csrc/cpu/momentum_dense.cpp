@@ -78,37 +78,40 @@ constexpr bool is_static<StaticMatrix<d, C>> = true;
 // [Q 0; X Q] for states with their tangents behind them
 template <typename Matrix, typename C>
 struct DualMatrix {
-  static constexpr int64_t W = lanes<C>;
   Matrix Q, X;  // X.data is nullptr: zero
-  C* products;  // two states: Q z, or Q's of the second half; and what X adds, zero without X
+  C* products;  // a state with its tangent, where a product is left
 
   UNROLLED_KERNELS_INLINE int64_t size() const { return 2 * Q.size(); }
 };
+// out = Q x and Q xdot + X x, or Q'x + X'xdot and Q'xdot; not part of what calls them, which would be compiled for longer
+template <typename Matrix, typename C>
+UNROLLED_KERNELS_NOINLINE void dual_product(const DualMatrix<Matrix, C>& m, const C* x, bool backwards) {
+  constexpr int64_t W = lanes<C>;
+  const int64_t half = m.Q.size() * W;
+  C *out = m.products, *second = out + half;
+  row_products<2>(m.Q, x, half, backwards, [&](int v, int64_t n, Vector<C> w) { store(out + v * half + n * W, w); });
+  if (!m.X.data) return;
+  row_products(m.X, x, backwards, [&](int64_t n, Vector<C> w) { store(second + n * W, load(second + n * W) + w); });
+}
+template <typename Matrix, typename C>
+UNROLLED_KERNELS_NOINLINE void dual_product_transposed(const DualMatrix<Matrix, C>& m, const C* x, bool backwards) {
+  constexpr int64_t W = lanes<C>;
+  const int64_t half = m.Q.size() * W;
+  C* out = m.products;
+  column_products<2>(m.Q, x, half, backwards, [&](int v, int64_t n, Vector<C> w) { store(out + v * half + n * W, w); });
+  if (!m.X.data) return;
+  column_products(m.X, x + half, backwards, [&](int64_t n, Vector<C> w) { store(out + n * W, load(out + n * W) + w); });
+}
 template <typename Matrix, typename C, typename End>
 UNROLLED_KERNELS_INLINE void multiply(const DualMatrix<Matrix, C>& m, const C* x, bool backwards, const End& end) {
-  constexpr int64_t W = lanes<C>;
-  const int64_t size = m.Q.size();
-  C *const first = m.products, *const added = first + size * W;
-  if (m.X.data) row_products(m.X, x, backwards, [&](int64_t n, Vector<C> v) { store(added + n * W, v); });
-  row_products<2>(m.Q, x, size * W, backwards, [&](int half, int64_t n, Vector<C> v) {
-    if (half) return end(size + n, v + load(added + n * W));
-    store(first + n * W, v);
-    end(n, v);
-  });
+  dual_product(m, x, backwards);
+  for (int64_t n = 0; n < m.size(); ++n) end(n, load(m.products + n * lanes<C>));
 }
 template <typename Matrix, typename C, typename End>
 UNROLLED_KERNELS_INLINE void multiply_transposed(const DualMatrix<Matrix, C>& m, const C* x, bool backwards,
                                                  const End& end) {
-  constexpr int64_t W = lanes<C>;
-  const int64_t size = m.Q.size();
-  C *const second = m.products, *const added = second + size * W;
-  const auto add = [&](int64_t n, Vector<C> v) { store(added + n * W, v); };
-  if (m.X.data) column_products(m.X, x + size * W, backwards, add);
-  column_products<2>(m.Q, x, size * W, backwards, [&](int half, int64_t n, Vector<C> v) {
-    if (!half) return end(n, v + load(added + n * W));
-    store(second + n * W, v);
-    end(size + n, v);
-  });
+  dual_product_transposed(m, x, backwards);
+  for (int64_t n = 0; n < m.size(); ++n) end(n, load(m.products + n * lanes<C>));
 }
 template <typename Matrix>
 constexpr bool is_dual = false;
@@ -145,7 +148,7 @@ struct Trace {
   ScheduleView<C> schedule;
   ScheduleSums<C> sums;
   const TileMap<C>* map;  // nullptr: none
-  // second order: the tangents of the coefficients, if they have any, and the products of DualMatrix
+  // second order: the tangents of the coefficients, if they have any, and DualMatrix::products
   const ScheduleView<C>* tangents;
   const C* products;
 
@@ -281,7 +284,7 @@ UNROLLED_KERNELS_NOINLINE void add_adjoint_tangents(const Trace<C>& trace, int64
   const auto add = [](C* p, Vector<C> v) { store(p, load(p) + v); };
   C *const s_t = trace.s + t * 2 * half, *const s = s_t + 2 * half;
   for (int64_t n = 0; n < half; n += lanes<C>) {
-    const Vector<C> w = load(trace.products + n), a = load(s + half + n), v = d.phi * w;
+    const Vector<C> w = load(trace.products + half + n), a = load(s + half + n), v = d.phi * w;
     if constexpr (momentum) {
       sums.gamma += v * load(trace.m.at(t) + n);
       add(trace.ybar + n, -v);
@@ -333,7 +336,7 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matr
   }
 }
 
-// What second order takes beside the tile: X, the tangents of the coefficients, and the products of DualMatrix.
+// What second order takes beside the tile: X, the tangents of the coefficients, and DualMatrix::products.
 template <typename Storage, template <typename> class Layout, template <typename> class Operand>
 class TileTangents {
   using C = compute_type<Storage>;
