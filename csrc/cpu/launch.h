@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 
@@ -15,8 +17,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "common/host.h"
 #include "common/types.h"
+#include "cpu/poll.h"
 
 namespace unrolled_kernels {
 
@@ -24,22 +26,29 @@ struct FreeAligned {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-// Asks the host about signals, at most every 20 ms and not before the second call.
-class SignalWatch {
+// How many threads are at work beside the one that waits for them.
+class OtherThreads {
  public:
-  void check() {
-    using namespace std::chrono_literals;
-    if (!host.check_signals) return;
-    const auto now = std::chrono::steady_clock::now();
-    if (next_ == Time{}) next_ = now + 20ms;
-    if (now < next_) return;
-    next_ = now + 20ms;
-    host.check_signals();
+  void begin() { ++working_; }
+  void end() {
+    if (--working_ > 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ended_.notify_one();
+  }
+  // Here, and not in the barrier behind the parallel region, signals are still looked for.
+  void wait(Watch& watch) {
+    // as long as a wake-up takes
+    for (int i = 0; i < 10000; ++i) {
+      if (working_ == 0) return;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!ended_.wait_for(lock, std::chrono::milliseconds(20), [&] { return working_ == 0; })) watch.look();
   }
 
  private:
-  using Time = std::chrono::steady_clock::time_point;
-  Time next_{};
+  std::atomic<int64_t> working_{0};
+  std::mutex mutex_;
+  std::condition_variable ended_;
 };
 
 // Calls f(chunk, scratch) for every chunk, with one scratch a thread. A thread takes the next chunk when it is done with
@@ -51,21 +60,25 @@ void for_chunks(int64_t chunks, size_t scratch_bytes, const F& f) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
+  OtherThreads others;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const bool is_caller = std::this_thread::get_id() == caller;
-    SignalWatch signals;
+    Watch watch(failed, is_caller);
+    if (!is_caller) others.begin();
     try {
       const std::unique_ptr<void, FreeAligned> scratch(::operator new(scratch_bytes, std::align_val_t(64)));
       while (true) {
         const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
-        if (chunk >= chunks) return;
-        if (is_caller && chunk > 0) signals.check();
+        if (chunk >= chunks) break;
+        if (chunk > 0) watch.look();
         f(chunk, scratch.get());
       }
+      if (is_caller) others.wait(watch);
     } catch (...) {
       next = chunks;
       if (!failed.exchange(true)) error = std::current_exception();
     }
+    if (!is_caller) others.end();
   });
   if (error) std::rethrow_exception(error);
 }

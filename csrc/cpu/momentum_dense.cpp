@@ -253,10 +253,14 @@ void replay(const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], 
   }
 }
 
+// from `first` to `last` - 1
 template <typename Inputs, int groups, typename Matrix, typename C>
-void replay(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t begin,
-            int64_t end) {
-  p.beta.data ? replay<true>(traces, matrices, p.k, begin, end) : replay<false>(traces, matrices, p.k, begin, end);
+void replay(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t first,
+            int64_t last) {
+  for_blocks(last - first, groups * matrices[0].size() * p.d, [&](int64_t begin, int64_t end) {
+    begin += first, end += first;
+    p.beta.data ? replay<true>(traces, matrices, p.k, begin, end) : replay<false>(traces, matrices, p.k, begin, end);
+  });
 }
 
 template <typename C>
@@ -297,16 +301,16 @@ UNROLLED_KERNELS_NOINLINE void add_adjoint_tangents(const Trace<C>& trace, int64
   }
 }
 
-// s_t for t = k ... first
+// s_t for t = last - 1 ... first
 template <bool momentum, bool per_step, int groups, typename Matrix, typename C>
-UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k,
-                                       int64_t first) {
+UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t first,
+                                       int64_t last) {
   constexpr int64_t W = lanes<C>;
   Trace<C> traces[groups];
 #pragma GCC unroll 2
   for (int g = 0; g < groups; ++g) traces[g] = all[g];
   const int64_t row = matrices[0].size() * W;
-  for (int64_t t = k - 1; t >= first; --t) {
+  for (int64_t t = last - 1; t >= first; --t) {
 #pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) {
       const Trace<C>& trace = traces[g];
@@ -334,6 +338,20 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matr
       }
     }
   }
+}
+
+template <typename Inputs, int groups, typename Matrix, typename C>
+void adjoint(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], bool per_step,
+             int64_t first) {
+  for_blocks(p.k - first, groups * matrices[0].size() * p.d, [&](int64_t begin, int64_t end) {
+    const int64_t to = p.k - end, from = p.k - begin;
+    if (is_dual<Matrix> || per_step) {
+      p.beta.data ? adjoint<true, true>(traces, matrices, to, from) : adjoint<false, true>(traces, matrices, to, from);
+    } else if constexpr (!is_dual<Matrix>) {
+      p.beta.data ? adjoint<true, false>(traces, matrices, to, from)
+                  : adjoint<false, false>(traces, matrices, to, from);
+    }
+  });
 }
 
 // What second order takes beside the tile: X, the tangents of the coefficients, and DualMatrix::products.
@@ -459,6 +477,7 @@ class DenseTile {
 
   const TileMatrix<Storage, Layout, Operand>& Q() const { return Q_; }
   auto dual_matrix() const { return tangents_.dual(Q_.view()); }
+  int64_t work(int64_t products) const { return products * tile_.size() * p_.d; }
 
   UNROLLED_KERNELS_NOINLINE Trace<C> trace() const {
     Trace<C> trace{b_,
@@ -669,6 +688,7 @@ class TileGroups {
   size_t scratch_bytes() const { return arena_.used(); }
 
   void forward(const MomentumForward<Storage>& p, const MomentumChunk<C>& chunk) {
+    Poll poll;
     for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
       const int active = static_cast<int>(min(groups_, chunk.end - i));
       for (int g = 0; g < active; ++g) tiles_[g]->stage(i + g, i == chunk.begin);
@@ -682,10 +702,12 @@ class TileGroups {
       }
       run(p.begun, p.k);
       for (int g = 0; g < active; ++g) tiles_[g]->store_forward(p.y);
+      poll.after(active * first_.work(p.k));
     }
   }
 
   void backward(const MomentumBackward<Storage>& p, const MomentumChunk<C>& chunk, bool per_step) {
+    Poll poll;
     for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
       const int active = static_cast<int>(min(groups_, chunk.end - i));
       for (int g = 0; g < active; ++g) {
@@ -696,23 +718,17 @@ class TileGroups {
         const Trace<C> traces[1] = {first_.trace()};
         const decltype(first_.dual_matrix()) matrices[1] = {first_.dual_matrix()};
         replay(p, traces, matrices, 0, p.k);
-        p.beta.data ? adjoint<true, true>(traces, matrices, p.k, 0) : adjoint<false, true>(traces, matrices, p.k, 0);
+        adjoint(p, traces, matrices, true, 0);
         first_.store_backward(p, true);
       } else {
         with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
           if (needs_iterates(p)) replay(p, traces, matrices, 0, p.prox == Prox::none ? p.k - 1 : p.k);
           // s_0 is dy_0, and dphi_0 comes with it or of dQ; dbeta_0 and dgamma_0 are zero with m_0
-          const int64_t first_s = per_step || p.dy0 || p.m0 ? 0 : 1;
-          if (p.beta.data) {
-            per_step ? adjoint<true, true>(traces, matrices, p.k, first_s)
-                     : adjoint<true, false>(traces, matrices, p.k, first_s);
-          } else {
-            per_step ? adjoint<false, true>(traces, matrices, p.k, first_s)
-                     : adjoint<false, false>(traces, matrices, p.k, first_s);
-          }
+          adjoint(p, traces, matrices, per_step, per_step || p.dy0 || p.m0 ? 0 : 1);
         });
         for (int g = 0; g < active; ++g) tiles_[g]->store_backward(p, per_step);
       }
+      poll.after(3 * active * first_.work(p.k));
     }
     for (int g = 0; g < min(groups_, chunk.end - chunk.begin); ++g) tiles_[g]->end_chunk(chunk);
   }

@@ -92,6 +92,7 @@ class DiagonalTiles {
         if (first_of_tile) schedule_.stage(part, i == chunk.begin);
         forward_part(p, part);
       });
+      poll_.after(p.k * row_ / W);
     }
   }
 
@@ -110,6 +111,7 @@ class DiagonalTiles {
           backward_part(p, part, e);
         }
       });
+      poll_.after(3 * p.k * row_ / W);
       if (!gradient_.wanted()) continue;
       for_parts(i, [&](const auto& part, bool first_of_tile) {
         if (first_of_tile) gradient_.end_tile(part);
@@ -278,6 +280,7 @@ class DiagonalTiles {
   const MomentumTangents<Storage>* tangents_;  // second order, else nullptr
   Schedule<C> tangent_schedule_;
   int64_t row_;  // elements of a staged row
+  Poll poll_;
   C *f_, *x_, *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
   C *bounds_[3], *bound_sums_[3];               // lower, upper, weight
   C *staged_tangents_[3], *y_tangent_, *zero_;  // of the diagonal, b and y_0

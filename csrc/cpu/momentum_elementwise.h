@@ -79,6 +79,8 @@ struct ElementwiseSecondOrder : ElementwiseBackward<C> {
 
 // vectors in registers at once
 constexpr int vectors_at_once = 3;
+// as Poll counts it
+constexpr int64_t work_of_step = 4 * vectors_at_once;
 
 // One step of one vector: y_t, z_t, m_t -> t + 1. `lambda` and `b` are phi lambda and phi b where the schedule is
 // constant. The shortest way from z to the next z is two operations.
@@ -123,18 +125,21 @@ UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p,
     m[n] = Vector<C>{};
   }
   C* out = p.y + offset;
-  for (int64_t t = 0, k = p.k; t < k; ++t) {
-    const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
-    const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
+  const int64_t k = p.k;
+  for_blocks(k, work_of_step, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
+      const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      if (trajectory) store(out + t * row + n * W, y[n]);
-      elementwise_step<momentum, per_step, proximal>(
-          c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
-          [&](Vector<C> v) { return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v); });
+      for (int n = 0; n < N; ++n) {
+        if (trajectory) store(out + t * row + n * W, y[n]);
+        elementwise_step<momentum, per_step, proximal>(
+            c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
+            [&](Vector<C> v) { return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v); });
+      }
+      c = next;
     }
-    c = next;
-  }
+  });
   if (trajectory) out += p.k * row;
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) store(out + n * W, y[n]);
@@ -151,10 +156,12 @@ UNROLLED_KERNELS_INLINE void traceless_forward(const ElementwiseForward<C>& p, i
     b[n] = phi * load(p.b + offset + n * W);
     y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
   }
-  for (int64_t t = 0; t < p.k; ++t) {
+  for_blocks(p.k, work_of_step, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) y[n] = c[n] * y[n] - b[n];
-  }
+      for (int n = 0; n < N; ++n) y[n] = c[n] * y[n] - b[n];
+    }
+  });
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) store(p.y + offset + n * W, y[n]);
 }
@@ -282,13 +289,15 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
       y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
       u[n] = Vector<C>{};
     }
-    for (int64_t t = 0; t < p.k; ++t) {
+    for_blocks(p.k, work_of_step, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        u[n] = c[n] * u[n] + y[n];
-        y[n] = c[n] * y[n] - b[n];
+        for (int n = 0; n < N; ++n) {
+          u[n] = c[n] * u[n] + y[n];
+          y[n] = c[n] * y[n] - b[n];
+        }
       }
-    }
+    });
   }
   Vector<C> T[N], P[N];
 #pragma GCC unroll 8
@@ -297,13 +306,15 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
     P[n] = load(p.grad_y + offset + n * W);
     u[n] *= P[n];
   }
-  for (int64_t t = 0; t < p.k; ++t) {
+  for_blocks(p.k, work_of_step, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      T[n] += P[n];
-      P[n] *= c[n];
+      for (int n = 0; n < N; ++n) {
+        T[n] += P[n];
+        P[n] *= c[n];
+      }
     }
-  }
+  });
   Vector<C> phi_sum{};
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
@@ -415,17 +426,19 @@ UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrd
 
 // calls f(integral_constant N, offset) over a strip, N = vectors_at_once and then 1
 template <typename C, typename F>
-UNROLLED_KERNELS_INLINE void for_vectors(int64_t vectors, F f) {
+UNROLLED_KERNELS_INLINE void for_vectors(int64_t vectors, int64_t k, F f) {
+  Poll poll;
   int64_t n = 0;
   for (; n + vectors_at_once <= vectors; n += vectors_at_once) {
     f(std::integral_constant<int, vectors_at_once>(), n * lanes<C>);
+    poll.after(k * work_of_step);
   }
   for (; n < vectors; ++n) f(std::integral_constant<int, 1>(), n * lanes<C>);
 }
 
 template <bool may_end_with_prox = false, typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, int64_t vectors) {
-  for_vectors<C>(vectors, [&](auto N, int64_t offset) {
+  for_vectors<C>(vectors, p.k, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
     if (p.traceless) return traceless_forward<n>(p, offset);
     if constexpr (may_end_with_prox) {
@@ -451,7 +464,7 @@ UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, i
 
 template <typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseSecondOrder<C>& p, int64_t vectors) {
-  for_vectors<C>(vectors, [&](auto N, int64_t offset) {
+  for_vectors<C>(vectors, p.k, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
     p.momentum ? elementwise_second_order<true, n>(p, offset) : elementwise_second_order<false, n>(p, offset);
   });
@@ -459,7 +472,7 @@ UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseSecondOrder<C>& 
 
 template <bool may_end_with_prox = false, typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseBackward<C>& p, int64_t vectors) {
-  for_vectors<C>(vectors, [&](auto N, int64_t offset) {
+  for_vectors<C>(vectors, p.k, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
     if (p.traceless) return traceless_backward<n>(p, offset);
     if constexpr (may_end_with_prox) {

@@ -50,6 +50,7 @@ class DenseRows {
   size_t scratch_bytes() const { return arena_.used(); }
 
   void forward(const MomentumForward<Storage>& p, const SharedMomentumTile<C>& tile) {
+    Poll poll;
     begin(tile);
     start(rows(z_));
     for (int64_t t = 0;; ++t) {
@@ -61,10 +62,12 @@ class DenseRows {
       if (p.trajectory || t == p.k) store_rows(p.beta.data ? rows(y_) : z, p.y + (p.trajectory ? t * p.B * p.d : 0));
       if (t == p.k) return;
       step(t, tile.packed, z, rows(z_ + (t + 1) % 2 * size_), rows(m_), rows(m_), nullptr);
+      poll.after(work());
     }
   }
 
   void backward(const MomentumBackward<Storage>& p, const SharedMomentumTile<C>& tile) {
+    Poll poll;
     begin(tile);
     const int64_t k = p.k;
     // of step t: rows t count ... (t + 1) count - 1 of both factors of dQ
@@ -81,6 +84,7 @@ class DenseRows {
       for (int64_t t = 0; t + 1 < replayed || (t < replayed && v_); ++t) {
         const Panels<C> z_next = t + 1 < k ? z.from((t + 1) * count_) : rows(ybar_);
         step(t, tile.packed, z.from(t * count_), z_next, m(t), m(t + 1), v(t));
+        poll.after(work());
       }
     }
     load_rows(p.grad_y + (p.trajectory ? k * p.B * p.d : 0), p.d, s(k));
@@ -111,6 +115,7 @@ class DenseRows {
           if (p.d_matrix && !p.minimizer) store(a.at(t * count_ + r, i), weighted);
         }
       }
+      poll.after(work());
     }
     if (p.d_matrix && p.minimizer) {
       load_rows(p.minimizer, p.d, z);
@@ -125,6 +130,8 @@ class DenseRows {
   }
 
  private:
+  // of a product
+  int64_t work() const { return count_ * panels_ * p_.d; }
   // rows of the tile
   Panels<C> rows(C* data) const { return {data, count_ * W}; }
   Panels<C> s(int64_t t) const { return rows(s_ + t % 2 * size_); }
@@ -454,7 +461,10 @@ class SpectralRows {
   }
 
   void multiply(Panels<C> x, int64_t rows, const C* packed, Panels<C> out) const {
-    multiply_rows<C>(x, rows, packed, p_.d, [&](int64_t r, int64_t i, Vector<C> v) { store(out.at(r, i), v); });
+    for_blocks(rows, panels_ * p_.d, [&](int64_t begin, int64_t end) {
+      multiply_rows<C>(x.from(begin), end - begin, packed, p_.d,
+                       [&](int64_t r, int64_t i, Vector<C> v) { store(out.at(begin + r, i), v); });
+    });
   }
 
   // yh_k, or yh_0 ... yh_k

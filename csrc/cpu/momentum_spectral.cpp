@@ -74,6 +74,7 @@ class SpectralTiles {
       }
       for (int64_t t = first; t < states_; ++t) {
         tile_.store_state(R_.apply(yh_ + t * row_), p.y + t * p.B * p.d);
+        poll_.after(tile_.size() * p.d);
       }
     }
   }
@@ -93,6 +94,7 @@ class SpectralTiles {
       const int64_t first = p.trajectory || p.k == 0 ? 1 : 0;
       for (int64_t t = 0; t < states_; ++t) {
         load_rotated(p.grad_y + t * p.B * p.d, p.d, grad + t * row_, grad_h_ + t * row_);
+        poll_.after(tile_.size() * p.d);
       }
       if (first == 1) fill_zero(grad_h_, row_);
 
@@ -159,6 +161,7 @@ class SpectralTiles {
 
   const MomentumInputs<Storage>& p_;
   Arena arena_;
+  Poll poll_;
   Layout<C> tile_;
   int64_t row_, states_;  // elements of a state, states that are outputs
   Schedule<C> schedule_;

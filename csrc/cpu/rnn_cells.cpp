@@ -94,6 +94,7 @@ class Tile {
       layer.gradient = backward && backward->d_weights ? arena_.take<C>(gradient_elements(layer)) : nullptr;
       weights += layer.in * layer.out;
     }
+    work_ = S * (weights + p.d * (p.matrix ? p.d : 1));
     first_rows_ = arena_.take<C>(layers_[0].in * layers_[0].out);
     layers_[0].rows = first_rows_;
     input_adjoint_ = adjoints_;  // of [y; g]
@@ -150,6 +151,7 @@ class Tile {
       if (p_.trajectory) store_panel(y, p_.d, p.y + t * p_.B * p_.d);
       hidden(y);
       output(y, y);
+      poll_.after(work_);
     }
     store_panel(y, p_.d, p.y + (p_.trajectory ? p_.k * p_.B * p_.d : 0));
   }
@@ -160,6 +162,7 @@ class Tile {
     for (int64_t t = 0; t < p_.k; ++t) {
       hidden(row(t));
       if (t + 1 < p_.k) output(row(t), row(t + 1));
+      poll_.after(work_);
     }
     if (db_.data) zero(db_, p_.d);
     if (d_diagonal_.data) zero(d_diagonal_, p_.d);
@@ -172,6 +175,7 @@ class Tile {
         --t;
         adjoint(row(t), adjoint_row(n - 1));
         if (p_.trajectory) add_cotangent(p.grad_y + t * p_.B * p_.d);
+        poll_.after(2 * work_);
       }
       add_gradients(t, steps);
     }
@@ -374,7 +378,8 @@ class Tile {
 
   const RnnInputs<Storage>& p_;
   bool shared_, gradients_in_rows_;
-  int64_t segment_, first_ = 0;
+  int64_t segment_, work_, first_ = 0;  // work of a cell
+  Poll poll_;
   Arena arena_;
   Layer<C> layers_[max_rnn_layers + 1];
   int64_t activations_, adjoints_, input_adjoint_;  // vectors of a row of one group, and where [y; g]'s adjoint stands

@@ -126,6 +126,7 @@ UNROLLED_KERNELS_NOINLINE void outer_sums(Panels<const C> a, Panels<const C> z, 
                                           int64_t end, bool accumulate, C* out, int64_t row) {
   constexpr int64_t W = lanes<C>, block = 256;
   constexpr int I = min(W, vector_bytes == 64 ? 8 : 4);
+  Poll poll;
   for (int64_t n = 0; n == 0 || n < terms; n += block) {
     const int64_t count = min(block, terms - n);
     for_constant_blocks<3>(ceil_div(d, W), [&](int64_t column, auto J) {
@@ -139,6 +140,7 @@ UNROLLED_KERNELS_NOINLINE void outer_sums(Panels<const C> a, Panels<const C> z, 
         }
       }
     });
+    poll.after(count * (end - begin) * d);
   }
 }
 

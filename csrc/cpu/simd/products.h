@@ -208,13 +208,16 @@ UNROLLED_KERNELS_NOINLINE Vector<C> outer_products(const OuterProducts<E, M, C>&
   // as many accumulators as the registers hold beside the operands: 32 registers, or 16
   constexpr int rows = E == 1 && vector_bytes == 64 ? 5 : elements_at_once<E>, columns = vector_bytes == 64 ? 5 : 3;
   Vector<C> inner{};
+  Poll poll;
   for_constant_blocks<columns>(o.m.groups, [&](int64_t j0, auto J) {
+    const auto block = [&](int64_t i0, auto I) {
+      outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, inner);
+      poll.after(o.steps * (I * J));
+    };
     if constexpr (E == 1) {
-      for_constant_blocks<rows>(o.m.groups, [&](int64_t i0, auto I) {
-        outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, inner);
-      });
+      for_constant_blocks<rows>(o.m.groups, block);
     } else {
-      for (int64_t i0 = 0; i0 < o.m.groups * E; i0 += rows) outer_block<rows, decltype(J)::value>(o, i0, j0, inner);
+      for (int64_t i0 = 0; i0 < o.m.groups * E; i0 += rows) block(i0, std::integral_constant<int, rows>());
     }
   });
   return inner;

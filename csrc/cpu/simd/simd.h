@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "common/types.h"
+#include "cpu/poll.h"
 #include "cpu/simd/isa.h"
 
 #ifndef UNROLLED_KERNELS_ISA
@@ -293,6 +294,17 @@ UNROLLED_KERNELS_INLINE void for_constant_blocks(int64_t n, const F& f) {
     const int64_t size = (n - begin) / (blocks - b);
     with_constant<limit>(size, [&](auto constant) { f(begin, constant); });
     begin += size;
+  }
+}
+
+// f(begin, end) for blocks of 0 ... n - 1 between which there is time to look up; `work`: as in Poll, of one of the n
+template <typename F>
+UNROLLED_KERNELS_INLINE void for_blocks(int64_t n, int64_t work, const F& f) {
+  const int64_t block = max(1, Poll::work_between >> (63 - __builtin_clzll(work | 1)));
+  for (int64_t begin = 0;; begin += block) {
+    f(begin, min(begin + block, n));
+    if (begin + block >= n) return;
+    Poll::look();
   }
 }
 

@@ -76,6 +76,7 @@ UNROLLED_KERNELS_INLINE void train_epochs(const Training<C>& p, int64_t model, c
                                           const Gradient& gradient, const Loss& mean_loss) {
   const int64_t steps = ceil_div(p.n, p.batch_size);
   for (int64_t e = 0; e < p.E; ++e) {
+    if (e > 0) Poll::look();
     const int64_t* order = p.orders + (e * p.S + p.set_of_model[model]) * p.n;
     const int64_t epoch = p.first_epoch + e;
     for (int64_t i = 0; i < steps; ++i) {
