@@ -321,9 +321,15 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matr
       const AdjointRows<C> rows{trace.b, trace.m.at(t), trace.z.at(t), s, trace.s + t * row, trace.ybar};
       const bool trajectory = trace.trajectory;
       StepSums<C> sums;
-      multiply_transposed(matrices[g], static_cast<const C*>(s), t % 2 != 0, [&](int64_t n, Vector<C> w) {
+      const auto step = [&](int64_t n, Vector<C> w) {
         adjoint_step<momentum, per_step>(rows, c, trajectory, n * W, w, sums);
-      });
+      };
+      if (!is_dual<Matrix> && t == 0 && trace.y0_is_zero) {
+        // Q's_1 is in dy_0 alone, and in z_0's share of dphi_0
+        for (int64_t n = 0; n < matrices[g].size(); ++n) step(n, Vector<C>{});
+      } else {
+        multiply_transposed(matrices[g], static_cast<const C*>(s), t % 2 != 0, step);
+      }
       bool weighted = false;
       if constexpr (is_dual<Matrix>) {
         weighted = trace.tangents != nullptr;

@@ -415,6 +415,8 @@ class SpectralRows {
       run_elementwise(e, panels_);
       if (p.d_diagonal) layout(tile.begin + r).store_state(dlambda_, p.d_diagonal);
       if (gradient_.wanted()) gradient_.end_tile(layout(tile.begin + r));
+      // without y_0 what its rotation would get may not be finite, and counts for nothing
+      if (!p.y0) fill_zero(out_ + row(), row());
       for (int64_t i = 0; i < terms; ++i) from_row(out_ + i * row(), right, r * terms + i);
       for (int64_t i = 0; i < 2; ++i) from_row(out_ + i * row(), hat_gradients, 2 * r + i);
     }

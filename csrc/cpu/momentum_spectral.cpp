@@ -123,7 +123,12 @@ class SpectralTiles {
       if (p.d_matrix) {
         forward_eigenbasis(yh);
         copy_vectors(dbh_, row_, right_);
-        copy_vectors(dy0h_, row_, right_ + row_);
+        if (p.y0) {
+          copy_vectors(dy0h_, row_, right_ + row_);
+        } else {
+          // which may not be finite, and counts for nothing
+          fill_zero(right_ + row_, row_);
+        }
         if (first == 1) fill_zero(yh, row_);
         R_.outer(p, tile_, left_, right_, states_ + 2, broadcast(C(1)), false, d_matrix_);
       }

@@ -169,20 +169,25 @@ def backward(
     f = diagonal
     if observed is not None:
         diagonal, b = 1 + f * f, b - observed
-    y0 = torch.zeros_like(b) if y0 is None else y0
+    cold = y0 is None
+    y0 = torch.zeros_like(b) if cold else y0
     zero = torch.zeros_like(b)
     cotangents = list(grad_y.unbind(0)) if trajectory else [zero] * num_steps + [grad_y]
 
     if diagonal is None:
         apply_Q, apply_Qt = lambda x: matvec(matrix, x), lambda x: matvec(matrix.mT, x)
-        d_y0, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, prox)
+        d_y0, a, z, d_schedule, d_prox = _adjoint_sweep(
+            apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, cold, prox
+        )
         db = a.sum(0)
         d_diagonal = None
         equation = "tbi,tbj->bij" if matrix.shape[0] == b.shape[0] else "tbi,tbj->ij"
         d_matrix = torch.einsum(equation, a, z).reshape(matrix.shape) if needed[0] else None
     elif matrix is None:
         apply_Q = lambda x: diagonal * x
-        d_y0, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents, prox)
+        d_y0, a, z, d_schedule, d_prox = _adjoint_sweep(
+            apply_Q, apply_Q, b, y0, schedule, num_steps, cotangents, cold, prox
+        )
         db = a.sum(0)
         d_diagonal = (a * z).sum(0)
         if observed is not None:
@@ -192,7 +197,9 @@ def backward(
         apply_Q = lambda x: diagonal * x
         b_hat, y0_hat = matvec(matrix.mT, b), matvec(matrix.mT, y0)
         hat = [zero] + [matvec(matrix.mT, c) for c in cotangents[1:]]
-        d_y0_hat, a, z, d_schedule, d_prox = _adjoint_sweep(apply_Q, apply_Q, b_hat, y0_hat, schedule, num_steps, hat)
+        d_y0_hat, a, z, d_schedule, d_prox = _adjoint_sweep(
+            apply_Q, apply_Q, b_hat, y0_hat, schedule, num_steps, hat, cold
+        )
         db_hat = a.sum(0)
         db = matvec(matrix, db_hat)
         d_y0 = cotangents[0] + matvec(matrix, d_y0_hat)
@@ -215,11 +222,12 @@ def backward(
     )
 
 
-def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, prox=NO_PROX):
+def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, cold, prox=NO_PROX):
     """Replay the iterates, then run the adjoint down.
 
-    Returns ȳ_0, the stacks A_t = -φ_t a_t and Z_t = z_t (``[k, B, d]``), φ̄, β̄, γ̄ (``[B, k]``), and the gradients of
-    ``prox``: of its bounds and weight ``[B, d]``, of its threshold ``[B, k]``, None for what it has not.
+    Returns ȳ_0 (not if ``cold``: y_0 is zero), the stacks A_t = -φ_t a_t and Z_t = z_t (``[k, B, d]``),
+    φ̄, β̄, γ̄ (``[B, k]``), and the gradients of ``prox``: of its bounds and weight ``[B, d]``, of its
+    threshold ``[B, k]``, None for what it has not.
     """
     ys, vs = iterates(apply_Q, b, y0, schedule, num_steps, prox)
     gradient_descent = schedule[1] is None
@@ -233,7 +241,8 @@ def _adjoint_sweep(apply_Q, apply_Qt, b, y0, schedule, num_steps, cotangents, pr
         a, *d_prox_t = _through_prox(vs[t], y_bar, prox, taus[t], free[t], phi[t])
         m = ys[t] - ys[max(t - 1, 0)]
         z = ys[t] if gradient_descent else ys[t] + gamma[t] * m
-        w = apply_Qt(a)
+        # Qᵀa_0 is in ȳ_0 alone where z_0 is zero; it need not be finite
+        w = apply_Qt(a) if t > 0 or not cold else torch.zeros_like(b)
         a_stack.append(-phi[t] * a)
         z_stack.append(z)
         d_phi.append(-(w * z + a * b).sum(-1) + d_prox_t.pop())
