@@ -4,6 +4,7 @@ Every layer on every structure of Q, against the same layer in eager torch or ou
 """
 
 import copy
+import importlib
 import importlib.util
 import io
 import itertools
@@ -668,6 +669,49 @@ def test_meta_and_back(name, structure):
         back = empty.to_empty(device="cpu")
         back.load_state_dict(model.state_dict())
         torch.testing.assert_close(of(back, inputs), of(model, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "cuda", "triton") if name in available_backends()])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("call", ["gd", "nesterov", "rnn", "diagonal", "spectral"])
+def test_flop_counter(call, shared, backend):
+    """The products of the kernels are those of the backward by hand, which torch counts by itself."""
+    # both import triton
+    from torch.utils.flop_counter import FlopCounterMode
+
+    importlib.import_module("unrolled_kernels.flops")
+
+    (Q,), _, b = random_quadratic("dense", (3,), 5, shared=shared, device="cuda" if backend == "cuda" else None)
+    weights = [torch.rand(*shape, device=b.device) for shape in ((4, 5), (4, 5), (6, 4), (5, 6))]
+    W1, W2, W3, V = weights
+    Q, b, y0, step_size = (x.requires_grad_() for x in (Q, b, b.clone(), torch.tensor(0.3, device=b.device)))
+    calls = {
+        "gd": lambda backend: F.gradient_descent(Q, b, step_size, 4, backend=backend),
+        "nesterov": lambda backend: F.nesterov(Q, b, step_size, 0.1, 4, y0=y0, backend=backend),
+        "rnn": lambda backend: F.rnn(Q, b, (W1.requires_grad_(), W2, [W3], V), 4, backend=backend),
+        "diagonal": lambda backend: F.gradient_descent(uk.Diagonal(b), b, step_size, 4, backend=backend),
+        "spectral": lambda backend: F.gradient_descent(uk.Spectral(b, Q), b, step_size, 4, y0=y0, backend=backend),
+    }
+
+    def counts(backend):
+        with FlopCounterMode(display=False) as counter:
+            y = calls[call](backend)
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        return forward, counter.get_total_flops() - forward
+
+    product = 2 * 3 * 5 * 5
+    if call == "spectral":
+        # backward: Rᵀ times b, y_0 and ȳ_k, three terms of the gradient of R, and R times what b and y_0 get
+        assert counts(backend) == (3 * product, (3 + 3 + 2) * product)
+    else:
+        assert counts(backend) == counts("manual")
+    if (call, shared, backend) == ("gd", False, "cpu"):
+        # three products a step forward again, three back, and two terms of the gradient of Q
+        (first,) = torch.autograd.grad(calls[call](backend).square().sum(), Q, create_graph=True)
+        with FlopCounterMode(display=False) as counter:
+            first.square().sum().backward()
+        assert counter.get_flop_counts()["Global"][torch.ops.unrolled_kernels.momentum_second_order] == 8 * 4 * product
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "momentum-fixed"])
