@@ -318,6 +318,29 @@ def test_memory_that_runs_out_is_reported_as_torch_does():
     _python("_out_of_memory()")
 
 
+def _out_of_memory_on_a_gpu():
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        F.gradient_descent(torch.eye(2), torch.ones(2), 0.3, 4)
+    assert str(error.value) == "CUDA out of memory. Tried to allocate 8.00 GiB."
+    assert isinstance(error.value, RuntimeError)
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc was not found")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="an older torch does not keep the text of its errors")
+def test_memory_of_a_gpu_that_runs_out_has_a_type_of_its_own(tmp_path):
+    """The stable ABI's allocation fails, and torch's text is that of its CUDA allocator: both are put in its place."""
+    source, library = tmp_path / "exhausted.c", tmp_path / "exhausted.so"
+    source.write_text(
+        "int aoti_torch_empty_strided() { return 1; }\n"
+        "const char* torch_exception_get_what_without_backtrace() {\n"
+        '  return "CUDA out of memory. Tried to allocate 8.00 GiB.";\n'
+        "}\n"
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True)
+    _python("_out_of_memory_on_a_gpu()", LD_PRELOAD=str(library))
+
+
 def _seconds_to_interrupt(call, after=0.5):
     """From a signal, so long after ``call`` began, to its end: time of this process, whatever else is running."""
     signal.signal(signal.SIGPROF, signal.default_int_handler)
