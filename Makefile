@@ -95,9 +95,10 @@ gpu-profile:
 	ncu --set full --clock-control none --kernel-name regex:momentum --launch-skip 4 --launch-count 4 \
 	  --export runs/profile/momentum --force-overwrite $(PYTHON) -m benchmarks.momentum --device cuda --only d32-k10 --peers "" --rounds 1
 
-# for PyPI, of this Python: pybind11 has no stable interface over Pythons. torch's libraries are torch's
+# for PyPI, of this Python: pybind11 has no stable interface over Pythons. torch's libraries are torch's. setuptools packs
+# what it finds in build/lib*, of earlier builds too
 wheel: $(VENV)/.dev
-	rm -rf build/wheel && mkdir -p build/wheel
+	rm -rf build/wheel build/lib* dist && mkdir -p build/wheel
 	UNROLLED_KERNELS_EXTENSION=1 UNROLLED_KERNELS_AUTOGRAD=0 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 	ls -l dist
