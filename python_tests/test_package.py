@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -435,6 +436,23 @@ def test_the_wheel_holds_says_and_requires_what_it_should(kind, wheel, empty_env
     check_contents(kind, wheel, tmp_path)
     check_it_runs_alone(kind, empty_environment)
     check_metadata(wheel, empty_environment)
+
+
+ENVIRONMENTS = runpy.run_path(str(ROOT / "docs" / "environments.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["compiled"], indirect=True)
+@pytest.mark.parametrize("row", [row for row in ENVIRONMENTS["ROWS"] if row.source == "wheel"], ids=" ".join)
+def test_a_wheel_runs_under_every_torch_of_its_python(kind, wheel, row):
+    try:
+        said = ENVIRONMENTS["try_out"](row, wheel)
+    except ENVIRONMENTS["Unavailable"] as reason:
+        pytest.skip(str(reason))
+    if sys.version.startswith(f"{row.python}."):
+        assert said == "CPU kernels; a training step ran on 'cpu'; pip check: clean"
+    else:
+        assert said == f"refused: {wheel.name} is not a supported wheel on this platform."
 
 
 USER = """
