@@ -173,6 +173,19 @@ def test_derivatives_at_kinks_are_torchs(backend, structure):
 
 
 @backends
+def test_a_nan_of_the_map_does_not_vanish(backend):
+    b, weight, threshold = torch.ones(4, 5), torch.full((4, 5), 0.1), torch.full((4, 3), 0.1)
+    weight[1, 2] = threshold[2, 1] = math.nan
+    b, weight, threshold = (x.to(device_of(backend)) for x in (b, weight, threshold))
+    for Q in (uk.Diagonal(torch.ones_like(b)), torch.eye(5).to(b)):
+        y = F.gradient_descent(Q, b, 0.5, 3, prox=L1(weight), backend=backend)
+        assert y.isnan()[1, 2]
+        assert not y.isnan()[[0, 2, 3]].any()
+        y = F.gradient_descent(Q, b, 0.5, 3, prox=SoftThreshold(threshold), backend=backend)
+        assert y.isnan().all(1).tolist() == [False, False, True, False]
+
+
+@backends
 def test_crossed_bounds_and_negative_weights(backend):
     """For tensors lower > upper gives upper, as torch.clamp, and what is below zero counts as zero."""
     device = device_of(backend)

@@ -30,9 +30,10 @@ UNROLLED_KERNELS_INLINE Vector<C> where(Mask condition, Vector<C> v) {
   return reinterpret_cast<Vector<C>>(condition & reinterpret_cast<Mask>(v));
 }
 
+// zero below zero; a NaN stays one
 template <typename C>
 UNROLLED_KERNELS_INLINE Vector<C> above_zero(Vector<C> v) {
-  return where<C>(v > Vector<C>{}, v);
+  return where<C>(~(v <= Vector<C>{}), v);
 }
 
 // tau_t of vector n
@@ -42,7 +43,7 @@ UNROLLED_KERNELS_INLINE Vector<C> soft_threshold(const ProxRows<C>& p, Vector<C>
   return above_zero<C>(threshold);
 }
 
-// p_t(v) of vector n; a NaN stays one
+// p_t(v) of vector n; a NaN, of v or of tau_t, stays one
 template <Prox prox, typename C>
 UNROLLED_KERNELS_INLINE Vector<C> proximal_map(const ProxRows<C>& p, Vector<C> phi, Vector<C> threshold, int64_t n,
                                                Vector<C> v) {
@@ -57,7 +58,7 @@ UNROLLED_KERNELS_INLINE Vector<C> proximal_map(const ProxRows<C>& p, Vector<C> p
     }
   } else if constexpr (prox != Prox::none) {
     const Vector<C> tau = soft_threshold<prox>(p, phi, threshold, n);
-    v = v > tau ? v - tau : v < -tau ? v + tau : where<C>(v != v, v);
+    v = where<C>(~((v <= tau) & (v >= -tau)), v > Vector<C>{} ? v - tau : v + tau);
   }
   return v;
 }
