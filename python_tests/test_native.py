@@ -402,10 +402,9 @@ def _interrupt_one_chunk(after):
     calls = {
         "rnn": lambda: F.rnn(Q, b, rnn, 10**6),
         "rnn, backward": lambda: F.rnn(Q, leaf(b), rnn, 200_000).sum().backward(),
-        "diagonal": lambda: F.gradient_descent(uk.Diagonal(q), wide, 0.3, 10**7),
-        "diagonal, momentum": lambda: F.nesterov(uk.Diagonal(q), wide, 0.3, 0.1, 10**7),
-        "diagonal, one vector": lambda: F.gradient_descent(uk.Diagonal(q[:4]), wide[:, :4], 0.3, 10**10),
-        "diagonal, backward": lambda: F.gradient_descent(uk.Diagonal(leaf(q)), wide, 0.3, 10**7).sum().backward(),
+        "diagonal": lambda: F.gradient_descent(uk.Diagonal(q), wide, 0.3, 10**6),
+        "diagonal, momentum": lambda: F.nesterov(uk.Diagonal(q), wide, 0.3, 0.1, 3 * 10**6),
+        "diagonal, backward": lambda: F.gradient_descent(uk.Diagonal(leaf(q)), wide, 0.3, 10**6).sum().backward(),
         "dense": lambda: F.gradient_descent(Q.unsqueeze(0), b, 0.3, 10**8),
         "large": lambda: F.gradient_descent(large_Q, large, 0.3, 10**5),
         "large, backward": lambda: F.gradient_descent(leaf(large_Q), large, 0.3, 3000).sum().backward(),

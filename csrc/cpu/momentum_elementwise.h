@@ -125,21 +125,18 @@ UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p,
     m[n] = Vector<C>{};
   }
   C* out = p.y + offset;
-  const int64_t k = p.k;
-  for_blocks(k, work_of_step, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
-      const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
+  for (int64_t t = 0, k = p.k; t < k; ++t) {
+    const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
+    const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        if (trajectory) store(out + t * row + n * W, y[n]);
-        elementwise_step<momentum, per_step, proximal>(
-            c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
-            [&](Vector<C> v) { return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v); });
-      }
-      c = next;
+    for (int n = 0; n < N; ++n) {
+      if (trajectory) store(out + t * row + n * W, y[n]);
+      elementwise_step<momentum, per_step, proximal>(
+          c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
+          [&](Vector<C> v) { return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v); });
     }
-  });
+    c = next;
+  }
   if (trajectory) out += p.k * row;
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) store(out + n * W, y[n]);
@@ -156,12 +153,10 @@ UNROLLED_KERNELS_INLINE void traceless_forward(const ElementwiseForward<C>& p, i
     b[n] = phi * load(p.b + offset + n * W);
     y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
   }
-  for_blocks(p.k, work_of_step, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
+  for (int64_t t = 0; t < p.k; ++t) {
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) y[n] = c[n] * y[n] - b[n];
-    }
-  });
+    for (int n = 0; n < N; ++n) y[n] = c[n] * y[n] - b[n];
+  }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) store(p.y + offset + n * W, y[n]);
 }
@@ -289,15 +284,13 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
       y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
       u[n] = Vector<C>{};
     }
-    for_blocks(p.k, work_of_step, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
+    for (int64_t t = 0; t < p.k; ++t) {
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-          u[n] = c[n] * u[n] + y[n];
-          y[n] = c[n] * y[n] - b[n];
-        }
+      for (int n = 0; n < N; ++n) {
+        u[n] = c[n] * u[n] + y[n];
+        y[n] = c[n] * y[n] - b[n];
       }
-    });
+    }
   }
   Vector<C> T[N], P[N];
 #pragma GCC unroll 8
@@ -306,15 +299,13 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
     P[n] = load(p.grad_y + offset + n * W);
     u[n] *= P[n];
   }
-  for_blocks(p.k, work_of_step, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
+  for (int64_t t = 0; t < p.k; ++t) {
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        T[n] += P[n];
-        P[n] *= c[n];
-      }
+    for (int n = 0; n < N; ++n) {
+      T[n] += P[n];
+      P[n] *= c[n];
     }
-  });
+  }
   Vector<C> phi_sum{};
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
