@@ -391,9 +391,9 @@ def test_a_signal_ends_a_long_call(kind):
 
 def _interrupt_one_chunk(after):
     torch.broadcast_shapes((1,), (1, 1))
-    b, large, wide = torch.randn(1, 32), torch.randn(3, 1000, dtype=torch.float64), torch.randn(1, 2048)
+    b, large, wide = torch.randn(1, 32), torch.randn(3, 1000, dtype=torch.float64), torch.randn(1, 2**16)
     Q, large_Q = 0.5 * torch.eye(32), 0.5 * torch.eye(1000, dtype=torch.float64).repeat(3, 1, 1)
-    q, leaf = torch.rand(2048), lambda x: x.clone().requires_grad_()
+    q, leaf = torch.rand(2**16), lambda x: x.clone().requires_grad_()
     R, weights = leaf(torch.linalg.qr(large_Q[0, :300, :300] + 1)[0]), [0.1 * torch.randn(20, 32) for _ in range(2)]
     rnn = (*weights, [], 0.1 * torch.randn(32, 20))
     spectral = lambda: uk.Spectral(large_Q.diagonal(dim1=1, dim2=2)[:1, :300], R)
