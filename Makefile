@@ -42,15 +42,17 @@ fuzz: build $(VENV)/.dev
 	  $(SIDE_BY_SIDE)
 
 # this machine's results, their page under docs/speed and the README's numbers: ten minutes, with nothing else running
+# as a program has torch that sets nothing: where waiting threads sleep, eager loops take up to six times longer
+BENCH := env -u OMP_WAIT_POLICY $(BIN)/python -m
 bench: build $(VENV)/.experiments $(VENV)/.dev
-	$(BIN)/python -m benchmarks.momentum --record
-	$(BIN)/python -m benchmarks.rnn --record
-	$(BIN)/python -m benchmarks.training --record
-	$(BIN)/python -m benchmarks.scaling --record
-	$(BIN)/python -m benchmarks.shared --record --rounds 3 --structure dense --method gd,nag
-	$(BIN)/python -m benchmarks.shared --record --rounds 3 --structure spectral
-	$(BIN)/python -m benchmarks.auto
-	$(BIN)/python -m benchmarks.report
+	$(BENCH) benchmarks.momentum --record
+	$(BENCH) benchmarks.rnn --record
+	$(BENCH) benchmarks.training --record
+	$(BENCH) benchmarks.scaling --record
+	$(BENCH) benchmarks.shared --record --rounds 3 --structure dense --method gd,nag
+	$(BENCH) benchmarks.shared --record --rounds 3 --structure spectral
+	$(BENCH) benchmarks.auto
+	$(BENCH) benchmarks.report
 
 # on a machine with a GPU, with its own python3 and torch: builds in place, for that GPU alone, and installs nothing
 GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
