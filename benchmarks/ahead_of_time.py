@@ -104,6 +104,7 @@ def launches(capability=90):
         mock.patch.object(driver, "_active", _Driver()),
         mock.patch.object(knobs.runtime, "jit_cache_hook", record),
         mock.patch.object(_backend, "resolve", return_value="triton"),
+        mock.patch.object(_backend, "decide", return_value="triton"),
         mock.patch.object(launch, "capability", return_value=capability),
     ):
         yield found

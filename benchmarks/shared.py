@@ -35,6 +35,9 @@ class SharedMomentum(Momentum):
     def floors(self):
         once, s = self.d * self.d * self.dtype.itemsize, self.dtype.itemsize
         (_, forward), (_, backward) = super().floors()
+        if self.d > 128 and self.structure == "dense":
+            # iterates are kept: nothing is run again
+            backward -= forward
         return (once + 2 * self.B * self.d * s, forward), (2 * once + 3 * self.B * self.d * s, backward)
 
 

@@ -13,7 +13,7 @@ FLOORS = [
     ["_check", "testing"],
     ["_backend", "prox", "regions"],
     ["ops", "info"],
-    ["schedules"],
+    ["schedules", "flops"],
     ["functional"],
     ["layers"],
     ["layers_rnn"],
