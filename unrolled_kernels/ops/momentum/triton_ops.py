@@ -80,16 +80,17 @@ def _backward(grad_y, matrix, diagonal, observed, b, *rest):
         d_diagonal, d_matrix, db, dy0, d_schedule = _kernels("spectral").backward(*arguments)
     d_observed = -db if needs_observed else None
     gradients = (d_matrix, d_diagonal, d_observed, db if needs_b else None, dy0 if needs_y0 else None)
-    nothing = coefficients[0].new_empty(0)
+    # each its own: no two outputs of an op are the same tensor
+    nothing = lambda: coefficients[0].new_empty(0)
     *d_schedule, d_threshold = (
-        g.reshape(c.shape) if needed else nothing
+        g.reshape(c.shape) if needed else nothing()
         for g, c, needed in zip(d_schedule, coefficients, needs_schedule, strict=True)
     )
     return (
         *(b.new_empty(0) if g is None else g for g in gradients),
         *d_schedule,
-        nothing,  # μ's, which is made of those of β and γ
-        *(g if needed else nothing for g, needed in zip(d_bounds, needs_bounds, strict=True)),
+        nothing(),  # μ's, which is made of those of β and γ
+        *(g if needed else nothing() for g, needed in zip(d_bounds, needs_bounds, strict=True)),
         d_threshold,
     )
 
