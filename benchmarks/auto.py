@@ -1,7 +1,6 @@
 """Which backends ``backend="auto"`` tries: ``python -m benchmarks.auto`` writes it from the rows of benchmarks/results.
 
-A row shows a backend to be slower than the eager loop where even the faster of its turns (20th percentile) take longer
-than the eager loop's median: medians of two functions that are equally fast are in either order.
+None that a row shows to be slower than the eager loop, by their medians.
 """
 
 import csv
@@ -28,7 +27,7 @@ def multiplies_matrices(file, row):
 
 
 def measured():
-    """``{(device, products): {case: {backend: (median, 20th percentile)}}}`` of the committed rows, in µs."""
+    """``{(device, products): {case: {backend: median}}}`` of the committed rows, in µs."""
     tables = defaultdict(lambda: defaultdict(dict))
     for file in sorted((harness.ROOT / "benchmarks/results").glob("c*/*.csv")):
         with file.open(newline="") as lines:
@@ -36,13 +35,8 @@ def measured():
                 if "backend" in row:
                     key = "cpu" if file.parent.name.startswith("cpu") else "cuda", multiplies_matrices(file, row)
                     case = (file.name, *(row[name] for name in _CASE))
-                    tables[key][case][row["backend"]] = float(row["p50_us"]), float(row["p20_us"])
+                    tables[key][case][row["backend"]] = float(row["p50_us"])
     return tables
-
-
-def is_slower(times, name):
-    """Whether ``{backend: (median, 20th percentile)}`` shows backend ``name`` to be slower than the eager loop."""
-    return times[name][1] > times["eager"][0]
 
 
 def choose(cases):
@@ -51,8 +45,8 @@ def choose(cases):
     for times in cases.values():
         for name in suite.FUSED:
             if name in times and "eager" in times:
-                ratios[name].append(math.log(times[name][0] / times["eager"][0]))
-                lost |= {name} if is_slower(times, name) else set()
+                ratios[name].append(math.log(times[name] / times["eager"]))
+                lost |= {name} if times[name] > times["eager"] else set()
     if not ratios:
         return None
     return tuple(sorted(ratios.keys() - lost, key=lambda name: sum(ratios[name]) / len(ratios[name])))

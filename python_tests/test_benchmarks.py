@@ -81,10 +81,10 @@ def test_auto_takes_no_path_that_was_slower(file):
     keys = ["structure", "method", "mode", "dtype", "B", "d", "k"]
     for key, group in rows.groupby([*keys, "threads"], dropna=False):
         case = dict(zip(keys, key, strict=False))
-        times = {row.backend: (row.p50_us, row.p20_us) for row in group.itertuples()}
+        times = group.set_index("backend").p50_us
         candidates = _backend.AUTO[device, auto.multiplies_matrices(file, case)]
         taken = next((name for name in candidates if name in times), "eager")
-        assert "eager" not in times or not auto.is_slower(times, taken), f"{case}: {taken} {times[taken]} µs, {times}"
+        assert "eager" not in times or times[taken] <= times["eager"], f"{case}: {taken}, {times.to_dict()}"
 
 
 def test_what_auto_takes_is_written_from_the_rows():
@@ -92,13 +92,11 @@ def test_what_auto_takes_is_written_from_the_rows():
 
 
 def test_what_auto_takes_is_never_slower_than_the_eager_loop():
-    fast, slow = ({"eager": (2.0, 1.9), "cuda": (1.0, 0.9), "triton": (triton, triton - 0.05)} for triton in (0.5, 2.1))
+    fast, slow = ({"eager": 2.0, "cuda": 1.0, "triton": triton} for triton in (0.5, 2.1))
     assert auto.choose({0: fast, 1: fast}) == ("triton", "cuda")
     assert auto.choose({0: fast, 1: slow}) == ("cuda",)
-    assert auto.choose({0: slow | {"cuda": (3.0, 2.1)}}) == ()
-    assert auto.choose({0: {"eager": (1.0, 1.0), "jax": (0.5, 0.5)}}) is None
-    # as fast as the eager loop
-    assert auto.choose({0: {"eager": (1.0, 0.95), "cpu": (1.01, 0.96)}}) == ("cpu",)
+    assert auto.choose({0: slow | {"cuda": 2.01}}) == ()
+    assert auto.choose({0: {"eager": 1.0, "jax": 0.5}}) is None
 
 
 def test_rows_of_a_case(one_thread):

@@ -49,53 +49,21 @@ def momentum(
             both follow from it costs no node of autograd's graph.
     """
     tensors = (matrix, diagonal, observed, b, y0, step_sizes, momentum, extrapolation, mu)
-    if backend != "eager" and not common.runs_in_eager():
-        prox = (lower, upper, weight, threshold)
-        may_keep = backend == "cpu" and matrix is not None and matrix.shape[0] == 1 and not trajectory
-        if may_keep and _keeps_iterates(tensors, prox, num_steps):
-            return KeptMomentumFunction.apply(backend, *tensors, *prox, num_steps, True)[0]
-        if torch.compiler.is_compiling():
-            # the op and its own gradients: of a Function the compiler does not see that what it saved is written into
-            return _LAUNCHERS[backend].forward(*tensors, *prox, num_steps, trajectory)
-        if backend == "cpu" and _node is not None:
-            y = _node.canonical(
-                matrix,
-                diagonal,
-                observed,
-                b,
-                y0,
-                step_sizes,
-                momentum,
-                extrapolation,
-                mu,
-                lower,
-                upper,
-                weight,
-                threshold,
-                num_steps,
-                trajectory,
-            )
-            if y is not None:
-                return y
-        return MomentumFunction.apply(
-            backend,
-            matrix,
-            diagonal,
-            observed,
-            b,
-            y0,
-            step_sizes,
-            momentum,
-            extrapolation,
-            mu,
-            lower,
-            upper,
-            weight,
-            threshold,
-            num_steps,
-            trajectory,
-        )
-    return reference.forward(*tensors, lower, upper, weight, threshold, num_steps, trajectory)
+    prox = (lower, upper, weight, threshold)
+    arguments = (*tensors, *prox, num_steps, trajectory)
+    if backend == "eager" or common.runs_in_eager():
+        return reference.forward(*arguments)
+    may_keep = backend == "cpu" and matrix is not None and matrix.shape[0] == 1 and not trajectory
+    if may_keep and _keeps_iterates(tensors, prox, num_steps):
+        return KeptMomentumFunction.apply(backend, *tensors, *prox, num_steps, True)[0]
+    if torch.compiler.is_compiling():
+        # the op and its own gradients: of a Function the compiler does not see that what it saved is written into
+        return _LAUNCHERS[backend].forward(*arguments)
+    if backend == "cpu" and _node is not None:
+        y = _node.canonical(*arguments)
+        if y is not None:
+            return y
+    return MomentumFunction.apply(backend, *arguments)
 
 
 def dense(Q, b, step_size, momentum, extrapolation, mu, num_steps, trajectory):
