@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,27 @@ def test_killed_worker_is_said_in_words():
 
 
 # interrupts
+
+
+class _Object:
+    pass
+
+
+def _interrupt_in_a_callback(shared, job, on_progress):
+    thing = _Object()
+    callback = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    time.sleep(20)
+    return callback
+
+
+def test_an_interrupt_that_a_callback_swallows_comes_again(capfd):
+    """Python prints what a callback raises and goes on: an import that is interrupted at the wrong moment."""
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_jobs([0, 1], workers=2, prepare=_nothing, work=_interrupt_in_a_callback, bar=None))
+    assert time.monotonic() - began < 15
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "workers"), [*((kind, 1) for kind in COMMANDS), ("denoising", 2)], ids=str)

@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from concurrent.futures.process import BrokenProcessPool
 
@@ -91,6 +92,7 @@ def _start_worker(prepare, work, progress, stop):
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     threading.Thread(target=_interrupt_when_set, args=(stop,), daemon=True).start()
     signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _interrupt_again
     torch.set_num_threads(1)
     _worker = prepare(), work, progress, stop
 
@@ -102,7 +104,12 @@ def _exit_with_parent():
 
 def _interrupt_when_set(stop):
     stop.wait()
-    signal.raise_signal(signal.SIGINT)
+    _wake()
+
+
+def _wake():
+    # to the main thread, which may be asleep
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 def _interrupt(signum, frame):
@@ -111,6 +118,17 @@ def _interrupt(signum, frame):
     if _working:
         _working, _interrupted = False, True
         raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable):
+    """Where an interrupt fell into a callback, of a weak reference for instance, the interpreter only prints it."""
+    global _working
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    _working = True
+    # when the callback is over
+    threading.Timer(0.05, _wake).start()
 
 
 def _work(job):
