@@ -48,6 +48,7 @@ bench: build $(VENV)/.experiments $(VENV)/.dev
 	$(BENCH) benchmarks.momentum --record
 	$(BENCH) benchmarks.rnn --record
 	$(BENCH) benchmarks.training --record
+	$(BENCH) benchmarks.gradients --record
 	$(BENCH) benchmarks.scaling --record
 	$(BENCH) benchmarks.shared --record --rounds 3 --structure dense --method gd,nag
 	$(BENCH) benchmarks.shared --record --rounds 3 --structure spectral

@@ -1,4 +1,7 @@
-"""``python -m benchmarks.report``: docs/speed/<device>.md, its figures and the README's numbers, from the CSVs."""
+"""``python -m benchmarks.report``: docs/speed/<device>.md, its figures and numbers elsewhere, from the CSVs.
+
+Elsewhere: the README and docs/mathematics.md, between their markers, from the device measured last.
+"""
 
 import json
 import math
@@ -9,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import figures, scaling
+from benchmarks.gradients import EXACT, GRADIENTS, SECOND_ORDER
 from benchmarks.harness import ROOT
 from benchmarks.peers import PEERS
 from benchmarks.suite import FUSED
@@ -41,13 +45,18 @@ def main():
     for device in devices:
         (PAGES / f"{device.name}.md").write_text(device.page())
     latest = max(devices, key=lambda device: device.rows.date.max())
-    parts = {"headline": latest.headline(), "speed": latest.summary()}
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    readme, mathematics = ROOT / "README.md", ROOT / "docs/mathematics.md"
+    fill(readme, {"headline": latest.headline(), "speed": latest.summary()})
+    fill(mathematics, latest.gradients())
+    print(f"wrote {readme}, {mathematics}, {', '.join(f'{PAGES}/{device.name}.md' for device in devices)} and figures")
+
+
+def fill(file, parts):
+    """Write the generated parts of a page anew."""
+    text = file.read_text()
     if {match[2] for match in PART.finditer(text)} != set(parts):
-        sys.exit(f"README.md: expected the markers of the generated parts {', '.join(parts)}")
-    readme.write_text(PART.sub(lambda match: match[1] + parts[match[2]] + match[3], text))
-    print(f"wrote {readme}, {', '.join(f'{PAGES}/{device.name}.md' for device in devices)} and their figures")
+        sys.exit(f"{file}: expected the markers of the generated parts {', '.join(parts)}")
+    file.write_text(PART.sub(lambda match: match[1] + parts[match[2]] + match[3], text))
 
 
 def read(file):
@@ -66,6 +75,7 @@ class Device:
         momentum, rnn, self.training, self.sweeps = (read(file) if file.exists() else None for file in files)
         rows = pd.concat([part for part in (momentum, rnn) if part is not None], ignore_index=True)
         self.rows = rows[rows["mode"] == "forward+backward"]
+        self.other = read(directory / "gradients.csv") if (directory / "gradients.csv").exists() else None
         shared = [read(file).assign(file=file.stem) for file in sorted(directory.glob("shared_*.csv"))]
         self.shared = pd.concat(shared, ignore_index=True) if shared else None
         self.machine = json.loads((directory / "machine.json").read_text())
@@ -134,6 +144,13 @@ class Device:
             f"{r.what} ({r.task}) at {r.eager_us / r.fused_us:.2f}× its time" for r in rows if r.eager_us < r.fused_us
         ]
         return [f"The eager loop is the faster one for {'; '.join(slower)}."] if slower else []
+
+    def gradients(self):
+        """Tables of other gradients and of second order: time over that of the exact forward + backward."""
+        if self.other is None:
+            return {}
+        modes = {"gradients": GRADIENTS, "second": SECOND_ORDER}
+        return {name: f"\n{gradients_table(self.other, each)}\n" for name, each in modes.items()}
 
     def three_numbers(self):
         """Many small problems, the denoiser's layer, and a training step of an ensemble."""
@@ -312,6 +329,21 @@ def shared_table(rows):
         cells = [structure, method.upper(), *sizes, f"{fused.p50_us:.0f}", f"{eager.p50_us:.0f}"]
         cells += [f"{eager.p50_us / fused.p50_us:.2f}", f"{fused.peak_mb:.1f}", f"{eager.peak_mb:.1f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def gradients_table(rows, modes):
+    """Times over the exact forward and backward's, in brackets the eager ones over the kernels' where there are any."""
+    titles = [f"{mode}, {method.upper()}" for mode in modes for method in ("gd", "nag")]
+    lines = [f"| Q | (B, d, k) | {' | '.join(titles)} |", _rule(2 + len(titles))]
+    for (structure, *sizes), case in rows.groupby(["structure", "B", "d", "k"], sort=False):
+        times = case.set_index(["mode", "method", "backend"]).p50_us
+        cells = [structure, str(tuple(sizes))]
+        for mode, method in ((mode, method) for mode in modes for method in ("gd", "nag")):
+            text = f"{times[mode, method, 'cpu'] / times[EXACT, method, 'cpu']:.2f}"
+            eager = times.get((mode, method, "eager"))
+            cells.append(text if eager is None else f"{text} ({eager / times[mode, method, 'cpu']:.0f})")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

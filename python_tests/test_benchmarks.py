@@ -186,6 +186,9 @@ def test_the_readme_and_the_pages_show_the_committed_rows(tmp_path, monkeypatch)
     for device in devices:
         assert (ROOT / f"docs/speed/{device.name}.md").read_text() == device.page(), "run python -m benchmarks.report"
     latest = max(devices, key=lambda device: device.rows.date.max())
-    readme = (ROOT / "README.md").read_text()
-    for part in (latest.headline(), latest.summary()):
-        assert part in readme, "run python -m benchmarks.report"
+    for page, parts in (
+        ("README.md", [latest.headline(), latest.summary()]),
+        ("docs/mathematics.md", latest.gradients().values()),
+    ):
+        for part in parts:
+            assert part in (ROOT / page).read_text(), "run python -m benchmarks.report"
