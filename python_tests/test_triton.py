@@ -131,7 +131,7 @@ def calls(structure, methods, coefficients, sizes):
         "trajectory": (False, True),
         "shared": (False, True) if structure in ("dense", "spectral") else (False,),
         "cotangent": ("expanded", "strided"),
-        "prox": (None, *MAPS) if methods != ["rnn"] and structure != "spectral" else (None,),
+        "prox": (None, *MAPS) if methods != ("rnn",) and structure != "spectral" else (None,),
         "wanted": subsets(("Q", "b", "y0", "schedule")),
     }
     for values in itertools.product(*choices.values()):
@@ -142,17 +142,17 @@ def calls(structure, methods, coefficients, sizes):
             yield row
 
 
-def with_every_pair(rows):
-    """Some of ``rows`` that have every pair of values that is in them all."""
-    rows = list(rows)
-    random.Random(0).shuffle(rows)
-    pairs = [set(itertools.combinations(row.items(), 2)) for row in rows]
+def with_every_pair(things, values=dict):
+    """Some of ``things`` that have every pair that there is of ``values(thing)``, a dictionary."""
+    things = list(things)
+    random.Random(0).shuffle(things)
+    pairs = [set(itertools.combinations(values(thing).items(), 2)) for thing in things]
     missing = set().union(*pairs)
     for least in (20, 10, 5, 1):
-        for row, own in zip(rows, pairs, strict=True):
+        for thing, own in zip(things, pairs, strict=True):
             if len(own & missing) >= least:
                 missing -= own
-                yield row
+                yield thing
 
 
 MAPS = ("box", "number", "l1", "soft_threshold")
@@ -163,26 +163,34 @@ SIZES = {"dense": (5, 16, 150), "spectral": (5, 16, 150), "diagonal": (5, 512), 
 capabilities = pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm_{c}")
 
 
-@compiles
-@structures
-def test_every_call_translates(structure):
-    """Each value of each argument, with each of every other and with each set of gradients that is asked for."""
-    with launches() as found:
-        for row in with_every_pair(calls(structure, METHODS, COEFFICIENTS, SIZES[structure])):
-            call(structure, **row)
-    assert len(found) > 20
-    for launch in found:
-        launch.translate()
+def constants(launch):
+    """What a kernel is compiled for, by name: its constants, arguments that are not there, and strides of one."""
+    names = launch.source.fn.arg_names
+    # the members of a tuple have a path of indices
+    return {(launch.name, names[path[0]], *path[1:]): str(value) for path, value in launch.source.constants.items()}
 
 
 @compiles
-@pytest.mark.parametrize("structure", ["dense", "diagonal"])
-def test_every_rnn_call_translates(structure):
+@pytest.mark.parametrize(
+    ("structures", "methods", "coefficients", "sizes"),
+    [
+        *(((structure,), METHODS, COEFFICIENTS, SIZES[structure]) for structure in ("dense", "spectral")),
+        (("diagonal", "tikhonov"), METHODS, COEFFICIENTS, SIZES["diagonal"]),
+        (("dense", "diagonal"), ("rnn",), ((20,), (10, 20, 20)), (5, 16)),
+    ],
+    ids=["dense", "spectral", "diagonal", "rnn"],
+)
+def test_every_call_translates(structures, methods, coefficients, sizes):
+    """Each value of each argument with each of every other, and each set of gradients that is asked for; of what
+    these calls launch, enough that every two constants of a kernel meet."""
     with launches() as found:
-        for row in with_every_pair(calls(structure, ["rnn"], [(20,), (10, 20, 20)], (5, 16))):
-            call(structure, **row)
+        for structure in structures:
+            for row in with_every_pair(calls(structure, methods, coefficients, sizes)):
+                call(structure, **row)
     assert len(found) > 20
-    for launch in found:
+    chosen = list(with_every_pair(found, constants))
+    assert {launch.name for launch in chosen} == {launch.name for launch in found}
+    for launch in chosen:
         launch.translate()
 
 
