@@ -38,8 +38,8 @@ struct Type {
   using type = T;
 };
 
-// One matrix for a batch that is not a single sample: its gradient is then a sum over the batch, unless it is separate. `p`: MomentumInputs or
-// RnnInputs.
+// One matrix for a batch that is not a single sample: its gradient is then a sum over the batch, unless it is separate.
+// `p`: MomentumInputs or RnnInputs.
 template <typename Inputs>
 constexpr bool shares_matrix(const Inputs& p) {
   return p.matrix && p.matrix_stride == 0 && p.B != 1 && !p.separate;
