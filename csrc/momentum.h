@@ -118,7 +118,7 @@ struct MomentumBackward : MomentumInputs<Storage> {
   Storage* d_matrix;    // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
   Storage* d_diagonal;  // [B, d], also where diagonal_stride is 0. tikhonov: df
   Storage* db;          // [B, d], also where b_stride is 0. tikhonov: dg = -dx
-  Storage* dy0;         // [B, d], also where y0 is nullptr
+  Storage* dy0;         // [B, d]; nullptr where y0 is
   // [B or 1, k or 1], summed over what is shared. dbeta, dgamma: nullptr where beta, gamma are 0.
   Compute *dphi, *dbeta, *dgamma, *d_threshold;
   Compute *d_lower, *d_upper, *d_weight;  // [B, d], also where they are shared or single

@@ -288,6 +288,19 @@ def test_nan_stays_in_its_row():
 
 @needs_emulation
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_a_start_at_zero_does_not_ask_for_its_gradient(structure, shared):
+    """Which overflows here: its product with y_0 = 0 would be NaN, in every other gradient."""
+    for d in (6, 20, 40, 130):
+        tensors = _problem(structure, 3, d, 1, shared=shared, warm=False, seed=7)
+        of_Q, size = (1, 1e38) if structure == "dense" else (2, 1e19 if structure == "tikhonov" else 1e38)
+        tensors[of_Q] = tensors[of_Q] * size
+        tensors[0] = tensors[0] * 100
+        _check(Momentum(), tensors, 1, torch.float32)
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("mode", ["address", pytest.param("thread", marks=pytest.mark.slow)])
 def test_sanitizers(structure, mode):
     for (B, d), shared in itertools.product(((5, 5), (18, 11), (5, 20), (3, 33), (1, 66), (3, 130)), (False, True)):

@@ -242,9 +242,13 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
         if (T::warps > 1 && i > 0) gradient.collect(t + 1, delivered);
         C w[T::own_columns];
         tile.transposed_product(q, a_rows, memory.vectors, w);
+        // Q'a_1, which may overflow, is in dy_0 alone
+        const bool cold = t == 0 && !p.y0;
 #pragma unroll
         for (int j = 0; j < T::own_columns; ++j) {
-          adjoint[j].step(s, momentum, w[j], y[j], previous[j], b[j], terms);
+          if (cold) w[j] = 0;
+          terms[0] = terms[0] - w[j] * extrapolate(s, momentum, y[j], previous[j]) - adjoint[j].a * b[j];
+          adjoint[j].step(s, momentum, w[j], y[j], previous[j], terms);
           y[j] = previous[j];
         }
         if (!plain && p.trajectory) {
@@ -417,15 +421,19 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
       }
       __syncthreads();
       if (t + 1 < p.k) gradient.collect(t + 1, sample);
-      matrix.transposed_product(a, v.partials);
+      // Q'a_1, which may overflow, is in dy_0 alone
+      const bool cold = t == 0 && !p.y0;
+      if (!cold) matrix.transposed_product(a, v.partials);
       __syncthreads();
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
-        const C w = matrix.sum_of_partials(v.partials, e);
-        const C y = ys[t * n + e], previous = ys[(t > 0 ? t - 1 : 0) * n + e];
+        const C w = cold ? C(0) : matrix.sum_of_partials(v.partials, e);
+        const C y = ys[t * n + e], previous = ys[(t > 0 ? t - 1 : 0) * n + e],
+                z = extrapolate(s, momentum, y, previous);
         StepAdjoint<C> adjoint{a[e], carry[e], v.db[e]};
-        adjoint.step(s, momentum, w, y, previous, to_compute(b[e]), terms);
+        terms[0] = terms[0] - w * z - adjoint.a * to_compute(b[e]);
+        adjoint.step(s, momentum, w, y, previous, terms);
         if (p.trajectory) adjoint.a += to_compute(cotangent[t * p.B * p.d + e]);
-        ys[t * n + e] = extrapolate(s, momentum, y, previous);
+        ys[t * n + e] = z;
         a[e] = adjoint.a;
         carry[e] = adjoint.carry;
         v.db[e] = adjoint.db;

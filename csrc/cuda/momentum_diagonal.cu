@@ -264,10 +264,14 @@ __global__ void __launch_bounds__(block, proximal ? 3 : 4)
             if constexpr (proximal) {
               adjoint[j].a = map.adjoint(s, j, state.advanced(s, j, y, previous[j]), adjoint[j].a, terms);
             }
-            dq[j] -= s.phi * adjoint[j].a * extrapolate(s, momentum, y, previous[j]);
-            adjoint[j].step(s, momentum, state.q[j] * adjoint[j].a, y, previous[j], state.b[j], terms);
+            const C a = adjoint[j].a, z = extrapolate(s, momentum, y, previous[j]);
+            dq[j] -= s.phi * a * z;
+            terms[0] -= a * (state.q[j] * z + state.b[j]);
+            adjoint[j].step(s, momentum, state.q[j] * a, y, previous[j], terms);
             state.y[j] = previous[j];
           }
+          // z_0 without y_0 and m_0 are zero, and q a may overflow: the one is not multiplied by it, the other leaves it
+          if (t == 0) terms[2] = 0;
           if (!plain && p.trajectory) {
             C given[n];
             load_elements(cotangent + t * p.B * p.d, e, p.d, item.exists, given);

@@ -188,10 +188,14 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
         const StepCoefficients<C> s = plain ? schedule.at(t) : schedule.at(p, scheduled, t);
 #pragma unroll
         for (int j = 0; j < T::own_columns; ++j) {
-          d_eigenvalues[j] -= s.phi * adjoint[j].a * extrapolate(s, momentum, y[j], previous[j]);
-          adjoint[j].step(s, momentum, state.eigenvalues[j] * adjoint[j].a, y[j], previous[j], state.b[j], terms);
+          const C a = adjoint[j].a, z = extrapolate(s, momentum, y[j], previous[j]);
+          d_eigenvalues[j] -= s.phi * a * z;
+          terms[0] -= a * (state.eigenvalues[j] * z + state.b[j]);
+          adjoint[j].step(s, momentum, state.eigenvalues[j] * a, y[j], previous[j], terms);
           y[j] = previous[j];
         }
+        // see momentum_diagonal.cu
+        if (t == 0) terms[2] = 0;
         if (!plain && p.trajectory && t > 0) {
           C rows[T::rows], given[T::own_columns];
           load_rows(tile, cotangent(t), d, exists, rows);
@@ -394,13 +398,16 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
         for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
           const C y = ys[t * n + e], previous = ys[(t > 0 ? t - 1 : 0) * n + e];
           StepAdjoint<C> adjoint{v.a[e], v.carry[e], db[e]};
-          v.d_eigenvalues[e] -= s.phi * (adjoint.a * extrapolate(s, momentum, y, previous));
-          adjoint.step(s, momentum, to_compute(eigenvalues[e]) * adjoint.a, y, previous, v.b[e], terms);
+          const C eigenvalue = to_compute(eigenvalues[e]), z = extrapolate(s, momentum, y, previous);
+          v.d_eigenvalues[e] -= s.phi * (adjoint.a * z);
+          terms[0] -= adjoint.a * (eigenvalue * z + v.b[e]);
+          adjoint.step(s, momentum, eigenvalue * adjoint.a, y, previous, terms);
           if (given) adjoint.a += v.x[e];
           v.a[e] = adjoint.a;
           v.carry[e] = adjoint.carry;
           db[e] = adjoint.db;
         }
+        if (t == 0) terms[2] = 0;
         if (gradient.wanted()) gradient.add(t, sample, terms);
         if (gradient.varies_over_steps()) {
           __syncthreads();
@@ -409,7 +416,8 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
       }
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
         if (!p.trajectory) right[2 * n + e] = ys[p.k * n + e];
-        right[n + e] = v.a[e] + v.carry[e];
+        // without y_0 it may not be finite, and counts for nothing
+        right[n + e] = y0 ? v.a[e] + v.carry[e] : C(0);
       }
       __syncthreads();
       matrix.product(db, v.x);

@@ -29,12 +29,12 @@ template <typename C>
 struct StepAdjoint {
   C a, carry = 0, db = 0;
 
-  // back through step t. w: of Q'a; terms: of dphi, dbeta, dgamma, d_threshold, added to
-  __device__ __forceinline__ void step(const StepCoefficients<C>& s, bool momentum, C w, C y, C previous, C b,
+  // back through step t. w: of Q'a; terms: of dphi, dbeta, dgamma, d_threshold, the last three added to. That of dphi,
+  // -a'(Q z + b), is the caller's.
+  __device__ __forceinline__ void step(const StepCoefficients<C>& s, bool momentum, C w, C y, C previous,
                                        C (&terms)[4]) {
-    const C m = momentum ? y - previous : C(0), z = momentum ? y + s.gamma * m : y;
+    const C m = momentum ? y - previous : C(0);
     const C phi_w = s.phi * w;
-    terms[0] = terms[0] - w * z - a * b;
     db -= s.phi * a;
     if (momentum) {
       terms[1] += a * m;

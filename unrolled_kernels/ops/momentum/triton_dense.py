@@ -185,6 +185,9 @@ def momentum_dense_backward_kernel(
             if MOMENTUM:
                 z = x + gamma_t[None, :] * m
             w = to_rows(transposed_product(q, a), D, BB)
+            if y0.pointer is None:
+                # Qᵀa_1, which may overflow, is in ȳ_0 alone
+                w = tl.where(t > 0, w, 0.0)
             a_scaled = phi_t[None, :] * a
             if dQ is not None:
                 adjoint_row -= D * BB

@@ -189,10 +189,11 @@ def momentum_diagonal_backward_kernel(
                 q_bar -= a_scaled * z
                 b_bar -= a_scaled
                 if d_schedule[0] is not None:
-                    phi_part = -(w * z + a * rhs)
+                    # q a, which may overflow, is not multiplied by z_0 or m_0, which may be zero
+                    phi_part = -a * (q * z + rhs)
                     if PROXIMAL:
                         phi_part += to_phi
-                    parts = (phi_part, a * m, -(phi_t * w * m), to_threshold)
+                    parts = (phi_part, a * m, -a_scaled * (q * m), to_threshold)
                     if TAIL and not STEPS:
                         taken = tl.full([RB, CB], t, tl.int32) < num_steps
                         # γ̄'s has the factor φ_t = 0, and a threshold's is zero

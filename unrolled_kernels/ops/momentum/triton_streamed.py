@@ -229,6 +229,9 @@ def momentum_dense_streamed_backward_kernel(
                 i = (first + tl.arange(0, R))[:, None]
                 inside = (i < d) & real[None, :]
                 w = streamed_product(Q_block, first, following, following, gamma_t, d, S, R, C, True, False)
+                if y0.pointer is None:
+                    # Qᵀa_1, which may overflow, is in ȳ_0 alone
+                    w = tl.where(t > 0, w, 0.0)
                 a = load_state(following, i, S, d)
                 carry = load_state(carries + ((t + 1) % 2) * slot, i, S, d)
                 if d_schedule[0] is not None:
