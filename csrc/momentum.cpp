@@ -17,6 +17,7 @@
 // is neither computed nor allocated, and comes back undefined, None in Python.
 #include "momentum.h"
 
+#include <cstring>
 #include <tuple>
 
 #include "common/tensors.h"
@@ -57,6 +58,7 @@ struct Arguments {
   int64_t k;
   bool trajectory;
   bool needs_matrix = false;
+  int64_t skipped = 0;  // steps that the kernel does not see
   // what check() finds
   Structure structure{};
   Prox prox{};
@@ -108,7 +110,7 @@ struct Arguments {
   void fill(MomentumInputs<Storage>& p) const {
     p.B = B;
     p.d = d;
-    p.k = k;
+    p.k = k - skipped;
     p.matrix = matrix ? data<Storage>(*matrix) : nullptr;
     p.matrix_stride = matrix ? batch_stride(*matrix) : 0;
     p.diagonal = diagonal ? data<Storage>(*diagonal) : nullptr;
@@ -133,11 +135,12 @@ struct Arguments {
   }
 
   template <typename Storage>
-  static Coefficient<compute_type<Storage>> coefficient(const OptionalTensor& optional) {
+  Coefficient<compute_type<Storage>> coefficient(const OptionalTensor& optional) const {
     if (!optional) return {};
     const Tensor& x = *optional;
     if (x.dim() == 0) return {data<compute_type<Storage>>(x), 0, 0};
-    return {data<compute_type<Storage>>(x), batch_stride(x), x.size(1) == 1 ? 0 : x.stride(1)};
+    const int64_t stride = x.size(1) == 1 ? 0 : x.stride(1);
+    return {data<compute_type<Storage>>(x) + skipped * stride, batch_stride(x), stride};
   }
 
  private:
@@ -243,7 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> momentum_begun(Tensor matrix, Tensor b, Optio
   return {y, state.y, state.m};
 }
 
-// of the arguments of forward, in their order
+// Gradients of the arguments of forward, in their order: of the steps from `first` on, y_t at t = first being a constant,
+// for which a dense Q needs what momentum_begun leaves; or of `minimizer`, which is y_k, as that of the energy.
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -251,7 +255,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
                             Tensor b, OptionalTensor y0, Tensor step_sizes, OptionalTensor momentum,
                             OptionalTensor extrapolation, OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
                             OptionalTensor weight, OptionalTensor threshold, int64_t num_steps, bool trajectory,
-                            int64_t needs, OptionalTensor iterates, OptionalTensor m0, OptionalTensor minimizer) {
+                            int64_t needs, OptionalTensor iterates, int64_t first, OptionalTensor y_begun,
+                            OptionalTensor m_begun, OptionalTensor minimizer) {
   Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum,   extrapolation,
                  mu,     lower,    upper,    weight, threshold, num_steps,  trajectory, (needs & need_matrix) != 0};
   args.check();
@@ -262,20 +267,31 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   STD_TORCH_CHECK(!iterates || (iterates->numel() == args.B * args.d * (args.k + 1) && iterates->is_contiguous() &&
                                 iterates->scalar_type() == args.storage),
                   "iterates: expected [num_steps + 1, B, d], contiguous, in the dtype of b");
-  for (const OptionalTensor& x : {m0, minimizer}) {
-    STD_TORCH_CHECK(!x || (x->numel() == args.B * args.d && x->is_contiguous() && x->scalar_type() == args.storage &&
-                           args.structure == Structure::dense && b.is_cpu()),
-                    "m0, minimizer: expected [B, d], contiguous, in the dtype of b, with a dense Q on a CPU");
+  const bool dense = args.structure == Structure::dense;
+  for (const OptionalTensor& x : {y_begun, m_begun, minimizer}) {
+    STD_TORCH_CHECK(!x || (x->numel() == args.B * args.d && x->is_contiguous() && x->scalar_type() == args.storage),
+                    "y_begun, m_begun, minimizer: expected [B, d], contiguous, in the dtype of b");
   }
-  STD_TORCH_CHECK(!m0 || (y0 && (momentum || mu)), "m0: expected y0 and momentum beside it");
+  STD_TORCH_CHECK(first >= 0 && (first == 0 || (first < args.k && b.is_cpu() && args.structure != Structure::spectral)),
+                  "first: expected 0 ... num_steps - 1, and 0 for a spectral Q or a GPU");
+  STD_TORCH_CHECK(y_begun.has_value() == (dense && first > 0) && !(dense && first > 0 && trajectory) &&
+                      m_begun.has_value() == (y_begun && (momentum || mu)),
+                  "y_begun, m_begun: expected for a dense Q with first > 0, the second where there is momentum");
+  STD_TORCH_CHECK(!minimizer || (b.is_cpu() && args.structure != Structure::spectral && args.prox == Prox::none &&
+                                 first == 0 && !trajectory),
+                  "minimizer: expected no spectral Q, no proximal map, no trajectory and no GPU beside it");
+  // where a diagonal Q begins is computed again, in registers
+  if (y_begun) args.y0 = y_begun, args.skipped = first;
 
   const auto rows = [&](bool needed) { return needed ? allocate(b, args.storage, {args.B, args.d}) : Tensor(); };
   const auto bounds = [&](bool needed) { return needed ? allocate(b, args.compute, {args.B, args.d}) : Tensor(); };
   // the kernels have all coefficients' gradients or none
-  const bool schedule = needs & (need_step_sizes | need_momentum | need_extrapolation | need_mu | need_threshold);
+  const bool schedule =
+      !minimizer && needs & (need_step_sizes | need_momentum | need_extrapolation | need_mu | need_threshold);
   const auto columns = [&](const OptionalTensor& x) {
     if (!schedule || !x) return Tensor();
-    Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {}) : allocate(b, args.compute, {x->size(0), x->size(1)});
+    Tensor grad = x->dim() == 0 ? allocate(b, args.compute, {})
+                                : allocate(b, args.compute, {x->size(0), x->size(1) - (x->size(1) > 1) * args.skipped});
     // without samples there is nothing to sum
     if (args.B == 0) torch::stable::zero_(grad);
     return grad;
@@ -283,7 +299,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   const bool needs_matrix = matrix && needs & need_matrix, needs_observed = observed && needs & need_observed;
   Tensor d_matrix = needs_matrix ? allocate(b, args.storage, {matrix->size(0), args.d, args.d}) : Tensor();
   Tensor d_diagonal = rows(diagonal && needs & need_diagonal);
-  Tensor db = rows(needs_observed || needs & need_b), dy0 = rows(y0 && needs & need_y0);
+  Tensor db = rows(needs_observed || needs & need_b);
+  Tensor dy0 = rows(y0 && needs & need_y0 && first == 0 && !minimizer);
   Tensor dphi = columns(step_sizes), dbeta = columns(momentum), dgamma = columns(extrapolation), dmu = columns(mu);
   Tensor d_lower = bounds(lower && needs & need_lower), d_upper = bounds(upper && needs & need_upper);
   Tensor d_weight = bounds(weight && needs & need_weight), d_threshold = columns(threshold);
@@ -294,7 +311,8 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     args.fill(p);
     p.grad_y = data<Storage>(grad_y);
     p.iterates = iterates ? data<Storage>(*iterates) : nullptr;
-    p.m0 = m0 ? data<Storage>(*m0) : nullptr;
+    p.m0 = m_begun ? data<Storage>(*m_begun) : nullptr;
+    p.first = first - args.skipped;
     p.minimizer = minimizer ? data<Storage>(*minimizer) : nullptr;
     p.d_matrix = mutable_data<Storage>(d_matrix);
     p.d_diagonal = mutable_data<Storage>(d_diagonal);
@@ -335,6 +353,26 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   wanted(need_extrapolation, dgamma);
   wanted(need_mu, dmu);
   wanted(need_threshold, d_threshold);
+  // zeros for the steps that are not differentiated
+  const auto complete = [&](Tensor& grad, const OptionalTensor& x, int64_t bit) {
+    if (!x || !(needs & bit) || (grad.defined() && grad.numel() == x->numel())) return;
+    Tensor whole =
+        x->dim() == 0 ? allocate(b, x->scalar_type(), {}) : allocate(b, x->scalar_type(), {x->size(0), x->size(1)});
+    std::memset(whole.mutable_data_ptr(), 0, whole.numel() * element_size(x->scalar_type()));
+    if (grad.defined()) {
+      Tensor last = torch::stable::narrow(whole, 1, x->size(1) - grad.size(1), grad.size(1));
+      torch::stable::copy_(last, grad);
+    }
+    grad = whole;
+  };
+  if (minimizer || first > 0) {
+    complete(dy0, y0, need_y0);
+    complete(dphi, step_sizes, need_step_sizes);
+    complete(dbeta, momentum, need_momentum);
+    complete(dgamma, extrapolation, need_extrapolation);
+    complete(dmu, mu, need_mu);
+    complete(d_threshold, threshold, need_threshold);
+  }
   return {d_matrix, d_diagonal, d_observed, db, dy0, dphi, dbeta, dgamma, dmu, d_lower, d_upper, d_weight, d_threshold};
 }
 
@@ -436,10 +474,17 @@ Tensor call_forward(const MomentumOps::Tensors& x, int64_t num_steps, bool traje
                   trajectory);
 }
 
+void call_forward_begun(const MomentumOps::Tensors& x, int64_t num_steps, int64_t first, Tensor& y, Tensor& y_begun,
+                        Tensor& m_begun) {
+  std::tie(y, y_begun, m_begun) =
+      momentum_begun(*x[0], *x[3], x[4], *x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], num_steps, first);
+}
+
 void call_backward(const Tensor& grad_y, const MomentumOps::Tensors& x, int64_t num_steps, bool trajectory,
-                   int64_t needs, MomentumOps::Tensors& grads) {
-  auto found = momentum_backward(grad_y, x[0], x[1], x[2], *x[3], x[4], *x[5], x[6], x[7], x[8], x[9], x[10], x[11],
-                                 x[12], num_steps, trajectory, needs, {}, {}, {});
+                   int64_t needs, const MomentumOps::Differentiated& what, MomentumOps::Tensors& grads) {
+  auto found =
+      momentum_backward(grad_y, x[0], x[1], x[2], *x[3], x[4], *x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12],
+                        num_steps, trajectory, needs, {}, what.first, what.y_begun, what.m_begun, what.minimizer);
   int64_t i = 0;
   std::apply([&](auto&... grad) { ((grads[i++] = std::move(grad)), ...); }, found);
 }
@@ -453,7 +498,7 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-const MomentumOps momentum_ops{&call_forward, &call_backward};
+const MomentumOps momentum_ops{&call_forward, &call_forward_begun, &call_backward};
 
 }  // namespace unrolled_kernels
 
@@ -470,7 +515,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
       "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, "
       "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, "
       "Tensor? weight, Tensor? threshold, SymInt num_steps, bool trajectory, int needs, Tensor? iterates=None, "
-      "Tensor? m0=None, Tensor? minimizer=None) -> "
+      "SymInt first=0, Tensor? y_begun=None, Tensor? m_begun=None, Tensor? minimizer=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "momentum_second_order(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor b, Tensor? y0, Tensor step_sizes, "

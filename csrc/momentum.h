@@ -109,9 +109,11 @@ struct MomentumBackward : MomentumInputs<Storage> {
   // y_0 ... y_k, [k+1, B, d], contiguous, where they were kept; else nullptr, and they are replayed. Only the kernels of a
   // shared matrix read them, and only where Storage is Compute and no box ends the steps.
   const Storage* iterates;
-  // CPU only, of a dense Q, rows [d], contiguous:
-  const Storage* m0;         // beside y0 and beta: where the first step comes from; nullptr: m_0 = 0
-  const Storage* minimizer;  // y: dQ is db y' instead; nullptr: that of the steps
+  // CPU only, rows [d], contiguous:
+  const Storage* m0;         // of a dense Q, beside y0 and beta: where the first step comes from; nullptr: m_0 = 0
+  const Storage* minimizer;  // y: dQ is db y' instead, without a proximal map; nullptr: that of the steps
+  // CPU only, of a diagonal Q: y_t is a constant up to t = first, and so are dy0 and the coefficients' gradients zero
+  int64_t first;
   // The outputs are the gradients of <grad_y, derivative of y along these>: where these are cotangents of backward's
   // outputs, its VJP. No prox, not of the kernels of a shared matrix, Storage is Compute. nullptr: those of <grad_y, y>
   const MomentumTangents<Storage>* tangents;

@@ -13,9 +13,18 @@ struct MomentumOps {
   // forward's arguments in their order, and the gradient of each
   using Tensors = std::optional<torch::stable::Tensor>[num_tensors];
 
+  // What momentum_backward differentiates: all steps, those from `first` on, or the minimizer.
+  struct Differentiated {
+    int64_t first = 0;
+    std::optional<torch::stable::Tensor> y_begun, m_begun, minimizer;
+  };
+
   torch::stable::Tensor (*forward)(const Tensors& tensors, int64_t num_steps, bool trajectory);
+  // momentum_begun
+  void (*forward_begun)(const Tensors& tensors, int64_t num_steps, int64_t first, torch::stable::Tensor& y,
+                        torch::stable::Tensor& y_begun, torch::stable::Tensor& m_begun);
   void (*backward)(const torch::stable::Tensor& grad_y, const Tensors& tensors, int64_t num_steps, bool trajectory,
-                   int64_t needs, Tensors& grads);
+                   int64_t needs, const Differentiated& what, Tensors& grads);
 };
 
 extern const MomentumOps momentum_ops;

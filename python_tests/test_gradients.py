@@ -11,6 +11,7 @@ from problems import DTYPES, MomentumProblem, RnnProblem, compare
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
+from unrolled_kernels.ops.momentum import function
 from unrolled_kernels.testing import STRUCTURES, bytes_kept_for_backward, random_quadratic
 
 IMPLICIT = {"backward": "implicit"}
@@ -361,6 +362,72 @@ def test_bias_on_the_papers_task():
         at = {k: {mode: errors[i] for mode, errors in modes.items()} for i, k in enumerate(example["DEPTHS"])}
         assert at[100]["implicit"] < 1e-4 < 0.02 < at[100]["10 steps"] < at[100]["5 steps"] < at[100]["one step"]
         assert at[5]["5 steps"] < 1e-12 < at[8]["5 steps"] < at[8]["implicit"]
+
+
+# structure, dtype, prox, trajectory of the modes that csrc/autograd has a node for
+IN_CPP = {
+    "dense": ("dense", torch.float32, False, False),
+    "diagonal": ("diagonal", torch.float32, False, False),
+    "tikhonov": ("tikhonov", torch.float64, False, False),
+    "dense-prox": ("dense", torch.float64, True, False),
+    "diagonal-prox": ("diagonal", torch.float32, True, True),
+    "diagonal-bf16": ("diagonal", torch.bfloat16, False, True),
+}
+
+
+@pytest.mark.skipif(function._node is None, reason="csrc/autograd is not built for this torch")
+@methods
+@modes
+@pytest.mark.parametrize("case", IN_CPP)
+def test_both_nodes_give_the_same_bits(case, mode, method, monkeypatch):
+    structure, dtype, prox, trajectory = IN_CPP[case]
+    if mode == "implicit" and (prox or trajectory):
+        pytest.skip("a Function in Python")
+    leaves, make_Q, b = random_quadratic(structure, (3,), 5, dtype=torch.float64, device="cpu")
+    compute = torch.promote_types(dtype, torch.float32)
+    phi, weight = 0.1 + torch.rand(3, 4, dtype=compute), torch.full((5,), 0.05, dtype=compute)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (*leaves, b, b / 2)]
+    inputs += [phi.requires_grad_(), weight.requires_grad_()] if prox else [phi.requires_grad_()]
+
+    def run():
+        *Q, g, y0, phi = inputs[: len(leaves) + 3]
+        options = {"y0": y0, "return_trajectory": trajectory, "backend": "cpu", **MODES[mode]}
+        options |= {"prox": uk.prox.L1(inputs[-1])} if prox else {}
+        if method == "gd":
+            return F.gradient_descent(make_Q(*Q), g, phi, 4, **options)
+        return F.momentum(make_Q(*Q), g, phi, 0.3, phi / 2, 4, **options)
+
+    def gradients(y, **options):
+        return torch.autograd.grad(y.float().pow(3).sum(), inputs, materialize_grads=True, **options)
+
+    def all_of_it():
+        """y and its gradients plainly, with hooks on what is kept, watched, and of second order."""
+        kept, hooks = [], torch.autograd.graph.saved_tensors_hooks
+        with hooks(lambda x: kept.append(x) or len(kept) - 1, kept.__getitem__):
+            hooked = run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+            watched = gradients(run())
+        y = run()
+        found = [y, *gradients(y, retain_graph=True), *gradients(hooked), *watched]
+        if dtype == torch.float64:
+            squares = sum(g.square().sum() for g in gradients(y, create_graph=True))
+            found += torch.autograd.grad(squares, inputs, materialize_grads=True)
+        return y, found
+
+    y, in_cpp = all_of_it()
+    assert _is_of_cpp(y)
+    monkeypatch.setattr(function, "_node", None)
+    y, in_python = all_of_it()
+    assert not _is_of_cpp(y)
+    assert all(map(torch.equal, in_cpp, in_python))
+
+
+def _is_of_cpp(y):
+    """Whether a node of csrc/autograd is among those that y comes of."""
+    nodes = [y.grad_fn]
+    for node in nodes:
+        nodes += [x for x, _ in node.next_functions if x is not None]
+    return any("CppNode" in node.name() for node in nodes)
 
 
 def test_all_steps_are_the_exact_gradient():

@@ -34,13 +34,15 @@ def _momentum_begun(matrix, b, *rest, out_shape=None):
 
 def _momentum_backward(grad_y, matrix, diagonal, observed, b, y0, *rest, out_shape=None):
     *prox, num_steps, trajectory, needs = rest[4:11]
-    iterates, _, minimizer = (*rest[11:], None, None, None)[:3]
+    iterates, first, y_begun, _, minimizer = (*rest[11:], *(None, 0, None, None, None)[len(rest) - 11 :])
     if matrix is None or num_steps == 0:
         return 0
     if diagonal is None:
         replays = iterates is None and (
             needs & _SCHEDULE or (needs & _MATRIX and minimizer is None) or any(x is not None for x in prox)
         )
+        if y_begun is not None:
+            y0, num_steps = y_begun, num_steps - first
         terms = num_steps if minimizer is None else 1
         # Qᵀ times the adjoint of y_1 is y_0's gradient and no other's
         adjoints = num_steps - (y0 is None)

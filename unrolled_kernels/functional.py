@@ -11,9 +11,9 @@ Under autocast all of them take float16, bfloat16 and float32 side by side, comp
 and return float32.
 """
 
-import functools
 import math
 import operator
+import sys
 import warnings
 from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
@@ -23,8 +23,9 @@ from unrolled_kernels import _backend, _check
 from unrolled_kernels.annotations import Number, Quadratic, Weights
 from unrolled_kernels.ops.momentum import gradients as _gradients
 from unrolled_kernels.ops.momentum import stopping as _stopping
+from unrolled_kernels.ops.momentum.function import ALL_STEPS as _ALL_STEPS
+from unrolled_kernels.ops.momentum.function import MINIMIZER as _MINIMIZER
 from unrolled_kernels.ops.momentum.function import dense as _dense_op
-from unrolled_kernels.ops.momentum.function import momentum as _momentum_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
 from unrolled_kernels.prox import Prox, SoftThreshold, check_prox
@@ -395,10 +396,11 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
         names: which arguments φ, β, γ and μ are; None for what is absent.
         schedule: φ, β, γ and μ.
     """
-    plain = y0 is None and prox is None and gradients == _EXACT and stopping == _NO_STOPPING
+    differentiated = _ALL_STEPS if gradients == _EXACT else _differentiated(*gradients, return_trajectory)
+    plain = y0 is None and prox is None and stopping == _NO_STOPPING
     if plain and getattr(b, "is_cpu", False) and _backend.decide(backend, "cpu") == "cpu":
         # where there is nothing to check or to reshape, checks cost a small call more than its kernel
-        y = _dense_op(Q, b, *schedule, num_steps, return_trajectory)
+        y = _dense_op(Q, b, *schedule, num_steps, return_trajectory, differentiated)
         if y is not None:
             return y
     tolerance, return_info = stopping
@@ -412,7 +414,7 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
         with torch.autocast(b.device.type, enabled=False):
             Q, b, y0 = _to_float32(Q), _to_float32(b), _to_float32(y0)
             return _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradients, stopping, backend)
-    op = _momentum_op if gradients == _EXACT else _other_gradients(*gradients, return_trajectory)
+    op = _gradients.op(differentiated)
     if y0 is None and prox is None and stopping == _NO_STOPPING and _is_plain(Q, b):
         try:
             plain = _plain_schedule(names, schedule, b)
@@ -460,17 +462,17 @@ _EXACT = ("unrolled", None)
 _NO_STOPPING = (None, False)
 
 
-def _other_gradients(backward, backward_steps, return_trajectory):
-    """The op with truncated or implicit gradients."""
+def _differentiated(backward, backward_steps, return_trajectory):
+    """How many of the last steps are differentiated, or that the minimizer is."""
     _check.check_backward(backward, backward_steps)
     if backward == "unrolled":
-        return functools.partial(_gradients.truncated, backward_steps=operator.index(backward_steps))
+        return min(operator.index(backward_steps), sys.maxsize)
     if return_trajectory:
         raise ValueError(
             "return_trajectory: backward='implicit' takes the last iterate for the minimizer and has no gradient for "
             "the others; expected False, got True"
         )
-    return _gradients.implicit
+    return _MINIMIZER
 
 
 def _multiplies_matrices(Q, shape):

@@ -1,8 +1,11 @@
 // Python module unrolled_kernels._C_autograd: the ops of momentum.cpp on a CPU as functions with a gradient.
 //
-// It does what MomentumFunction of ops/momentum/function.py does, without Python's part of autograd and without the
-// dispatcher, which take several times as long as a small kernel. Unlike the ops it needs the very torch that it was
-// built against. Whatever is more than plain tensors and one derivative is left to the Functions in Python.
+// It does what MomentumFunction of ops/momentum/function.py does, and the Functions of gradients.py, without Python's
+// part of autograd and without the dispatcher, which take several times as long as a small kernel. Unlike the ops it needs
+// the very torch that it was built against. Whatever is more than plain tensors and one derivative is left to the
+// Functions in Python.
+#include <algorithm>
+
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
@@ -25,11 +28,14 @@ using torch::autograd::variable_list;
 
 constexpr int64_t num_tensors = MomentumOps::num_tensors;
 // places among the tensors
-enum { matrix = 0, b = 3, step_sizes = 5 };
+enum { matrix = 0, diagonal = 1, b = 3, step_sizes = 5, lower = 9 };
+
+// What is differentiated, as an argument: these, or how many of the last steps.
+enum : int64_t { all_steps = 0, minimizer = -1 };
 
 const MomentumOps* ops = nullptr;
-// computes gradients that may themselves be differentiated, vmapped or watched
-PyObject* python_backward = nullptr;
+// compute gradients that may themselves be differentiated, vmapped or watched: of all steps, the last, the minimizer
+PyObject* python_backward[3] = {};
 
 // Nothing is at work that would see the ops by themselves: a mode, a transform, a tracer, a profiler.
 bool is_plain_call() {
@@ -50,6 +56,22 @@ struct Call {
   variable_list tensors;
   int64_t present = 0, num_steps = 0;
   bool trajectory = false;
+  int64_t differentiated = all_steps;
+
+  bool has(int64_t i) const { return present >> i & 1; }
+
+  // the steps before are constant
+  int64_t first() const { return differentiated > 0 ? std::max<int64_t>(num_steps - differentiated, 0) : 0; }
+
+  // Whether the ops have the gradients that are asked for; what they keep is not rounded.
+  bool is_possible() const {
+    if (differentiated == all_steps || (differentiated > 0 && first() == 0)) return true;
+    if (has(matrix) && has(diagonal)) return false;
+    if (differentiated > 0 && has(diagonal)) return true;
+    if (trajectory || at(b).scalar_type() != at(step_sizes).scalar_type()) return false;
+    return differentiated > 0 || present >> lower == 0;
+  }
+  const Tensor& at(int64_t i) const { return tensors[__builtin_popcountll(present & ((int64_t{1} << i) - 1))]; }
 
   void add(int64_t i, Tensor x) {
     tensors.push_back(std::move(x));
@@ -82,12 +104,38 @@ struct Call {
     return from_stable(ops->forward(stable, num_steps, trajectory));
   }
 
+  // y, and behind `kept` what backward needs beside the tensors
+  Tensor forward(variable_list& kept) const {
+    if (first() > 0 && !has(diagonal)) {
+      const at::AutoDispatchBelowAutograd guard;
+      MomentumOps::Tensors stable;
+      fill(stable);
+      torch::stable::Tensor y, y_begun, m_begun;
+      ops->forward_begun(stable, num_steps, first(), y, y_begun, m_begun);
+      kept.push_back(from_stable(y_begun));
+      if (m_begun.defined()) kept.push_back(from_stable(m_begun));
+      return from_stable(y);
+    }
+    Tensor y = forward();
+    if (differentiated == minimizer) kept.push_back(y);
+    return y;
+  }
+
   // the gradient of each of `tensors`, or an undefined one
-  variable_list backward(const Tensor& grad_y, int64_t needs) const {
+  variable_list backward(const Tensor& grad_y, int64_t needs, const variable_list& kept) const {
     const at::AutoDispatchBelowAutograd guard;
     MomentumOps::Tensors stable, grads;
     fill(stable);
-    ops->backward(to_stable(grad_y), stable, num_steps, trajectory, needs, grads);
+    MomentumOps::Differentiated what{first()};
+    const auto kept_at = [&](size_t i) {
+      return i < kept.size() ? std::optional(to_stable(kept[i])) : std::optional<torch::stable::Tensor>();
+    };
+    if (differentiated == minimizer) {
+      what.minimizer = kept_at(0);
+    } else {
+      what.y_begun = kept_at(0), what.m_begun = kept_at(1);
+    }
+    ops->backward(to_stable(grad_y), stable, num_steps, trajectory, needs, what, grads);
     variable_list found(tensors.size());
     for_each([&](int64_t i, int64_t edge) {
       if (needs >> i & 1) found[edge] = from_stable(*grads[i]);
@@ -95,21 +143,26 @@ struct Call {
     return found;
   }
 
-  variable_list backward_in_python(const Tensor& grad_y, int64_t needs) const {
+  variable_list backward_in_python(const Tensor& grad_y, int64_t needs, const variable_list& kept) const {
     const pybind11::gil_scoped_acquire lock;
-    pybind11::tuple arguments(num_tensors + 4);
+    const int kind = differentiated == minimizer ? 2 : first() > 0 ? 1 : 0;
+    pybind11::tuple arguments(num_tensors + 4 + (kind == 1) + kept.size());
     arguments[0] = pybind11::cast(grad_y);
     for (int64_t i = 0; i < num_tensors; ++i) arguments[1 + i] = pybind11::none();
     for_each([&](int64_t i, int64_t edge) { arguments[1 + i] = pybind11::cast(tensors[edge]); });
     arguments[num_tensors + 1] = num_steps;
     arguments[num_tensors + 2] = trajectory;
     arguments[num_tensors + 3] = needs;
+    if (kind == 1) arguments[num_tensors + 4] = first();
+    for (size_t i = 0; i < kept.size(); ++i) {
+      arguments[num_tensors + 4 + (kind == 1) + i] = pybind11::cast(kept[i]);
+    }
     const auto grads =
-        pybind11::reinterpret_steal<pybind11::sequence>(PyObject_Call(python_backward, arguments.ptr(), nullptr));
+        pybind11::reinterpret_steal<pybind11::sequence>(PyObject_Call(python_backward[kind], arguments.ptr(), nullptr));
     if (!grads) throw pybind11::error_already_set();
     variable_list found(tensors.size());
     for_each([&](int64_t i, int64_t edge) {
-      if (needs >> i & 1) found[edge] = pybind11::cast<Tensor>(grads[i]);
+      if ((needs >> i & 1) && !pybind11::object(grads[i]).is_none()) found[edge] = pybind11::cast<Tensor>(grads[i]);
     });
     return found;
   }
@@ -121,21 +174,27 @@ struct Call {
 struct MomentumFunction : torch::autograd::Function<MomentumFunction> {
   // the list is what autograd sees of the call
   static Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList, const Call& call) {
-    ctx->saved_data["call"] = std::vector<int64_t>{call.present, call.num_steps, call.trajectory};
-    ctx->save_for_backward(call.tensors);
-    return call.forward();
+    ctx->saved_data["call"] = std::vector<int64_t>{call.present, call.num_steps, call.trajectory, call.differentiated};
+    variable_list saved = call.tensors;
+    Tensor y = call.forward(saved);
+    ctx->save_for_backward(std::move(saved));
+    return y;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grad_y) {
     const std::vector<int64_t> saved = ctx->saved_data["call"].toIntVector();
-    const Call call{ctx->get_saved_variables(), saved[0], saved[1], saved[2] != 0};
+    Call call{ctx->get_saved_variables(), saved[0], saved[1], saved[2] != 0, saved[3]};
     bool plain = !at::GradMode::is_enabled() && is_plain_call() && is_plain(grad_y[0]);
-    int64_t needs = 0;
+    for (const Tensor& x : call.tensors) plain = plain && is_plain(x);
+    int64_t needs = 0, count = 0;
     call.for_each([&](int64_t i, int64_t edge) {
-      plain = plain && is_plain(call.tensors[edge]);
       needs |= static_cast<int64_t>(ctx->needs_input_grad(edge)) << i;
+      count = edge + 1;
     });
-    variable_list grads = plain ? call.backward(grad_y[0], needs) : call.backward_in_python(grad_y[0], needs);
+    const variable_list kept(call.tensors.begin() + count, call.tensors.end());
+    call.tensors.resize(count);
+    variable_list grads =
+        plain ? call.backward(grad_y[0], needs, kept) : call.backward_in_python(grad_y[0], needs, kept);
     grads.emplace_back();  // the call itself has none
     return grads;
   }
@@ -154,21 +213,27 @@ PyObject* run(const Call& call) {
   return THPVariable_Wrap(std::move(y));
 }
 
-// The last two arguments; false where the number of steps is not of this size.
-bool read_steps(Call& call, PyObject* num_steps, PyObject* trajectory) {
-  if (!PyLong_CheckExact(num_steps) || !PyBool_Check(trajectory)) return false;
-  call.num_steps = PyLong_AsLongLong(num_steps);
-  if (call.num_steps == -1 && PyErr_Occurred()) throw python_error();
-  call.trajectory = trajectory == Py_True;
+int64_t read_integer(PyObject* x) {
+  const int64_t value = PyLong_AsLongLong(x);
+  if (value == -1 && PyErr_Occurred()) throw python_error();
+  return value;
+}
+
+// The last three arguments; false where the number of steps is not of this size.
+bool read_steps(Call& call, PyObject* const* arguments) {
+  if (!PyLong_CheckExact(arguments[0]) || !PyBool_Check(arguments[1])) return false;
+  call.num_steps = read_integer(arguments[0]);
+  call.trajectory = arguments[1] == Py_True;
+  call.differentiated = read_integer(arguments[2]);
   return true;
 }
 
-// canonical(*tensors, num_steps, trajectory): y, or None where the Functions in Python are to be asked
+// canonical(*tensors, num_steps, trajectory, differentiated): y, or None where the Functions in Python are to be asked
 PyObject* canonical(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == num_tensors + 2, "canonical: expected ", num_tensors + 2, " arguments, got ", count);
+  TORCH_CHECK(count == num_tensors + 3, "canonical: expected ", num_tensors + 3, " arguments, got ", count);
   Call call;
-  if (!is_plain_call() || !read_steps(call, arguments[num_tensors], arguments[num_tensors + 1])) Py_RETURN_NONE;
+  if (!is_plain_call() || !read_steps(call, arguments + num_tensors)) Py_RETURN_NONE;
   for (int64_t i = 0; i < num_tensors; ++i) {
     if (arguments[i] == Py_None) continue;
     if (!THPVariable_CheckExact(arguments[i])) Py_RETURN_NONE;
@@ -176,6 +241,7 @@ PyObject* canonical(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (!is_plain(x)) Py_RETURN_NONE;
     call.add(i, x);
   }
+  if (!call.is_possible()) Py_RETURN_NONE;
   return run(call);
   END_HANDLE_TH_ERRORS
 }
@@ -191,11 +257,11 @@ Tensor as_tensor(double x, const Tensor& b) {
   return y;
 }
 
-// dense(Q, b, step_sizes, momentum, extrapolation, mu, num_steps, trajectory): y of one Q [d, d] for each b [d], the
-// others being numbers; None where that is not what the arguments are, or where others are to be asked
+// dense(Q, b, step_sizes, momentum, extrapolation, mu, num_steps, trajectory, differentiated): y of one Q [d, d] for each
+// b [d], the others being numbers; None where that is not what the arguments are, or where others are to be asked
 PyObject* dense(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 8, "dense: expected 8 arguments, got ", count);
+  TORCH_CHECK(count == 9, "dense: expected 9 arguments, got ", count);
   if (!THPVariable_CheckExact(arguments[0]) || !THPVariable_CheckExact(arguments[1])) Py_RETURN_NONE;
   const Tensor &Q = THPVariable_Unpack(arguments[0]), &linear = THPVariable_Unpack(arguments[1]);
   const auto dtype = linear.scalar_type();
@@ -207,7 +273,7 @@ PyObject* dense(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   if (arguments[2] == Py_None) Py_RETURN_NONE;
   Call call;
-  if (!read_steps(call, arguments[6], arguments[7])) Py_RETURN_NONE;
+  if (!read_steps(call, arguments + 6)) Py_RETURN_NONE;
   call.tensors.reserve(6);
   call.add(matrix, Q);
   call.add(b, linear);
@@ -223,14 +289,20 @@ PyObject* dense(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (x.dim() != 0 || x.scalar_type() != dtype || !is_plain(x)) Py_RETURN_NONE;
     call.add(step_sizes + i, x);
   }
+  if (!call.is_possible()) Py_RETURN_NONE;
   return run(call);
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* set_python_backward(PyObject*, PyObject* callable) {
-  Py_INCREF(callable);
-  Py_XSETREF(python_backward, callable);
+PyObject* set_python_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 3, "set_python_backward: expected 3 arguments, got ", count);
+  for (int i = 0; i < 3; ++i) {
+    Py_INCREF(arguments[i]);
+    Py_XSETREF(python_backward[i], arguments[i]);
+  }
   Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
 }
 
 template <typename F>
@@ -246,7 +318,8 @@ PyMODINIT_FUNC PyInit__C_autograd() {
   static PyMethodDef methods[] = {
       method("canonical", &canonical, METH_FASTCALL, "y of canonical arguments; None where Python is to be asked."),
       method("dense", &dense, METH_FASTCALL, "y of dense Q and numbers; None where Python is to be asked."),
-      method("set_python_backward", &set_python_backward, METH_O, "What computes gradients that are differentiated."),
+      method("set_python_backward", &set_python_backward, METH_FASTCALL,
+             "What computes gradients that are differentiated: of all steps, the last ones, the minimizer."),
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                    "_C_autograd",

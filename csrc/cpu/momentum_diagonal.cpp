@@ -106,6 +106,8 @@ class DiagonalTiles {
         }
         if (tangents_) {
           second_order_part(p, part);
+        } else if (p.minimizer) {
+          implicit_part(p, part);
         } else {
           ElementwiseBackward<C> e(p, schedule_.view());
           backward_part(p, part, e);
@@ -238,6 +240,23 @@ class DiagonalTiles {
     }
   }
 
+  // db is what the same steps make of grad y for b
+  template <typename Part>
+  void implicit_part(const MomentumBackward<Storage>& p, const Part& part) {
+    ElementwiseForward<C> e(p, schedule_.view());
+    set_energy(part, e);
+    e.b = input(part, p.grad_y, p.d, y_);
+    C* const db = e.y = p.db ? output(part, p.db, db_) : db_;
+    run_elementwise<false>(e, part.size());
+    finish(part, db_, p.db);
+    C* const dq = output(part, p.d_diagonal, dq_);
+    if (!dq) return;
+    const C* const y = input(part, p.minimizer, p.d, y0_);
+    for (int64_t i = 0; i < part.size() * W; i += W) store(dq + i, load(db + i) * load(y + i));
+    finish_tikhonov(part, dq);
+    finish(part, dq_, p.d_diagonal);
+  }
+
   template <typename Part, typename Elementwise>
   void backward_part(const MomentumBackward<Storage>& p, const Part& part, Elementwise& e) {
     set_energy(part, e);
@@ -256,6 +275,7 @@ class DiagonalTiles {
     e.dlambda = output(part, p.d_diagonal, dq_);
     e.db = output(part, p.db, db_);
     e.dy0 = output(part, p.dy0, dy0_);
+    e.first = p.first;
     e.sums = gradient_.sums();
     e.trace = trace_;
     if constexpr (std::is_same_v<Elementwise, ElementwiseSecondOrder<C>>) {

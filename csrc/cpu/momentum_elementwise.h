@@ -62,6 +62,7 @@ struct ElementwiseBackward : Elementwise<C> {
   using Elementwise<C>::Elementwise;
   const C* grad_y = nullptr;
   C *dlambda = nullptr, *db = nullptr, *dy0 = nullptr;  // nullptr: not wanted
+  int64_t first = 0;                                    // the steps before are constant
   ScheduleSums<C> sums{};
   ProxSums<C> map_sums{};  // filled with zeros
   C* trace = nullptr;      // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
@@ -170,7 +171,7 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
   const ScheduleView<C> schedule = p.schedule;
   const ScheduleSums<C> sums = p.sums;
   const bool trajectory = p.trajectory;
-  const int64_t k = p.k, row = p.row;
+  const int64_t k = p.k, row = p.row, first = p.first;
   StepCoefficients<C> c = schedule.template at<momentum>(0);
   Vector<C> lambda[N];  // phi lambda where phi is the same for all steps
   {
@@ -188,20 +189,25 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     }
     // the trace: z_t, with momentum m_t, with a proximal map v_t
     C* trace = p.trace;
-    for (int64_t t = 0; t < k; ++t, trace += slots * N * W) {
-      const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
-      const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
+    for (int64_t t = 0, end = first;; end = k) {
+      // of constant steps each overwrites the one before
+      const int64_t kept = end == first && first > 0 ? 0 : slots * N * W;
+      for (; t < end; ++t, trace += kept) {
+        const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
+        const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        store(trace + n * W, z[n]);
-        if constexpr (momentum) store(trace + (N + n) * W, m[n]);
-        elementwise_step<momentum, per_step, proximal>(
-            c, next.gamma, lambda[n], b[n], y[n], z[n], m[n], [&](Vector<C> v) {
-              store(trace + (2 * N + n) * W, v);
-              return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v);
-            });
+        for (int n = 0; n < N; ++n) {
+          store(trace + n * W, z[n]);
+          if constexpr (momentum) store(trace + (N + n) * W, m[n]);
+          elementwise_step<momentum, per_step, proximal>(
+              c, next.gamma, lambda[n], b[n], y[n], z[n], m[n], [&](Vector<C> v) {
+                store(trace + (2 * N + n) * W, v);
+                return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v);
+              });
+        }
+        c = next;
       }
-      c = next;
+      if (end == k) break;
     }
   }
   Vector<C> ybar[N], s[N], s_sum[N], sz_sum[N], sm_sum[N];
@@ -211,8 +217,8 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     ybar[n] = s[n] = load(cotangent + n * W);
     s_sum[n] = sz_sum[n] = sm_sum[n] = Vector<C>{};
   }
-  const C* trace = p.trace + k * slots * N * W;
-  for (int64_t t = k - 1; t >= 0; --t) {
+  const C* trace = p.trace + (k - first) * slots * N * W;
+  for (int64_t t = k - 1; t >= first; --t) {
     trace -= slots * N * W;
     if constexpr (per_step) c = schedule.template at<momentum>(t);
     if (trajectory) cotangent -= row;
@@ -284,7 +290,11 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
       y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
       u[n] = Vector<C>{};
     }
-    for (int64_t t = 0; t < p.k; ++t) {
+    for (int64_t t = 0; t < p.first; ++t) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) y[n] = c[n] * y[n] - b[n];
+    }
+    for (int64_t t = p.first; t < p.k; ++t) {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         u[n] = c[n] * u[n] + y[n];
@@ -299,7 +309,7 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
     P[n] = load(p.grad_y + offset + n * W);
     u[n] *= P[n];
   }
-  for (int64_t t = 0; t < p.k; ++t) {
+  for (int64_t t = p.first; t < p.k; ++t) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       T[n] += P[n];

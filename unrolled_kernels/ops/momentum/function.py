@@ -59,24 +59,34 @@ def momentum(
     if torch.compiler.is_compiling():
         # the op and its own gradients: of a Function the compiler does not see that what it saved is written into
         return _LAUNCHERS[backend].forward(*arguments)
-    if backend == "cpu" and _node is not None:
-        y = _node.canonical(*arguments)
+    if backend == "cpu":
+        y = in_cpp(*arguments)
         if y is not None:
             return y
     return MomentumFunction.apply(backend, *arguments)
 
 
-def dense(Q, b, step_size, momentum, extrapolation, mu, num_steps, trajectory):
+# what is differentiated, as csrc/autograd has it: these, or the number of the last steps
+ALL_STEPS, MINIMIZER = 0, -1
+
+
+def in_cpp(*arguments, differentiated=ALL_STEPS):
+    """y of the canonical arguments on a CPU, by the node in C++; None where it leaves them to Python or is absent."""
+    return None if _node is None else _node.canonical(*arguments, differentiated)
+
+
+def dense(Q, b, step_size, momentum, extrapolation, mu, num_steps, trajectory, differentiated):
     """What ``momentum`` gives on a CPU for Q ``[B, d, d]``, b ``[B, d]`` and numbers, if a node in C++ can tell.
 
     Args:
         step_size, momentum, extrapolation, mu: floats or tensors of one number in the dtype of b; None where absent.
+        differentiated: as ``ALL_STEPS``.
     Returns:
         y, or None where the arguments are others, or not all of them plain tensors: then ``momentum`` has to be called.
     """
     if _node is None or torch.compiler.is_compiling():
         return None
-    return _node.dense(Q, b, step_size, momentum, extrapolation, mu, num_steps, trajectory)
+    return _node.dense(Q, b, step_size, momentum, extrapolation, mu, num_steps, trajectory, differentiated)
 
 
 # with one Q for the batch, the iterates are kept for backward where they take no more bytes than this
@@ -141,7 +151,7 @@ class MomentumFunction(Function):
         needs |= lower << 9 | upper << 10 | weight << 11 | tau << 12
         saved = ctx.saved_tensors
         arguments = (grad_y, *saved[:13], *ctx.constants, needs)
-        grads = _backward(ctx.backend, *arguments, *saved[13:])
+        grads = run_backward(ctx.backend, *arguments, *saved[13:])
         d_matrix, d_diagonal, d_observed, db, dy0, d_phi, d_beta, d_gamma, d_mu, *d_prox = grads
         d_lower, d_upper, d_weight, d_tau = d_prox
         return (
@@ -170,7 +180,8 @@ class MomentumFunction(Function):
         return common.vmap_forward(run, info.batch_size, in_dims[1:14], tensors, trajectory, b=3)
 
 
-def _backward(backend, *arguments):
+def run_backward(backend, *arguments):
+    """The gradients of all steps, differentiable where they may be differentiated."""
     if common.is_differentiated():
         return _differentiable_backward(backend, *arguments[:17])
     # nothing will differentiate this backward: straight to the launcher
@@ -307,5 +318,9 @@ def _second_order(ctx, cotangents):
 
 
 _node = _backend.autograd_extension()
-if _node is not None:
-    _node.set_python_backward(functools.partial(_backward, "cpu"))
+
+
+def set_python_backward(last_steps, minimizer):
+    """Hand the node in C++ what it leaves to Python: ``run_backward`` and the like of the other gradients."""
+    if _node is not None:
+        _node.set_python_backward(functools.partial(run_backward, "cpu"), last_steps, minimizer)

@@ -1,9 +1,10 @@
 """Gradients other than those of all k steps: truncated, and implicit.
 
 Both are derived in ``manual``, take the canonical arguments of the package's docstring, and are made of the op itself,
-so they hold for every backend. Of a dense Q on a CPU the kernels have them to themselves.
+so they hold for every backend. Of a dense or diagonal Q on a CPU the kernels have them to themselves.
 """
 
+import functools
 import math
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from unrolled_kernels import _torch_private
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.common import Function
-from unrolled_kernels.ops.momentum import native, reference
+from unrolled_kernels.ops.momentum import function, native, reference
 from unrolled_kernels.ops.momentum.function import momentum as run
 from unrolled_kernels.ops.momentum.reference import NO_PROX, Prox
 
@@ -20,17 +21,30 @@ _B, _Y0, _PHI, _MOMENTUM, _MU = 3, 4, 5, 6, 8
 _COEFFICIENTS = (5, 6, 7, 8, 12)
 
 
+def op(differentiated):
+    """``momentum`` with the gradients of ``function.ALL_STEPS``, ``MINIMIZER`` or so many of the last steps."""
+    if differentiated == function.ALL_STEPS:
+        return run
+    if differentiated == function.MINIMIZER:
+        return implicit
+    return functools.partial(truncated, backward_steps=differentiated)
+
+
 def truncated(backend, *arguments, backward_steps):
     """``momentum`` of which the last ``backward_steps`` are differentiated, and what comes before is constant."""
     *tensors, num_steps, trajectory = arguments
     first = num_steps - backward_steps
     if first <= 0:
         return run(backend, *arguments)
-    if tensors[_B].dtype != tensors[_PHI].dtype:
-        # the iterate in between is not rounded
+    rounded = tensors[_B].dtype != tensors[_PHI].dtype
+    # a diagonal Q goes through the first steps once more, a dense one keeps what they come to
+    has_kernel = tensors[0] is None or not (tensors[1] is not None or rounded or trajectory)
+    if backend == "cpu" and has_kernel and not _is_transformed():
+        y = function.in_cpp(*arguments, differentiated=backward_steps)
+        return TruncatedFunction.apply(*arguments, first) if y is None else y
+    if rounded:
+        # the iterate in between is not
         return _in_compute_dtype(truncated, backend, *arguments, backward_steps=backward_steps)
-    if backend == "cpu" and tensors[1] is None and not (trajectory or _is_transformed()):
-        return TruncatedFunction.apply(tensors[0], *tensors[_B:], num_steps, first)
     return _composed(backend, tensors, num_steps, trajectory, backward_steps)
 
 
@@ -64,45 +78,46 @@ def _last_steps(backend, tensors, begun, previous, num_steps, trajectory):
 
 
 class TruncatedFunction(Function):
-    """y_k of a dense Q on a CPU; keeps its inputs, and y_t and m_t where the last steps begin."""
+    """The last steps of a dense or diagonal Q on a CPU; keeps its inputs, and where they begin if Q is dense."""
 
     @staticmethod
-    def forward(ctx, matrix, b, y0, phi, beta, gamma, mu, lower, upper, weight, threshold, num_steps, first):
-        tensors = (matrix, b, y0, phi, beta, gamma, mu, lower, upper, weight, threshold)
-        y, y_begun, m_begun = native.begun(*tensors, num_steps, first)
-        ctx.num_steps, ctx.first = num_steps, first
-        ctx.save_for_backward(*tensors, y_begun, m_begun)
+    def forward(ctx, *arguments):
+        *tensors, num_steps, trajectory, first = arguments
+        if tensors[0] is None:
+            y, *begun = native.forward(*tensors, num_steps, trajectory), None, None
+        else:
+            y, *begun = native.begun(tensors[0], *tensors[_B:], num_steps, first)
+        ctx.constants = num_steps, trajectory
+        ctx.first = first
+        ctx.save_for_backward(*tensors, *begun)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        (matrix, *tensors), (y_begun, m_begun) = ctx.saved_tensors[:-2], ctx.saved_tensors[-2:]
-        tensors = [matrix, None, None, *tensors]
-        num_steps, first = ctx.num_steps, ctx.first
-        if common.is_differentiated():
-            previous = None if m_begun is None else y_begun - m_begun
-            with torch.enable_grad():
-                # as variables of their own: a tensor may follow from another
-                tensors = [x if x is None else x.view_as(x) for x in tensors]
-                after = _steps(tensors, first, num_steps)
-                y = _last_steps("cpu", after, y_begun, previous, num_steps - first, False)
-            wanted = [i for i, x in enumerate(tensors) if x is not None and x.requires_grad and i != _Y0]
-            grads = [None] * len(tensors)
-            found = torch.autograd.grad(y, [tensors[i] for i in wanted], grad_y, create_graph=True, allow_unused=True)
-            for i, g in zip(wanted, found, strict=True):
-                grads[i] = g
-            return (grads[0], *grads[3:], None, None)
-        needed = ctx.needs_input_grad
-        needs = common.mask((needed[0], False, False, needed[1], False, *needed[3:11]))
-        after = _steps(tensors, first, num_steps)
-        after[_Y0] = y_begun
-        grads = native.backward(grad_y, *after, num_steps - first, False, needs, None, m_begun)
-        # of the steps before: zero
-        grads = [
-            torch.nn.functional.pad(g, (first, 0)) if g is not None and g.shape != x.shape else g
-            for g, x in zip(grads, tensors, strict=True)
-        ]
-        return (grads[0], *grads[3:], None, None)
+        *tensors, y_begun, m_begun = ctx.saved_tensors
+        needs = common.mask(ctx.needs_input_grad[:13])
+        grads = _backward_of_last_steps(grad_y, *tensors, *ctx.constants, needs, ctx.first, y_begun, m_begun)
+        return (*grads, None, None, None)
+
+
+def _backward_of_last_steps(grad_y, *arguments):
+    """Gradients of the 13 tensors, None where they are not needed, for what the forward pass left of step ``first``."""
+    *tensors, num_steps, trajectory, needs, first = arguments[:17]
+    begun = arguments[17:]
+    if not common.is_differentiated():
+        return native.backward(grad_y, *tensors, num_steps, trajectory, needs, None, first, *begun)
+    with torch.enable_grad():
+        # as variables of their own: a tensor may follow from another
+        tensors = [x if x is None else x.view_as(x) for x in tensors]
+        y = _composed("cpu", list(tensors), num_steps, trajectory, num_steps - first)
+    wanted = [i for i in range(13) if needs >> i & 1]
+    grads = [None] * 13
+    found = torch.autograd.grad(
+        y, [tensors[i] for i in wanted], grad_y, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    for i, g in zip(wanted, found, strict=True):
+        grads[i] = g
+    return grads
 
 
 def _in_compute_dtype(function, backend, *arguments, **options):
@@ -167,6 +182,10 @@ def implicit(backend, *arguments):
         b_hat, y0_hat = (x if x is None else common.matvec(matrix.mT, x) for x in (b, y0))
         y_hat = implicit(backend, None, diagonal, None, b_hat, y0_hat, *schedule, *NO_PROX, num_steps, False)
         return common.matvec(matrix, y_hat)
+    if backend == "cpu" and not _is_transformed():
+        y = function.in_cpp(*arguments, differentiated=function.MINIMIZER)
+        if y is not None:
+            return y
     if not (common.runs_in_eager() or torch.compiler.is_exporting()):
         return ImplicitFunction.apply(backend, *tensors, num_steps)
     # forward mode and exported programs keep no Function: y_k + K (Q y_k + b), whose value is y_k, and of which all but
@@ -282,37 +301,42 @@ class ImplicitFunction(Function):
     @staticmethod
     def backward(ctx, grad_y):
         *tensors, y = common.alive(ctx.saved_tensors) if common.is_differentiated() else ctx.saved_tensors
-        matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
-        needs_matrix, needs_diagonal, needs_observed, _, *others_needed = ctx.needs_input_grad[1:10]
-        # y_k forgets where it began and how it got there
-        others = (
-            torch.zeros_like(x) if needed else None for x, needed in zip((y0, *schedule), others_needed, strict=True)
-        )
-        prox = tensors[9:]
-        if ctx.backend == "cpu" and diagonal is None and prox == [None] * 4 and not common.is_differentiated():
-            needs = needs_matrix | 1 << _B
-            same = matrix, None, None, b, None, *schedule, *NO_PROX, ctx.num_steps, False, needs, None, None, y
-            d_matrix, _, _, db, *_ = native.backward(grad_y, *same)
-            return None, d_matrix, None, None, db, *others, None, None, None, None, None
-        held = _Held(y, Prox(*prox))
-        # b̄ is what the same method makes of Qᵀ, with ȳ for b and the entries held at zero
-        transposed = None if matrix is None else matrix.mT
-        adjoint = (transposed, diagonal, _zero(observed), grad_y, None, *schedule, *held.at_zero(schedule[0].dtype))
-        differentiate = implicit if common.is_differentiated() else run
-        db = differentiate(ctx.backend, *adjoint, ctx.num_steps, False)
-        d_matrix = d_diagonal = None
-        if needs_matrix:
-            shared = matrix.shape[0] != b.shape[0]
-            d_matrix = (db.mT @ y).unsqueeze(0) if shared else db.unsqueeze(-1) * y.unsqueeze(-2)
-        if needs_diagonal:
-            d_diagonal = db * y if observed is None else 2 * diagonal * (db * y)
-        d_observed = -db if needs_observed else None
-        adjoint_of_y = lambda: _energy_gradient(transposed, diagonal, _zero(observed), 0.0, db)
-        d_prox = held.gradients(grad_y, adjoint_of_y, db, y)
-        return None, d_matrix, d_diagonal, d_observed, db, *others, *d_prox, None
+        needs = common.mask(ctx.needs_input_grad[1:14])
+        return None, *_backward_of_minimizer(ctx.backend, grad_y, *tensors, ctx.num_steps, False, needs, y), None
 
     @staticmethod
     def vmap(info, in_dims, backend, *arguments):
         *tensors, num_steps = arguments
         run_all = lambda *tensors: ImplicitFunction.apply(backend, *tensors, num_steps)
         return common.vmap_forward(run_all, info.batch_size, in_dims[1:14], tensors, False, b=3)
+
+
+def _backward_of_minimizer(backend, grad_y, *arguments):
+    """Gradients of the 13 tensors, those of b and of the map whether needed or not, where ``y`` is taken for it."""
+    *tensors, num_steps, _, needs, y = arguments
+    matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
+    needed = [bool(needs >> i & 1) for i in range(13)]
+    prox = tensors[9:]
+    if backend == "cpu" and prox == [None] * 4 and not common.is_differentiated():
+        return native.backward(grad_y, *tensors, num_steps, False, needs, None, 0, None, None, y)
+    # y_k forgets where it began and how it got there
+    others = (torch.zeros_like(x) if wanted else None for x, wanted in zip((y0, *schedule), needed[_Y0:9], strict=True))
+    held = _Held(y, Prox(*prox))
+    # b̄ is what the same method makes of Qᵀ, with ȳ for b and the entries held at zero
+    transposed = None if matrix is None else matrix.mT
+    adjoint = (transposed, diagonal, _zero(observed), grad_y, None, *schedule, *held.at_zero(schedule[0].dtype))
+    differentiate = implicit if common.is_differentiated() else run
+    db = differentiate(backend, *adjoint, num_steps, False)
+    d_matrix = d_diagonal = None
+    if needed[0]:
+        shared = matrix.shape[0] != b.shape[0]
+        d_matrix = (db.mT @ y).unsqueeze(0) if shared else db.unsqueeze(-1) * y.unsqueeze(-2)
+    if needed[1]:
+        d_diagonal = db * y if observed is None else 2 * diagonal * (db * y)
+    d_observed = -db if needed[2] else None
+    adjoint_of_y = lambda: _energy_gradient(transposed, diagonal, _zero(observed), 0.0, db)
+    d_prox = held.gradients(grad_y, adjoint_of_y, db, y)
+    return d_matrix, d_diagonal, d_observed, db, *others, *d_prox
+
+
+function.set_python_backward(_backward_of_last_steps, functools.partial(_backward_of_minimizer, "cpu"))
