@@ -21,9 +21,12 @@ demo: $(VENV)/.base
 # as many processes as there are processors; one that is done takes tests of another
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist worksteal
 
+# the tests of what every backend computes
+KERNEL_TESTS := momentum momentum_prox gradients stopping rnn
+
 test: build $(VENV)/.experiments $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/python -m pytest python_tests $(SIDE_BY_SIDE)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(patsubst %,python_tests/test_%.py,momentum rnn triton) -k triton \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(patsubst %,python_tests/test_%.py,$(KERNEL_TESTS) triton) -k triton \
 	  $(SIDE_BY_SIDE)
 
 # the kernels with the oldest Triton that is supported, instead of the one that is installed
@@ -67,7 +70,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --device cuda $(if $(PARTS),--parts $(PARTS))
 
 # all tests that launch kernels on the GPU; side by side where pytest-xdist is there
-GPU_TESTS = $(patsubst %,python_tests/test_%.py,momentum rnn interoperability synthetic synthetic_rnn) \
+GPU_TESTS = $(patsubst %,python_tests/test_%.py,$(KERNEL_TESTS) interoperability synthetic) \
   -k "cuda or triton or gpu" $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8)
 
 gpu-test:

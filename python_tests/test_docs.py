@@ -257,10 +257,13 @@ def test_targets_of_make_call_what_exists(capsys):
     pytest.importorskip("pandas")
     targets = {words[1] for page in PAGES for _, words in commands(page) if words[0] == "make" and "=" not in words[1]}
     assert {"demo", "test", "bench", "docs"} <= targets
+    targets |= {"gpu-test", "gpu-sanitize", "test-oldest-triton", "test-slow"}
     seen = 0
     for target in sorted(targets):
         result = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, f"make {target}: {result.stderr}"
+        for name in re.findall(r"python_tests/test_\w+\.py", result.stdout):
+            assert (ROOT / name).exists(), f"make {target}: {name}"
         for line in result.stdout.split("\n"):
             found = re.search(r"(?:python3? -m (benchmarks\.\w+)|bin/(unrolled-kernels)) ?(.*)", line.replace("\\", ""))
             if found and found[3]:

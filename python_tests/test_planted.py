@@ -1,5 +1,8 @@
 """The faults of planted/ still fit the code, and the tests find all of them."""
 
+import re
+import shlex
+
 import pytest
 from planted import plant
 
@@ -18,6 +21,17 @@ def test_fault_still_applies(fault, tmp_path):
     fault.plant(tmp_path)
     with pytest.raises(ValueError, match=f"{fault.name}: expected .* once in {fault.file}, got it"):
         fault.plant(tmp_path)
+
+
+def test_their_tests_are_those_of_make_test():
+    """Those of Triton run in its interpreter, in the second pass, of some files."""
+    files = re.search(r"^KERNEL_TESTS := (.*)", (plant.ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    interpreted = {f"test_{name}.py" for name in (*files, "triton")}
+    for fault in FAULTS:
+        named = {word for word in shlex.split(fault.tests) if word.endswith(".py")}
+        assert named
+        assert all((plant.ROOT / "python_tests" / name).exists() for name in named), fault.name
+        assert "triton" not in fault.tests or named <= interpreted, fault.name
 
 
 @pytest.mark.slow
