@@ -194,7 +194,13 @@ struct Begun {
   Tensor y, m;  // m: undefined where gradient descent has none
 };
 
-Tensor forward(Arguments& args, const Begun& begun) {
+// Where a forward pass leaves what Stopping says, [B].
+struct Stops {
+  double tolerance;
+  Tensor taken, residual;
+};
+
+Tensor forward(Arguments& args, const Begun& begun, const Stops& stops) {
   args.check();
   const Tensor& b = args.b;
   Tensor y = args.trajectory ? allocate(b, args.storage, {args.k + 1, args.B, args.d})
@@ -211,6 +217,10 @@ Tensor forward(Arguments& args, const Begun& begun) {
     p.begun = begun.step;
     p.y_begun = mutable_data<Storage>(begun.y);
     p.m_begun = mutable_data<Storage>(begun.m);
+    using Compute = compute_type<Storage>;
+    const Stopping<Compute> stopping{static_cast<Compute>(stops.tolerance), mutable_data<int64_t>(stops.taken),
+                                     mutable_data<Compute>(stops.residual)};
+    if (stopping.taken) p.stopping = &stopping;
     if (!args.mu) return launch(b, args.structure, p);
     const NesterovMomentum<compute_type<Storage>> nesterov(p, args.coefficient<Storage>(*args.mu));
     p.beta = p.gamma = nesterov.beta();
@@ -225,7 +235,7 @@ Tensor momentum(OptionalTensor matrix, OptionalTensor diagonal, OptionalTensor o
                 int64_t num_steps, bool trajectory) {
   Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum,  extrapolation,
                  mu,     lower,    upper,    weight, threshold, num_steps,  trajectory};
-  return forward(args, {});
+  return forward(args, {}, {});
 }
 
 // y_k, and y_t and m_t at t = begun, where a backward pass of the steps after it begins; of a dense Q, on a CPU
@@ -242,8 +252,23 @@ std::tuple<Tensor, Tensor, Tensor> momentum_begun(Tensor matrix, Tensor b, Optio
     return present ? allocate(b, b.scalar_type(), {b.size(0), b.size(1)}) : Tensor();
   };
   const Begun state{begun, rows(true), rows(momentum || mu)};
-  Tensor y = forward(args, state);
+  Tensor y = forward(args, state, {});
   return {y, state.y, state.m};
+}
+
+// y where each sample stops, and what Stopping says of it; of a dense Q, on a CPU
+std::tuple<Tensor, Tensor, Tensor> momentum_stopping(Tensor matrix, Tensor b, OptionalTensor y0, Tensor step_sizes,
+                                                     OptionalTensor momentum, OptionalTensor extrapolation,
+                                                     OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
+                                                     OptionalTensor weight, OptionalTensor threshold, int64_t num_steps,
+                                                     double tolerance) {
+  Arguments args{matrix, {},    {},    b,      y0,        step_sizes, momentum, extrapolation,
+                 mu,     lower, upper, weight, threshold, num_steps,  false};
+  STD_TORCH_CHECK(b.is_cpu() && b.dim() == 2 && num_steps > 0, "b: expected [B, d], on a CPU; num_steps: one or more");
+  const Stops stops{tolerance, allocate(b, ScalarType::Long, {b.size(0)}),
+                    allocate(b, compute_scalar_type(b.scalar_type()), {b.size(0)})};
+  Tensor y = forward(args, {}, stops);
+  return {y, stops.taken, stops.residual};
 }
 
 // Gradients of the arguments of forward, in their order: of the steps from `first` on, y_t at t = first being a constant,
@@ -492,6 +517,7 @@ void call_backward(const Tensor& grad_y, const MomentumOps::Tensors& x, int64_t 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("momentum", TORCH_BOX(&momentum));
   m.impl("momentum_begun", TORCH_BOX(&momentum_begun));
+  m.impl("momentum_stopping", TORCH_BOX(&momentum_stopping));
   m.impl("momentum_backward", TORCH_BOX(&momentum_backward));
   m.impl("momentum_second_order", TORCH_BOX(&momentum_second_order));
 }
@@ -511,6 +537,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
       "momentum_begun(Tensor matrix, Tensor b, Tensor? y0, Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, "
       "Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, Tensor? threshold, SymInt num_steps, SymInt begun) -> "
       "(Tensor, Tensor, Tensor)");
+  m.def(
+      "momentum_stopping(Tensor matrix, Tensor b, Tensor? y0, Tensor step_sizes, Tensor? momentum, "
+      "Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, Tensor? threshold, "
+      "SymInt num_steps, float tolerance) -> (Tensor, Tensor, Tensor)");
   m.def(
       "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, "
       "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, "

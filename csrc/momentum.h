@@ -53,6 +53,15 @@ struct Rows {
   bool single;           // data is one number for all
 };
 
+// Samples that stop by themselves, after the first step with max |y_{t+1} - y_t| <= tolerance max(1, max |y_{t+1}|).
+template <typename Compute>
+struct Stopping {
+  Compute tolerance;
+  // outputs, [B]: how many steps a sample takes, and max |y_{t+1} - y_t| of the last of them
+  int64_t* taken;
+  Compute* residual;
+};
+
 // What forward and backward read. Nothing is written through these pointers and none may alias an output.
 template <typename Storage>
 struct MomentumInputs {
@@ -78,6 +87,8 @@ struct MomentumInputs {
   // CPU only. transposed: each sample is the transpose of its matrix; not where one serves the batch. separate: one
   // matrix serves the batch, and yet each sample has a gradient of its own.
   bool transposed, separate;
+  // CPU only, forward of a dense Q without a trajectory: y is where each sample stops; nullptr: y_k
+  const Stopping<Compute>* stopping;
   bool trajectory;  // outputs (and their cotangents) are y_0 ... y_k, [k+1, B, d], instead of y_k, [B, d]
 };
 

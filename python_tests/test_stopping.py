@@ -6,6 +6,7 @@ from conftest import BACKENDS, device_of, interpreted
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
+from unrolled_kernels.ops.momentum import stopping as op
 from unrolled_kernels.testing import STRUCTURES, random_quadratic
 
 backends = pytest.mark.parametrize("backend", [pytest.param("eager", id="eager"), *BACKENDS])
@@ -124,6 +125,49 @@ def test_implicit_gradients_of_samples_that_stopped():
     expected = torch.autograd.grad(F.minimize(Q, b).pow(3).sum(), inputs)
     torch.testing.assert_close(torch.autograd.grad(y.pow(3).sum(), inputs), expected)
     assert "tolerance=1e-12" in repr(layer)
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize(
+    ("B", "d", "method", "dtype"),
+    [
+        (40, 5, "gd", torch.float32),
+        (3, 5, "momentum", torch.float64),
+        (40, 1, "nesterov", torch.float32),
+        (40, 12, "momentum", torch.float32),
+        (3, 12, "nesterov", torch.bfloat16),
+        (9, 20, "gd", torch.float32),
+        (9, 33, "nesterov", torch.float64),
+        (3, 64, "nesterov", torch.float32),
+        (1, 130, "gd", torch.float16),
+    ],
+)
+def test_the_kernel_stops_where_a_whole_run_says(B, d, method, dtype, shared, monkeypatch):
+    """To the bit, gradients too, in every layout, with and without a map, whatever the number of threads."""
+    compute, k = torch.promote_types(dtype, torch.float32), 30
+    (Q,), _, b = random_quadratic("dense", (B,), d, mu=0.2, shared=shared, dtype=compute)
+    b = b * 2.0 ** -torch.arange(B, dtype=compute).unsqueeze(-1)
+    phi = torch.linspace(0.4, 0.9, k, dtype=compute).requires_grad_()
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (Q, b)]
+
+    def run(tolerance, prox):
+        options = {"prox": prox, "tolerance": tolerance, "return_info": True, "backend": "cpu"}
+        y, info = METHODS[method](*inputs, phi, k, **options)
+        return [y, *info, *torch.autograd.grad(y.float().square().sum(), [*inputs, phi])]
+
+    for tolerance, prox in ((None, None), (0.0, uk.prox.Box(-0.5, 0.4)), (1e-2, uk.prox.L1(0.01)), (1e-2, None)):
+        actual = run(tolerance, prox)
+        with monkeypatch.context() as patch:
+            patch.setattr(op, "_has_kernel", lambda *tensors: False)
+            expected = run(tolerance, prox)
+        assert all(map(torch.equal, actual, expected))
+    if B == 40:
+        assert len(actual[1].unique()) > 1
+    torch.set_num_threads(3)
+    again = run(tolerance, prox)
+    torch.set_num_threads(1)
+    assert all(map(torch.equal, actual, again))
 
 
 def test_compile_and_vmap():

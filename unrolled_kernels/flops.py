@@ -87,6 +87,8 @@ def _weights(b, weights):
 for name, formula in {
     "momentum": _momentum,
     "momentum_begun": _momentum_begun,
+    # all steps, as the samples may take them
+    "momentum_stopping": _momentum_begun,
     "momentum_backward": _momentum_backward,
     "momentum_second_order": _momentum_second_order,
     "momentum_triton": _momentum,

@@ -447,12 +447,12 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
         prox = (*(_reshape(x, shape, flat) for x in rows), None if threshold is None else _rows(threshold, batch))
     schedule = [None if c is None else _rows(c, batch) for c in schedule]
     tensors = (*tensors, *schedule, *prox)
-    if stopping != _NO_STOPPING:
-        taken, residual = _stopping.measure(chosen, *tensors, num_steps, tolerance=tolerance)
+    arguments = (chosen, *tensors, num_steps, return_trajectory)
+    if stopping == _NO_STOPPING:
+        y = op(*arguments)
+    else:
+        y, taken, residual = _stopping.run(op, *arguments, tolerance=tolerance)
         info = Info(taken.reshape(shape[:-1]), residual.reshape(shape[:-1]))
-        if tolerance is not None:
-            tensors = _stopping.stopped(tensors, taken, num_steps)
-    y = op(chosen, *tensors, num_steps, return_trajectory)
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
     y = y if same_shape(y.shape, final_shape) else y.reshape(final_shape)
     return (y, info) if return_info else y

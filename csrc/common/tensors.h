@@ -44,6 +44,7 @@ void dispatch_storage(ScalarType type, F f) {
 }
 
 inline size_t element_size(ScalarType type) {
+  if (type == ScalarType::Long) return sizeof(int64_t);
   return type == ScalarType::Double ? sizeof(double) : type == ScalarType::Float ? sizeof(float) : sizeof(half);
 }
 

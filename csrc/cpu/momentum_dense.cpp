@@ -13,6 +13,7 @@
 // two blocks with Q are one sum over twice the terms.
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -437,14 +438,16 @@ class DenseTile {
         // unless a proximal map takes y_t once more
         z_(states(arena, backward || (p.trajectory && !p.beta.data) ? keep_all : keep_two)),
         y_(!p.beta.data ? z_
-                        : states(arena, p.trajectory && (dual || !backward) ? keep_all
-                                        : p.prox == Prox::none              ? keep_one
-                                                                            : keep_two)),
+                        : states(arena, p.trajectory && (dual || !backward)   ? keep_all
+                                        : p.prox == Prox::none && !p.stopping ? keep_one
+                                                                              : keep_two)),
         m_(!p.beta.data ? States<C>{} : states(arena, backward ? keep_all : keep_one)),
         s_(backward ? arena.take<C>((p.k + 1) * width_) : nullptr),
         ybar_(backward ? arena.take<C>(width_) : nullptr),
         db_(backward ? arena.take<C>(row_) : nullptr),
-        dQ_(backward ? arena.take<C>(Q_.image_size()) : nullptr) {
+        dQ_(backward ? arena.take<C>(Q_.image_size()) : nullptr),
+        stopped_(p.stopping ? arena.take<C>(row_) : nullptr),
+        moving_(p.stopping ? arena.take<C>(W) : nullptr) {
     map_.prox = p.prox;
     if (p.prox == Prox::none) return;
     const auto take = [&](bool present) { return present ? arena.take<C>(row_) : nullptr; };
@@ -502,6 +505,56 @@ class DenseTile {
     if constexpr (dual) trace.tangents = tangents_.schedule(), trace.products = tangents_.products();
     return trace;
   }
+
+  // All samples are to move, `moves` of them.
+  int64_t begin_moving() {
+    for (int64_t l = 0; l < W; ++l) moving_[l] = l < tile_.count * Layout<C>::E ? C(1) : C(0);
+    return moves_ = tile_.count;
+  }
+
+  // Keeps y_{t+1} of the samples that stop after step t, and says how many go on.
+  UNROLLED_KERNELS_NOINLINE int64_t stop_after(int64_t t) {
+    constexpr int E = Layout<C>::E;
+    const C *from = y_.at(t), *to = y_.at(t + 1);
+    Vector<C> change{}, size{};
+    auto unordered = change != change;
+    for (int64_t n = 0; n < row_; n += W) {
+      const Vector<C> y = load(to + n), moved = y - load(from + n);
+      const Vector<C> by = moved < 0 ? -moved : moved, large = y < 0 ? -y : y;
+      change = by > change ? by : change;
+      size = large > size ? large : size;
+      unordered |= moved != moved;
+    }
+    // a NaN is no small change
+    change = unordered ? broadcast(std::numeric_limits<C>::quiet_NaN()) : change;
+    const bool last = t + 1 == p_.k;
+    const auto& stopping = *p_.stopping;
+    if constexpr (E == 1) {
+      const Vector<C> limit = stopping.tolerance * (size > 1 ? size : broadcast(C(1)));
+      const auto stops = (change <= limit) & (load(moving_) > 0);
+      if (!last && sum_lanes<C>(where<C>(stops, broadcast(C(1)))) == 0) return moves_;
+    }
+    C changes[W], sizes[W];
+    store(changes, change), store(sizes, size);
+    for (int64_t s = 0; s < tile_.count; ++s) {
+      if (moving_[s * E] == 0) continue;
+      C by = changes[s * E], large = 1;
+      for (int64_t l = s * E; l < (s + 1) * E; ++l) {
+        if (!(changes[l] <= by)) by = changes[l];
+        if (sizes[l] > large) large = sizes[l];
+        if (by != by) break;
+      }
+      if (!last && !(by <= stopping.tolerance * large)) continue;
+      stopping.taken[tile_.first + s] = t + 1;
+      stopping.residual[tile_.first + s] = by;
+      moving_[s * E] = 0, --moves_;
+      for (int64_t n = s * E; n < row_; n += W) {
+        for (int64_t l = n; l < n + E; ++l) stopped_[l] = to[l];
+      }
+    }
+    return moves_;
+  }
+  void store_stopped(Storage* y) const { tile_.store_state(stopped_, y); }
 
   void store_forward(Storage* y) const {
     for (int64_t t = p_.trajectory ? 0 : p_.k; t <= p_.k; ++t) {
@@ -621,6 +674,9 @@ class DenseTile {
   C* b_;
   States<C> z_, y_, m_;
   C *s_, *ybar_, *db_, *dQ_;
+  // of samples that stop: where they did, and 1 in the first lane of those that have not
+  C *stopped_, *moving_;
+  int64_t moves_ = 0;
   // of a proximal map
   C *lower_ = nullptr, *upper_ = nullptr, *weight_ = nullptr;
   TileMap<C> map_;
@@ -698,6 +754,11 @@ class TileGroups {
     for (int64_t i = chunk.begin; i < chunk.end; i += groups_) {
       const int active = static_cast<int>(min(groups_, chunk.end - i));
       for (int g = 0; g < active; ++g) tiles_[g]->stage(i + g, i == chunk.begin);
+      if (p.stopping) {
+        run_until_stopped(p, active);
+        poll.after(active * first_.work(p.k));
+        continue;
+      }
       const auto run = [&](int64_t begin, int64_t end) {
         with_matrices<C>(first_, second_, active, p.d,
                          [&](const auto& traces, const auto& matrices) { replay(p, traces, matrices, begin, end); });
@@ -740,6 +801,19 @@ class TileGroups {
   }
 
  private:
+  void run_until_stopped(const MomentumForward<Storage>& p, int active) {
+    int64_t moving = 0;
+    for (int g = 0; g < active; ++g) moving += tiles_[g]->begin_moving();
+    with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
+      for (int64_t t = 0; moving > 0; ++t) {
+        replay(p, traces, matrices, t, t + 1);
+        moving = 0;
+        for (int g = 0; g < active; ++g) moving += tiles_[g]->stop_after(t);
+      }
+    });
+    for (int g = 0; g < active; ++g) tiles_[g]->store_stopped(p.y);
+  }
+
   int64_t groups_;
   Arena arena_, none_;
   Tile first_, second_;

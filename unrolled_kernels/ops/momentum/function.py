@@ -210,6 +210,25 @@ class KeptMomentumFunction(MomentumFunction):
         return MomentumFunction.backward(ctx, grad_y)
 
 
+class KnownMomentumFunction(MomentumFunction):
+    """y_k that somebody has computed."""
+
+    @staticmethod
+    def forward(y, *arguments):
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        MomentumFunction.setup_context(ctx, ("cpu", *inputs[1:]), output)
+
+
+def of_known_iterate(y, *arguments):
+    """y, with the gradients that ``momentum`` would have on a CPU for its tensors and number of steps."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:-1]):
+        return KnownMomentumFunction.apply(y, *arguments, False)
+    return y
+
+
 def _differentiable_backward(backend, *arguments):
     """The gradients as torch differentiates them, what μ and tikhonov's f stand for as ordinary functions of them."""
     arguments = (*common.alive(arguments[:14]), *arguments[14:])

@@ -1,5 +1,7 @@
 """Launcher of the C++ and CUDA kernels: the ops of csrc/momentum.cpp, as torch.compile sees them."""
 
+import torch
+
 from unrolled_kernels import _backend
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.momentum import manual, reference
@@ -14,6 +16,12 @@ def fake_forward(matrix, diagonal, observed, b, *rest):
 def fake_begun(matrix, b, y0, phi, beta, gamma, mu, *rest):
     """Shapes and dtypes of y_k and of the state before the last steps."""
     return tuple(b.new_empty(b.shape) for _ in range(3))
+
+
+def fake_stopping(matrix, b, *rest):
+    """Shapes and dtypes of y, of the steps that each sample takes, and of how large the last was."""
+    compute = rest[1].dtype
+    return b.new_empty(b.shape), b.new_empty(b.shape[:1], dtype=torch.int64), b.new_empty(b.shape[:1], dtype=compute)
 
 
 def fake_backward(grad_y, *arguments):
@@ -42,9 +50,10 @@ class Cuda:
         return backward(*arguments[:9], None, *arguments[9:])
 
 
-forward = backward = begun = second_order = None  # without the extension
+forward = backward = begun = stopping = second_order = None  # without the extension
 if _backend.extension() is not None:
     backward = common.register("momentum_backward", fake_backward)
     second_order = common.register("momentum_second_order", fake_second_order)
     begun = common.register("momentum_begun", fake_begun)
+    stopping = common.register("momentum_stopping", fake_stopping)
     forward = common.register("momentum", fake_forward, backward, manual.backward)

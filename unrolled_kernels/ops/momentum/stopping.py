@@ -7,11 +7,59 @@ the steps that it takes are those of the op, and the others' coefficients get ze
 
 import torch
 
-from unrolled_kernels.ops.momentum.function import momentum as run
+from unrolled_kernels import _torch_private
+from unrolled_kernels.ops import common
+from unrolled_kernels.ops.momentum import native
+from unrolled_kernels.ops.momentum.function import momentum as exact
+from unrolled_kernels.ops.momentum.function import of_known_iterate
 from unrolled_kernels.ops.momentum.reference import nesterov_momentum
 
 # positions among the tensors
 _Y0, _PHI, _BETA, _GAMMA, _MU, _THRESHOLD = 4, 5, 6, 7, 8, 12
+
+
+def run(op, backend, *arguments, tolerance):
+    """y of ``op``, one of ``gradients``, and what ``measure`` says of it.
+
+    A dense Q on a CPU has a kernel that stops with the last sample of a tile, and what comes after the last sample of
+    the batch is left out there, which changes no result.
+    """
+    *tensors, num_steps, trajectory = arguments
+    if tolerance is not None and tensors[_MU] is not None:
+        # kernels round what follows from μ otherwise
+        tensors[_BETA] = tensors[_GAMMA] = nesterov_momentum(tensors[_PHI], tensors[_MU])
+        tensors[_MU] = None
+    y = None
+    leaves_out = backend == "cpu" and not (trajectory or torch.compiler.is_compiling() or common.runs_in_eager())
+    leaves_out = leaves_out and num_steps > 0 and not _torch_private.transforms_are_active()
+    if leaves_out and _has_kernel(*tensors[:4]):
+        with torch.no_grad():
+            never = -1.0
+            y, taken, residual = native.stopping(
+                tensors[0], *tensors[_Y0 - 1 :], num_steps, never if tolerance is None else tolerance
+            )
+    else:
+        taken, residual = measure(backend, *tensors, num_steps, tolerance=tolerance)
+    if tolerance is not None:
+        tensors = stopped(tensors, taken, num_steps)
+        if leaves_out and taken.numel() > 0:
+            tensors, num_steps = _first_steps(tensors, num_steps, int(taken.max()))
+    if y is not None and op is exact:
+        return of_known_iterate(y, *tensors, num_steps), taken, residual
+    return op(backend, *tensors, num_steps, trajectory), taken, residual
+
+
+def _has_kernel(matrix, diagonal, observed, b):
+    """A dense Q of each sample, or one for all that is small: larger ones are multiplied by many samples at once."""
+    return diagonal is None and (matrix.shape[0] == b.shape[0] or matrix.shape[-1] <= 16)
+
+
+def _first_steps(tensors, num_steps, last):
+    tensors = list(tensors)
+    for i in (_PHI, _BETA, _GAMMA, _THRESHOLD):
+        if tensors[i] is not None and tensors[i].shape[1] == num_steps:
+            tensors[i] = tensors[i][:, :last]
+    return tensors, last
 
 
 def measure(backend, *arguments, tolerance):
@@ -26,7 +74,7 @@ def measure(backend, *arguments, tolerance):
         # unrounded, as the loop is
         tensors = [x if x is None else x.detach() for x in tensors]
         tensors[: _Y0 + 1] = [x if x is None else x.to(compute) for x in tensors[: _Y0 + 1]]
-        y = run(backend, *tensors, num_steps, True)
+        y = exact(backend, *tensors, num_steps, True)
         if num_steps == 0:
             return b.new_zeros(b.shape[0], dtype=torch.int64), y.new_zeros(b.shape[0])
         change = (y[1:] - y[:-1]).abs().amax(-1)
@@ -41,9 +89,6 @@ def measure(backend, *arguments, tolerance):
 def stopped(tensors, taken, num_steps):
     """The tensors of the recurrence that leaves each sample alone after the steps it has ``taken`` ``[B]``."""
     tensors = list(tensors)
-    if tensors[_MU] is not None:
-        tensors[_BETA] = tensors[_GAMMA] = nesterov_momentum(tensors[_PHI], tensors[_MU])
-        tensors[_MU] = None
     steps = torch.arange(num_steps, device=taken.device)
     moves = steps < taken.unsqueeze(1)  # [B, k]
     for i in (_PHI, _BETA, _GAMMA, _THRESHOLD):
