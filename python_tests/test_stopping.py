@@ -170,6 +170,15 @@ def test_the_kernel_stops_where_a_whole_run_says(B, d, method, dtype, shared, mo
     assert all(map(torch.equal, actual, again))
 
 
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    Q, b, phi = torch.eye(4, dtype=dtype).expand(3, 4, 4), torch.ones(3, 4, dtype=dtype), torch.tensor(0.5)
+    arguments = (Q, b, None, phi, phi, phi, *[None] * 5, 6, 0.1)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.unrolled_kernels.momentum_stopping.default, arguments, test_utils=tests)
+
+
 def test_compile_and_vmap():
     (Q,), _, b = random_quadratic("dense", (3, 2), 4, dtype=torch.float64)
     layer = uk.UnrolledGD(9, 0.5, tolerance=1e-1)
