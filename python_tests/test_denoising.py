@@ -395,6 +395,15 @@ def test_initial_weights_are_paired_by_seed_and_leave_the_random_state_alone():
     assert not torch.equal(first.f[0].weight, other.f[0].weight)
 
 
+@pytest.mark.parametrize("case", ["about-right", "over", "dncnn"])
+def test_residuals_start_near_zero(task, case):
+    noisy = task.pairs(torch.arange(24), 0)[1]
+    for seed in range(3):
+        model = make_model(Trial(case, "gd", 3, seed), QUICK).train()
+        residual = (model.h if case == "dncnn" else model.g)(noisy)
+        assert 0.05 * noisy.norm() < residual.norm() < 0.3 * noisy.norm()
+
+
 @pytest.mark.parametrize("algorithm", ["gd", "nag"])
 def test_guarded_step_is_inside_the_stable_region_of_every_image(algorithm):
     f = torch.tensor([0.0, 1.0, 30.0, 1e4]).reshape(4, 1, 1, 1) * torch.rand(4, 1, 8, 8)

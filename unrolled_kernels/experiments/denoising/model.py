@@ -25,6 +25,7 @@ class Case:
 
 CASES = {"under": Case(3, 0), "about-right": Case(3, 3), "over": Case(20, 3)}
 PLAIN = "dncnn"
+_RESIDUAL_GAIN = 0.1  # a residual starts near zero: the network near the identity, half a dB ahead after 80 epochs
 _INSIDE = 0.99  # of the largest stable step, at whose very end nothing converges
 
 
@@ -55,9 +56,10 @@ class DnCNN(nn.Sequential):
         channels: of every layer between.
         hidden_layers: how many with batch normalisation.
         backend: "eager" for torch's modules; else one C++ op runs them all where ``dncnn.can_run`` says so.
+        last_gain: scale of the last convolution's initial weights.
     """
 
-    def __init__(self, channels, hidden_layers=2, backend="auto"):
+    def __init__(self, channels, hidden_layers=2, backend="auto", last_gain=1.0):
         layers = [nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(inplace=True)]
         for _ in range(hidden_layers):
             layers += [
@@ -71,6 +73,8 @@ class DnCNN(nn.Sequential):
                 nn.init.orthogonal_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self[-1].weight *= last_gain
         self.backend = backend
 
     def forward(self, x):
@@ -118,7 +122,7 @@ class HybridDenoiser(nn.Module):
     def __init__(self, case, algorithm, num_steps, step_size="guarded", start=0.5, backend="auto"):
         super().__init__()
         self.f = DnCNN(case.f_channels, backend=backend)
-        self.g = DnCNN(case.g_channels, backend=backend) if case.g_channels else None
+        self.g = DnCNN(case.g_channels, backend=backend, last_gain=_RESIDUAL_GAIN) if case.g_channels else None
         self.step_size = StepSize(step_size, algorithm, start)
         self.algorithm, self.num_steps, self.backend = algorithm, num_steps, backend
 
@@ -136,7 +140,7 @@ class PlainDenoiser(nn.Module):
     def __init__(self, parameters, backend="auto"):
         super().__init__()
         width = min(range(1, 65), key=lambda channels: abs(_dncnn_parameters(channels) - parameters))
-        self.h = DnCNN(width, backend=backend)
+        self.h = DnCNN(width, backend=backend, last_gain=_RESIDUAL_GAIN)
 
     def forward(self, X):
         """X ``[B, 1, H, W]`` to Y ``[B, 1, H, W]``."""
