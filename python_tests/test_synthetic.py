@@ -623,7 +623,7 @@ def test_published_numbers_are_those_of_the_tables():
     text = publish.sections()
     for page in (file.read_text(encoding="utf-8") for file in publish.PAGES):
         assert "<!-- generated: " in page
-        assert publish.filled(page, text) == page
+        assert publish.report.filled(page, text) == page
         for figure in re.findall(r"\]\((\S+\.png)\)", page):
             assert (publish.FOLDER / figure).is_file()
     # one row a model, as its run wrote it

@@ -6,7 +6,6 @@
 import argparse
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -32,7 +31,6 @@ PAGES = FOLDER / "README.md", FOLDER / "learn_to_optimize.md"
 # the paper's grid, of which the tables say what was run
 _BUDGETS = 5, 10, 20, 30
 _TRANSFER, _TRANSFER_HIDDEN = (2, 4, 6, 10, 14, 20, 30), 16
-_SECTION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def collect(name, runs):
@@ -244,14 +242,6 @@ def theory_figures():
     return {"figure2_trends": theory.figure2(table), "theorem_bound": theory.theorem(curves)}
 
 
-def filled(page, text):
-    """The text of a page with its sections replaced."""
-    missing = {name for _, name, _ in _SECTION.findall(page)} - set(text)
-    if missing:
-        raise ValueError(f"{FOLDER}: nothing generates {sorted(missing)}")
-    return _SECTION.sub(lambda found: f"{found[1]}\n{text[found[2]]}\n\n{found[3]}", page)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--collect", nargs="+", metavar=("NAME", "RUN"), action="append", default=[])
@@ -261,12 +251,7 @@ def main(argv=None):
         print(collect(name, [Path(run) for run in runs]))
     if arguments.transfer:
         print(transfer_table([Path(run) for run in arguments.transfer]))
-    text = sections()
-    for page in PAGES:
-        whole = filled(page.read_text(encoding="utf-8"), text)
-        with atomic_path(page) as temporary:
-            temporary.write_text(whole, encoding="utf-8")
-        print(page)
+    report.fill(PAGES, sections())
     for name in ("authors", "second"):
         directory = FOLDER / name
         directory.mkdir(exist_ok=True)

@@ -1,6 +1,10 @@
-"""The writer of every ``report.md``, and of tables in Markdown."""
+"""The writer of every ``report.md``, of tables in Markdown, and of what pages of documentation say in numbers."""
+
+import re
 
 from unrolled_kernels.experiments.run_directory import atomic_path
+
+_SECTION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(head, rows, left=0):
@@ -40,3 +44,24 @@ def write(path, *, title, introduction="", settings, figures, sections):
         text += [f"## {heading}", "", body, ""] if body else []
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(text), encoding="utf-8")
+
+
+def filled(page, text):
+    """The text of a page whose parts from ``<!-- generated: NAME -->`` to ``<!-- end -->`` are ``text[NAME]``.
+
+    Raises:
+        ValueError: ``text`` has no such name.
+    """
+    missing = {name for _, name, _ in _SECTION.findall(page)} - set(text)
+    if missing:
+        raise ValueError(f"nothing generates {sorted(missing)}")
+    return _SECTION.sub(lambda found: f"{found[1]}\n{text[found[2]]}\n\n{found[3]}", page)
+
+
+def fill(pages, text):
+    """Fill files in place, see ``filled``, and print their names."""
+    for page in pages:
+        whole = filled(page.read_text(encoding="utf-8"), text)
+        with atomic_path(page) as temporary:
+            temporary.write_text(whole, encoding="utf-8")
+        print(page)
