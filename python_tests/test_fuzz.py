@@ -18,6 +18,7 @@ from problems import COTANGENTS, DTYPES, LAYOUTS
 
 import unrolled_kernels.functional as F
 from unrolled_kernels import prox
+from unrolled_kernels.ops.momentum import manual
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager
 
 EXAMPLES = int(os.environ.get("UNROLLED_KERNELS_FUZZ_EXAMPLES", "0"))
@@ -191,6 +192,34 @@ class Problem(Short):
         b = values["b"].abs() + (values["observed"].abs() if "observed" in values else 0)
         return (db * b).abs().sum().item()
 
+    def terms_of_steps(self, values):
+        """Sizes of the terms that the gradients of b and of Q's parts sum over the steps, by name.
+
+        With A_t and Z_t of manual.py: Σ ∣A_t∣ for b, Σ ∣A_t∣ ∣Z_t∣ for a diagonal Q, Σ ∣A_t∣ ∣Z_t∣ᵀ for a dense one.
+        """
+        sweeps, sweep = [], manual._adjoint_sweep
+        with mock.patch.object(manual, "_adjoint_sweep", lambda *x: sweeps.append(sweep(*x)) or sweeps[-1]):
+            self.run("manual", torch.float64, values, full=True)
+        if not sweeps:  # no step, or gradients that are no sum over the steps
+            return {}
+        _, a, z, *_ = sweeps[-1]
+        a, z = (x.abs().reshape(len(x), *self.batch, self.d) for x in (a, z))
+        db, diagonal = a.sum(0), (a * z).sum(0)
+        sizes = {"b": db, "observed": db, "q": diagonal, "eigenvalues": diagonal}
+        if self.structure == "dense":
+            sizes["matrix"] = torch.einsum("t...i,t...j->...ij", a, z)
+        elif self.structure == "tikhonov":
+            sizes["f"] = 2 * values["f"].abs() * diagonal
+        elif self.structure == "spectral":
+            R = values["vectors"].abs().expand(self.full_shape("vectors"))
+            sizes["b"] = (R @ db.unsqueeze(-1)).squeeze(-1)
+            ys = dataclasses.replace(self, trajectory=True, gradients={}).run("eager", torch.float64, values)["y"]
+            cotangents = self.cotangent_values().abs().reshape(self.k + 1 if self.trajectory else 1, *db.shape)
+            y_hat = (R.mT @ ys.abs().unsqueeze(-1)).squeeze(-1)[-len(cotangents) :]
+            outer = lambda x, y: x.unsqueeze(-1) * y.unsqueeze(-2)
+            sizes["vectors"] = outer(values["b"].abs(), db) + outer(cotangents, y_hat).sum(0)
+        return sizes
+
     def terms_of_cells(self, values):
         """Sizes of the terms whose sums a network's results are, by name.
 
@@ -317,13 +346,13 @@ def compare(problem, *backends, eager=None):
     exact = problem.run("eager", torch.float64, values, full=True)
     if eager is None:
         eager = problem.run("eager", torch.float32 if problem.dtype == "f64" else dtype, values)
-    sizes = problem.terms_of_cells(values) if problem.method == "rnn" else {}
+    sizes = problem.terms_of_cells(values) if problem.method == "rnn" else problem.terms_of_steps(values)
     for backend in backends:
         actual = problem.run(backend, dtype, values)
         assert actual.keys() == {"y"} | {n for n, leaf in problem.leaves.items() if leaf.grad}
         for name, result in actual.items():
             terms = exact[name]
-            # gradients of what is broadcast are sums, whose terms may cancel
+            # gradients are sums, over the steps and over what is broadcast, whose terms may cancel
             scale = terms.abs().sum_to_size(result.shape).max().item() if terms.numel() else 0.0
             if name in sizes and result.numel():
                 scale = max(scale, sizes[name].sum_to_size(result.shape).max().item())
