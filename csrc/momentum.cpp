@@ -271,6 +271,17 @@ std::tuple<Tensor, Tensor, Tensor> momentum_stopping(Tensor matrix, Tensor b, Op
   return {y, stops.taken, stops.residual};
 }
 
+// `dmu`: written where dphi is wanted and there is a mu
+template <typename Storage>
+void launch_with_mu(const Arguments& args, MomentumBackward<Storage>& p, compute_type<Storage>* dmu) {
+  if (!args.mu) return launch(args.b, args.structure, p);
+  NesterovMomentum<compute_type<Storage>> nesterov(p, args.coefficient<Storage>(*args.mu));
+  p.beta = p.gamma = nesterov.beta();
+  if (p.dphi) nesterov.allocate_gradients(p.dbeta, p.dgamma);
+  launch(args.b, args.structure, p);
+  if (p.dphi) nesterov.backward(p.dphi, dmu);
+}
+
 // Gradients of the arguments of forward, in their order: of the steps from `first` on, y_t at t = first being a constant,
 // for which a dense Q needs what momentum_begun leaves; or of `minimizer`, which is y_k, as that of the energy.
 using Gradients =
@@ -350,12 +361,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     p.dbeta = mutable_data<Compute>(dbeta);
     p.dgamma = mutable_data<Compute>(dgamma);
     p.d_threshold = mutable_data<Compute>(d_threshold);
-    if (!mu) return launch(b, args.structure, p);
-    NesterovMomentum<Compute> nesterov(p, args.coefficient<Storage>(*args.mu));
-    p.beta = p.gamma = nesterov.beta();
-    if (p.dphi) nesterov.allocate_gradients(p.dbeta, p.dgamma);
-    launch(b, args.structure, p);
-    if (p.dphi) nesterov.backward(p.dphi, mutable_data<Compute>(dmu));
+    launch_with_mu(args, p, mutable_data<Compute>(dmu));
   };
   if (args.k > 0) {
     dispatch_storage(args.storage, run);
@@ -402,15 +408,15 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
 }
 
 // The VJP of momentum_backward, of a dense or diagonal Q without a proximal map, on a CPU. The cotangents are shaped like
-// the inputs; none: zero. Bit i of `needs`: gradient i of grad_y, matrix, diagonal, b, y0, step_sizes, momentum,
-// extrapolation.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_second_order(
+// the inputs; none: zero, as those of the coefficients beside mu. Bit i of `needs`: gradient i of grad_y, matrix, diagonal,
+// b, y0, step_sizes, momentum, extrapolation, mu.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_second_order(
     Tensor grad_y, OptionalTensor matrix, OptionalTensor diagonal, Tensor b, OptionalTensor y0, Tensor step_sizes,
-    OptionalTensor momentum, OptionalTensor extrapolation, OptionalTensor d_matrix, OptionalTensor d_diagonal,
-    OptionalTensor d_b, OptionalTensor d_y0, OptionalTensor d_step_sizes, OptionalTensor d_momentum,
-    OptionalTensor d_extrapolation, int64_t num_steps, bool trajectory, int64_t needs) {
+    OptionalTensor momentum, OptionalTensor extrapolation, OptionalTensor mu, OptionalTensor d_matrix,
+    OptionalTensor d_diagonal, OptionalTensor d_b, OptionalTensor d_y0, OptionalTensor d_step_sizes,
+    OptionalTensor d_momentum, OptionalTensor d_extrapolation, int64_t num_steps, bool trajectory, int64_t needs) {
   Arguments args{matrix, diagonal, {}, b,  y0, step_sizes, momentum,   extrapolation,
-                 {},     {},       {}, {}, {}, num_steps,  trajectory, (needs & 2) != 0};
+                 mu,     {},       {}, {}, {}, num_steps,  trajectory, (needs & 2) != 0};
   args.check();
   const int64_t B = args.B, d = args.d;
   STD_TORCH_CHECK(args.structure != Structure::spectral, "matrix, diagonal: expected one of them");
@@ -434,6 +440,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momen
   STD_TORCH_CHECK(!d_step_sizes || (d_momentum.has_value() == momentum.has_value() &&
                                     d_extrapolation.has_value() == extrapolation.has_value()),
                   "cotangents: expected those of all coefficients or of none");
+  STD_TORCH_CHECK(!mu || !d_step_sizes, "mu: expected no cotangents of coefficients beside it");
   if (!grad_y.is_contiguous()) grad_y = as_contiguous(grad_y);
 
   const auto wanted = [&](int64_t bit) { return (needs >> bit & 1) != 0; };
@@ -443,14 +450,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momen
     if (B == 0) torch::stable::zero_(grad);
     return grad;
   };
-  const bool schedule = wanted(5) || wanted(6) || wanted(7);
+  const bool schedule = wanted(5) || wanted(6) || wanted(7) || wanted(8);
   Tensor y_tangent = !wanted(0)   ? Tensor()
                      : trajectory ? allocate(b, args.storage, {args.k + 1, B, d})
                                   : allocate(b, args.storage, {B, d});
   Tensor matrix_grad = matrix && wanted(1) ? allocate(b, args.storage, {matrix->size(0), d, d}) : Tensor();
   Tensor b_grad = like(wanted(3), b), y0_grad = like(wanted(4), y0), diagonal_grad = like(wanted(2), diagonal);
   Tensor phi_grad = like(schedule, step_sizes), beta_grad = like(schedule, momentum),
-         gamma_grad = like(schedule, extrapolation);
+         gamma_grad = like(schedule, extrapolation), mu_grad = like(schedule, mu);
   const auto run = [&](auto type) {
     using Storage = decltype(type);
     const auto of = [](const OptionalTensor& x) { return x ? data<Storage>(*x) : nullptr; };
@@ -484,14 +491,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momen
     p.dphi = mutable_data<Compute>(phi_grad);
     p.dbeta = mutable_data<Compute>(beta_grad);
     p.dgamma = mutable_data<Compute>(gamma_grad);
-    launch(b, args.structure, p);
+    launch_with_mu(args, p, mutable_data<Compute>(mu_grad));
   };
   if (args.storage == ScalarType::Double) {
     run(double());
   } else {
     run(float());
   }
-  return {y_tangent, matrix_grad, diagonal_grad, b_grad, y0_grad, phi_grad, beta_grad, gamma_grad};
+  return {y_tangent, matrix_grad, diagonal_grad, b_grad, y0_grad, phi_grad, beta_grad, gamma_grad, mu_grad};
 }
 
 Tensor call_forward(const MomentumOps::Tensors& x, int64_t num_steps, bool trajectory) {
@@ -549,9 +556,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "momentum_second_order(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor b, Tensor? y0, Tensor step_sizes, "
-      "Tensor? momentum, Tensor? extrapolation, Tensor? d_matrix, Tensor? d_diagonal, Tensor? d_b, Tensor? d_y0, "
-      "Tensor? d_step_sizes, Tensor? d_momentum, Tensor? d_extrapolation, SymInt num_steps, bool trajectory, "
-      "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? d_matrix, Tensor? d_diagonal, Tensor? d_b, "
+      "Tensor? d_y0, Tensor? d_step_sizes, Tensor? d_momentum, Tensor? d_extrapolation, SymInt num_steps, "
+      "bool trajectory, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unrolled_kernels, CPU, m) { unrolled_kernels::register_kernels(m); }

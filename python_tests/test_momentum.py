@@ -229,7 +229,7 @@ def test_gradcheck(backend, structure, trajectory):
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension was not built")
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "tikhonov"])
-@methods
+@pytest.mark.parametrize("method", [*METHODS, "nesterov"])
 def test_second_order_in_kernels_is_that_of_the_derivation(structure, method, monkeypatch):
     """The VJP of a backward pass in every layout, for all cotangents and for some."""
     calls = []
@@ -246,14 +246,18 @@ def test_second_order_in_kernels_is_that_of_the_derivation(structure, method, mo
         shape = {"number": (), "step": (1, k), "sample": (B, 1), "both": (B, k)}[form]
         phi, *moving = (rand(shape) for _ in range(3))
         beta, gamma = moving if method == "momentum" else (None, None)
+        mu = moving[0] if method == "nesterov" else None
         grad_y = rand(k + 1, B, d) - 0.5 if trajectory else rand(B, d) - 0.5
-        tensors = (grad_y, matrix, diagonal, observed, rand(B, d), rand(B, d) if warm else None, phi, beta, gamma)
+        tensors = (grad_y, matrix, diagonal, observed, rand(B, d), rand(B, d) if warm else None, phi, beta, gamma, mu)
         needs = sum(1 << i for i, x in enumerate(tensors[1:]) if x is not None)
+        if mu is not None:
+            # with those of coefficients torch computes what follows from μ
+            needs &= 0b11111
         for chosen in (slice(None), slice(1, 2)):
             results = []
             for name in ("manual", "cpu"):
                 leaves = [None if x is None else x.clone().requires_grad_() for x in tensors]
-                arguments = (*leaves, *[None] * 5, k, trajectory, needs)
+                arguments = (*leaves, *[None] * 4, k, trajectory, needs)
                 grads = function._differentiable_backward(name, *arguments)
                 grads = [g for g in grads if g.numel() > 0 and g.requires_grad][chosen]
                 inputs = [x for x in leaves if x is not None]

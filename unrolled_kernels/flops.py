@@ -54,7 +54,7 @@ def _momentum_backward(grad_y, matrix, diagonal, observed, b, y0, *rest, out_sha
 
 
 def _momentum_second_order(grad_y, matrix, diagonal, b, *rest, out_shape=None):
-    d_matrix, num_steps, needs = rest[4], rest[-3], rest[-1]
+    d_matrix, num_steps, needs = rest[5], rest[-3], rest[-1]
     if matrix is None:
         return 0
     # of a state and its tangent with Q, and of the state with Q's tangent, replayed and for the adjoints

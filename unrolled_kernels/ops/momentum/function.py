@@ -229,13 +229,21 @@ def of_known_iterate(y, *arguments):
     return y
 
 
+# bits of `needs`
+_COEFFICIENTS = 0b1111 << 5
+
+
 def _differentiable_backward(backend, *arguments):
     """The gradients as torch differentiates them, what μ and tikhonov's f stand for as ordinary functions of them."""
     arguments = (*common.alive(arguments[:14]), *arguments[14:])
-    run = lambda *args: MomentumBackwardFunction.apply(backend, *args[:9], None, *args[9:])
-    if backend == "cpu":
-        run = _of_diagonal(run)
-    return manual.with_nesterov(run)(*arguments)
+    if backend != "cpu":
+        run = lambda *args: MomentumBackwardFunction.apply(backend, *args[:9], None, *args[9:])
+        return manual.with_nesterov(run)(*arguments)
+    if arguments[-1] & _COEFFICIENTS:
+        run = lambda *args: MomentumBackwardFunction.apply("cpu", *args[:9], None, *args[9:])
+        return manual.with_nesterov(_of_diagonal(run))(*arguments)
+    # the kernels of second order take μ where no gradient of a coefficient is differentiated
+    return _of_diagonal(functools.partial(MomentumBackwardFunction.apply, "cpu"))(*arguments)
 
 
 def _of_diagonal(backward):
@@ -308,9 +316,9 @@ class MomentumBackwardFunction(Function):
 
 def _has_second_order(tensors, num_steps):
     """Whether the kernels of second order take the arguments of a backward pass, and nothing differentiates them."""
-    _, matrix, diagonal, observed, b, _, phi, _, _, mu, *prox = tensors
+    _, matrix, diagonal, observed, b, _, phi, _, _, _, *prox = tensors
     spectral = matrix is not None and diagonal is not None
-    if spectral or observed is not None or mu is not None or prox != [None] * 4 or common.is_differentiated():
+    if spectral or observed is not None or prox != [None] * 4 or common.is_differentiated():
         return False
     # one large matrix for the batch: torch's products of matrices are the faster ones
     shared = matrix is not None and matrix.shape[0] != b.shape[0] and b.shape[1] > 40
@@ -319,7 +327,7 @@ def _has_second_order(tensors, num_steps):
 
 def _second_order(ctx, cotangents):
     """What ``MomentumBackwardFunction.backward`` returns, by the kernels."""
-    grad_y, matrix, diagonal, _, b, y0, *coefficients = ctx.saved_tensors[:9]
+    grad_y, matrix, diagonal, _, b, y0, *coefficients, mu = ctx.saved_tensors[:10]
     # an output that was not needed is empty
     cotangents = [None if c is None or c.numel() == 0 else c for c in cotangents[:8]]
     d_matrix, d_diagonal, _, db, dy0, *d_coefficients = cotangents
@@ -328,12 +336,13 @@ def _second_order(ctx, cotangents):
             torch.zeros_like(x) if c is None and x is not None else c
             for c, x in zip(d_coefficients, coefficients, strict=True)
         ]
-    _, *needed = ctx.needs_input_grad[:10]
+    _, *needed = ctx.needs_input_grad[:11]
     needs = common.mask((*needed[:3], *needed[4:]))
-    arguments = grad_y, matrix, diagonal, b, y0, *coefficients, d_matrix, d_diagonal, db, dy0, *d_coefficients
+    inputs = grad_y, matrix, diagonal, b, y0, *coefficients, mu
+    arguments = *inputs, d_matrix, d_diagonal, db, dy0, *d_coefficients
     grads = native.second_order(*arguments, ctx.num_steps, ctx.trajectory, needs)
     grads = [g if needs >> i & 1 else None for i, g in enumerate(grads)]
-    return (None, *grads[:3], None, *grads[3:], *[None] * 8)
+    return (None, *grads[:3], None, *grads[3:], *[None] * 7)
 
 
 _node = _backend.autograd_extension()

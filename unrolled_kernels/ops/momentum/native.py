@@ -32,7 +32,7 @@ def fake_backward(grad_y, *arguments):
 
 def fake_second_order(*arguments):
     """Shapes and dtypes of the gradients of a backward pass, None for what is not needed."""
-    inputs, needs = arguments[:8], arguments[-1]
+    inputs, needs = arguments[:9], arguments[-1]
     return tuple(None if x is None or not needs >> i & 1 else x.new_empty(x.shape) for i, x in enumerate(inputs))
 
 
