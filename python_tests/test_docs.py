@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import inspect
 import os
 import re
 import runpy
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +100,8 @@ def calls(monkeypatch):
             # a trace, or a transform's tensor, has no values to judge
             traced = torch.compiler.is_compiling() or functorch.is_functorch_wrapped_tensor(y)
             if not traced and type(y) is torch.Tensor:
-                frames = (frame.filename for frame in inspect.stack(context=0))
+                # not inspect.stack, which takes 10 ms
+                frames = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(None))
                 if not any(Path(file).parent == Path(theory.__file__).parent for file in frames):
                     *coefficients, num_steps = (x.detach() if hasattr(x, "detach") else x for x in coefficients)
                     last = y[-1] if options.get("return_trajectory") else y
@@ -133,7 +134,8 @@ def test_code_runs_and_converges(page, tmp_path, monkeypatch, calls):
             # a traceback has the page's own line
             code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
             exec(code, namespace)
-            for call in calls:
+            # of the hundreds of a training, some
+            for call in calls[:: len(calls) // 20 + 1]:
                 assert_converging(*call)
             calls.clear()
     assert torch.get_num_threads() == threads
