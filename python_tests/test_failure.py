@@ -176,7 +176,7 @@ def _interrupt_in_a_callback(shared, job, on_progress):
     thing = _Object()
     callback = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
     del thing
-    time.sleep(20)
+    time.sleep(200)
     return callback
 
 
@@ -185,7 +185,7 @@ def test_an_interrupt_that_a_callback_swallows_comes_again(capfd):
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         list(run_jobs([0, 1], workers=2, prepare=_nothing, work=_interrupt_in_a_callback, bar=None))
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 100
     assert "Traceback" not in capfd.readouterr().err
 
 
