@@ -224,7 +224,8 @@ def test_gradcheck(backend, structure, trajectory):
         problem = MomentumProblem(
             structure, (2,), 3, 3, method=method, form=form, trajectory=trajectory, device=device_of(backend)
         )
-        problems.assert_gradients_pass_gradcheck(problem, backend)
+        # no kernels of Triton differentiate a gradient
+        problems.assert_gradients_pass_gradcheck(problem, backend, second=not (interpreted(backend) and trajectory))
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension was not built")
