@@ -90,14 +90,12 @@ def test_a_command_says_its_help_without_torch(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("hidden", ["unrolled_kernels._C", "triton", "pandas"])
-def test_runs_with_a_module_hidden(hidden):
-    result = run_python(HIDE.format(name=hidden) + STEP)
+def test_runs_without_what_is_optional():
+    result = run_python(HIDE.format(name="triton") + HIDE.format(name="pandas") + STEP)
     assert result.returncode == 0, result.stderr
     works, backends = result.stdout.split()
     assert works == "True"
-    assert "eager" in backends
-    assert ("cpu" in backends.split(",")) == (hidden != "unrolled_kernels._C" and "cpu" in uk.available_backends())
+    assert backends.split(",") == [name for name in uk.available_backends() if name != "triton"]
 
 
 def test_import_loads_neither_triton_nor_the_experiments():
@@ -110,6 +108,8 @@ def test_runs_without_a_gpu():
     result = run_python(STEP, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     assert "cuda" not in result.stdout
+    # where kernels run, auto says nothing
+    assert result.stderr == "" or "cpu" not in uk.available_backends()
 
 
 def test_info_names_every_backend_and_the_way_to_it():
@@ -125,17 +125,15 @@ def test_auto_says_once_that_it_is_slow():
     if _backend.platform.system() != "Linux":
         pytest.skip("there is no extension on this system")
     hidden = HIDE.format(name="unrolled_kernels._C")
-    said = run_python(hidden + STEP + STEP).stderr
+    ran = run_python(hidden + STEP + STEP)
+    assert ran.stdout.split()[0] == "True", ran.stderr
+    assert not {"cpu", "cuda"} & {*ran.stdout.split()[1].split(",")}
+    said = ran.stderr
     assert said.count("SlowBackendWarning: backend='auto' takes the eager loop on cpu tensors") == 1, said
     assert "build it with `pip install .`" in said
     silent = "import warnings, unrolled_kernels as uk\nwarnings.simplefilter('ignore', uk.SlowBackendWarning)\n"
     for prefix, environment in ((silent, {}), ("", {"UNROLLED_KERNELS_BACKEND": "eager"})):
         assert run_python(hidden + prefix + STEP, **environment).stderr == ""
-
-
-@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
-def test_auto_says_nothing_where_kernels_run():
-    assert run_python(STEP).stderr == ""
 
 
 # as in pip's isolated builds: the packages of the environment cannot be imported
