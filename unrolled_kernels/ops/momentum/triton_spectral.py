@@ -164,7 +164,7 @@ def momentum_spectral_backward_kernel(
             q_bar -= a_scaled * z
             b_hat_bar -= a_scaled
             if d_schedule[0] is not None:
-                parts = (-a * (q * z + b_hat), a * m, -a_scaled * (q * m), m)
+                parts = (-a * (q * z + b_hat), a * m, -phi_t * (q * (a * m)), m)
                 sums = accumulate_schedule(d_schedule, sums, parts, sample, t, num_steps, real, first, 1, ROWS, STEPS)
             a, carry = adjoint_step(a, carry, w, phi_t, beta_t, gamma_t, MOMENTUM)
             # the cotangent of y_0 itself, which is never rotated, comes last
