@@ -142,7 +142,7 @@ def main(cases, description, name_of_results, arguments=None):
     parser.add_argument("--only", default="", help="run the cases whose id contains this text")
     parser.add_argument("--modes", default="forward+backward", help=f"of {','.join(MODES)}")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help=f"of {','.join(peers.PEERS)}; '' for none")
-    parser.add_argument("--compile", default="", help="run torch.compile on the cases whose id contains this text")
+    parser.add_argument("--compile", default="", help="run torch.compile on the cases whose id contains one of these")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each function, of which the median is taken")
     parser.add_argument("--out", type=Path, help="CSV to write (default: print only)")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/results/<device>/, to be committed")
@@ -170,7 +170,8 @@ def main(cases, description, name_of_results, arguments=None):
         for case in cases(device):
             if options.only in case.id:
                 # torch.compile takes up to a minute for a case
-                of_case = [name for name in wanted if not name.startswith("compile") or options.compile in case.id]
+                compiled = any(text in case.id for text in options.compile.split(","))
+                of_case = [name for name in wanted if compiled or not name.startswith("compile")]
                 new = list(run(case, device, where, modes=modes, wanted_peers=of_case, rounds=options.rounds))
                 rows += new
                 _print(case, modes, new)
