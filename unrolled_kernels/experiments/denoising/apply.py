@@ -13,16 +13,22 @@ from unrolled_kernels.experiments.denoising.model import CASES, PLAIN, make_mode
 from unrolled_kernels.experiments.denoising.weights import load_model
 from unrolled_kernels.experiments.run_directory import atomic_path
 
+# models that come with the package, by name
+TRAINED = {file.stem: file for file in sorted((Path(__file__).parent / "trained").glob("*.safetensors"))}
+
 
 def add_parser(subparsers):
     """Register the subcommand of ``denoising``."""
     parser = subparsers.add_parser(
         "apply",
         help="restore an image with a trained model",
-        description="Restore an image with the weights of a model that a run has trained. The result is gray.",
+        description="Restore an image with the weights of a model that was trained before. The result is gray.",
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="FILE", help="DIR/models/*.safetensors of a finished run"
+        "--model",
+        required=True,
+        metavar="NAME|FILE",
+        help=f"{' or '.join(TRAINED)}, which come with the package, or DIR/models/*.safetensors of a finished run",
     )
     parser.add_argument("input", type=Path, metavar="IN", help="the image, of any size")
     parser.add_argument("output", type=Path, metavar="OUT", help="where it goes; its suffix is the format")
@@ -46,12 +52,15 @@ def run(arguments):
     return 0
 
 
-def load(file):
-    """The trained model in ``file``, whatever its case, algorithm and depth.
+def load(model):
+    """A trained model, whatever its case, algorithm and depth.
 
+    Args:
+        model: a name in ``TRAINED``, or the file of its weights.
     Raises:
         ValueError: the file is no trained model of this study; the message names it.
     """
+    file = TRAINED.get(str(model), model)
     name = checkpoint.model_name(file)
     *case, algorithm, num_steps, seed = name.split("-")
     known = "-".join(case) in (*CASES, PLAIN) and num_steps.isdigit() and seed.isdigit()
