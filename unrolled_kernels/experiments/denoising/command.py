@@ -185,12 +185,7 @@ def _methods(results, directory, task, seed):
         means = {name: [x.mean().item() for x in evaluation.quality(clean, y)] for name, y in restored.items()}
         with atomic_path(file) as temporary:
             temporary.write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
-    methods = json.loads(file.read_text(encoding="utf-8"))
-    of_seed = results[results["seed"] == seed].sort_values(["case", "algorithm", "num_steps"])
-    for row in of_seed.groupby(["case", "algorithm"]).tail(1).itertuples():
-        name = "plain DnCNN" if row.case == PLAIN else f"{row.case}, {row.algorithm.upper()}, k = {row.num_steps}"
-        methods[name] = row.test_psnr, row.test_ssim
-    return methods
+    return report.with_models(json.loads(file.read_text(encoding="utf-8")), results, seed)
 
 
 def _pictures(results, setup, directory, task):

@@ -86,6 +86,22 @@ def shortfall_sentence(methods):
     )
 
 
+def with_models(methods, results, seed):
+    """Other methods and, behind them, the deepest models of each case and algorithm that ``seed`` trained.
+
+    Args:
+        methods: a dict from the method's name to ``(psnr, ssim)`` on the test images of ``seed``.
+        results: one row for each trained model.
+        seed: whose models are compared.
+    """
+    methods = dict(methods)
+    of_seed = results[results["seed"] == seed].sort_values(["case", "algorithm", "num_steps"])
+    for row in of_seed.groupby(["case", "algorithm"]).tail(1).itertuples():
+        name = "plain DnCNN" if row.case == PLAIN else f"{row.case}, {row.algorithm.upper()}, k = {row.num_steps}"
+        methods[name] = row.test_psnr, row.test_ssim
+    return methods
+
+
 def methods_table(methods):
     """Each method on the same test images, a Markdown table.
 
