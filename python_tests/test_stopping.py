@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import BACKENDS, device_of, interpreted
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unrolled_kernels as uk
 import unrolled_kernels.functional as F
@@ -180,6 +181,13 @@ def test_opcheck(dtype):
 
 
 def test_compile_and_vmap():
+    # the number of steps of one input is none of another's
+    layer = uk.UnrolledGD(30, 0.5, tolerance=1e-1)
+    (Q,), _, b = random_quadratic("dense", (3,), 4, dtype=torch.float64)
+    traced = torch.jit.trace(layer, (Q, b), check_trace=False)
+    torch.testing.assert_close(traced(Q, 1000 * b), layer(Q, 1000 * b))
+    with FakeTensorMode():
+        assert layer(torch.empty(3, 4, 4), torch.empty(3, 4)).shape == (3, 4)
     (Q,), _, b = random_quadratic("dense", (3, 2), 4, dtype=torch.float64)
     layer = uk.UnrolledGD(9, 0.5, tolerance=1e-1)
     expected, info = layer(Q, b, return_info=True)

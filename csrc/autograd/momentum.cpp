@@ -126,7 +126,8 @@ struct Call {
     const at::AutoDispatchBelowAutograd guard;
     MomentumOps::Tensors stable, grads;
     fill(stable);
-    MomentumOps::Differentiated what{first()};
+    MomentumOps::Differentiated what;
+    what.first = first();
     const auto kept_at = [&](size_t i) {
       return i < kept.size() ? std::optional(to_stable(kept[i])) : std::optional<torch::stable::Tensor>();
     };

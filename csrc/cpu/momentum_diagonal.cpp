@@ -167,20 +167,25 @@ class DiagonalTiles {
     return !p_.trajectory ? 0 : in_place(part) ? p_.B * p_.d : row_;
   }
 
-  // Sets lambda and b of a problem in registers; tikhonov makes them from f, g and x.
+  // Set lambda and b of a problem in registers; tikhonov makes them from f, g and x.
   template <typename Part, typename Elementwise>
-  void set_energy(const Part& part, Elementwise& e) const {
+  void set_lambda(const Part& part, Elementwise& e) const {
     e.lambda = input(part, p_.diagonal, p_.diagonal_stride, p_.observed ? f_ : q_);
-    e.b = input(part, p_.b, p_.b_stride, b_);
     if (!p_.observed) return;
     const C* f = e.lambda;
-    const C* g = e.b;
-    const C* x = input(part, p_.observed, p_.observed_stride, x_);
     for (int64_t i = 0; i < part.size() * W; i += W) {
       store(q_ + i, broadcast(C(1)) + load(f + i) * load(f + i));
-      store(b_ + i, load(g + i) - load(x + i));
     }
     e.lambda = q_;
+  }
+  template <typename Part, typename Elementwise>
+  void set_energy(const Part& part, Elementwise& e) const {
+    set_lambda(part, e);
+    e.b = input(part, p_.b, p_.b_stride, b_);
+    if (!p_.observed) return;
+    const C* g = e.b;
+    const C* x = input(part, p_.observed, p_.observed_stride, x_);
+    for (int64_t i = 0; i < part.size() * W; i += W) store(b_ + i, load(g + i) - load(x + i));
     e.b = b_;
   }
 
@@ -244,7 +249,7 @@ class DiagonalTiles {
   template <typename Part>
   void implicit_part(const MomentumBackward<Storage>& p, const Part& part) {
     ElementwiseForward<C> e(p, schedule_.view());
-    set_energy(part, e);
+    set_lambda(part, e);
     e.b = input(part, p.grad_y, p.d, y_);
     C* const db = e.y = p.db ? output(part, p.db, db_) : db_;
     run_elementwise<false>(e, part.size());

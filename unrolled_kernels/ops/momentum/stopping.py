@@ -42,7 +42,8 @@ def run(op, backend, *arguments, tolerance):
         taken, residual = measure(backend, *tensors, num_steps, tolerance=tolerance)
     if tolerance is not None:
         tensors = stopped(tensors, taken, num_steps)
-        if leaves_out and taken.numel() > 0:
+        # a number of steps that a trace or a fake tensor would not have
+        if leaves_out and type(taken) is torch.Tensor and not torch.jit.is_tracing() and len(taken) > 0:
             tensors, num_steps = _first_steps(tensors, num_steps, int(taken.max()))
     if y is not None and op is exact:
         return of_known_iterate(y, *tensors, num_steps), taken, residual
