@@ -281,6 +281,7 @@ class DiagonalTiles {
     e.db = output(part, p.db, db_);
     e.dy0 = output(part, p.dy0, dy0_);
     e.first = p.first;
+    e.traceless = e.traceless && p.first == 0;
     e.sums = gradient_.sums();
     e.trace = trace_;
     if constexpr (std::is_same_v<Elementwise, ElementwiseSecondOrder<C>>) {

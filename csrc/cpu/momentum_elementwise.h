@@ -62,7 +62,7 @@ struct ElementwiseBackward : Elementwise<C> {
   using Elementwise<C>::Elementwise;
   const C* grad_y = nullptr;
   C *dlambda = nullptr, *db = nullptr, *dy0 = nullptr;  // nullptr: not wanted
-  int64_t first = 0;                                    // the steps before are constant
+  int64_t first = 0;                                    // the steps before are constant, with a trace
   ScheduleSums<C> sums{};
   ProxSums<C> map_sums{};  // filled with zeros
   C* trace = nullptr;      // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
@@ -290,11 +290,7 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
       y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
       u[n] = Vector<C>{};
     }
-    for (int64_t t = 0; t < p.first; ++t) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) y[n] = c[n] * y[n] - b[n];
-    }
-    for (int64_t t = p.first; t < p.k; ++t) {
+    for (int64_t t = 0; t < p.k; ++t) {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         u[n] = c[n] * u[n] + y[n];
@@ -309,7 +305,7 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
     P[n] = load(p.grad_y + offset + n * W);
     u[n] *= P[n];
   }
-  for (int64_t t = p.first; t < p.k; ++t) {
+  for (int64_t t = 0; t < p.k; ++t) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       T[n] += P[n];
