@@ -165,7 +165,7 @@ def test_implicit_with_a_prox(backend, structure, name):
     leaves, make_Q, b = random_quadratic(
         structure, (3,), 4, mu=0.3, symmetric=False, dtype=torch.float64, device=device
     )
-    k = 150
+    k = 100
     values = [x.requires_grad_() for x in prox_values(name, k)]
     inputs = [x.requires_grad_() for x in (*leaves, b, *values)]
     cotangent = torch.randn_like(b)
