@@ -1,6 +1,7 @@
 """The denoising experiment: its images and noise, its models, its training in one and two processes, its refusals."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -543,6 +544,43 @@ def test_models_of_the_package_restore_photographs_they_never_saw(name, tmp_path
     restored = torch.from_numpy(images.read_gray(tmp_path / "restored.png"))[None, None]
     assert evaluation.psnr(clean[:1], restored).item() == pytest.approx(after[0].item(), abs=0.1)
     assert sum(file.stat().st_size for file in apply.TRAINED.values()) < 100e3
+
+
+@pytest.fixture
+def publish():
+    """The script beside the pages."""
+    spec = importlib.util.spec_from_file_location("publish", ROOT / "docs" / "denoising" / "publish.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_published_numbers_are_those_of_the_tables(publish):
+    text = publish.sections()
+    for page in (file.read_text(encoding="utf-8") for file in publish.PAGES):
+        assert {name for name in text if f"<!-- generated: {name} -->" in page} == set(text)
+        assert publish.report.filled(page, text) == page
+        for figure in re.findall(r"\]\((\S+\.png)\)", page):
+            assert (publish.FOLDER / figure).is_file()
+    models = publish.read("models")
+    assert not models.duplicated(publish.IDENTITY).any()
+    np.testing.assert_allclose(models["gap"], models["test_loss"] - models["train_loss"], atol=1e-12)
+
+
+def test_a_run_is_collected_and_published(publish, small_run, folder, tmp_path, monkeypatch, capsys):
+    assert cli.main(command(folder, small_run, no_speed=False)) == 0
+    page = tmp_path / "README.md"
+    page.write_text(
+        "<!-- generated: protocol -->\nan earlier table\n<!-- end -->\n<!-- generated: methods -->\n<!-- end -->\n"
+    )
+    monkeypatch.setattr(publish, "FOLDER", tmp_path)
+    monkeypatch.setattr(publish, "PAGES", (page,))
+    assert publish.main(["--collect", str(small_run)]) == 0
+    text = page.read_text()
+    assert "| about right | 1 of 80 | 2 | 1 | 6 | 16 | fresh |" in text
+    assert "| about-right, GD, k = 2 |" in text
+    assert "an earlier table" not in text
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_apply_refuses_by_name(small_run, tmp_path, capsys):

@@ -37,6 +37,7 @@ def over_depth(results, column, label):
         figures.curves(panel, results[results["case"] == case], column)
         panel.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="plain DnCNN")
         figures.finish(panel, _TITLES[case])
+        panel.set_xticks(sorted(results.loc[results["case"] == case, "num_steps"].unique()))
     panels[0].set_ylabel(label)
     figures.name_seeds(figure, results)
     return figure

@@ -1,0 +1,110 @@
+"""Every figure, table and number of docs/denoising that a run measured, from the tables in docs/denoising/results.
+
+``--collect RUN…`` first writes the models of some runs and the other methods of the first one there, a row each.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from unrolled_kernels.experiments import report
+from unrolled_kernels.experiments.denoising import figures
+from unrolled_kernels.experiments.denoising.grid import PRESETS, Training, Trial
+from unrolled_kernels.experiments.denoising.model import CASES, PLAIN
+from unrolled_kernels.experiments.denoising.report import (
+    folds_sentence,
+    gaps_table,
+    methods_table,
+    results_table,
+    shortfall_sentence,
+    with_models,
+)
+from unrolled_kernels.experiments.figures import CASES as CASE_NAMES
+from unrolled_kernels.experiments.run_directory import atomic_path
+
+FOLDER = Path(__file__).resolve().parent
+PAGES = (FOLDER / "README.md",)
+IDENTITY = list(Trial.__dataclass_fields__)
+_HOW = [name for name in Training.__dataclass_fields__ if name != "epochs"]
+
+
+def collect(runs):
+    """Merge the results of runs, with how each trained its models; returns the files that were written."""
+    tables = []
+    for run in runs:
+        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+        table = pd.read_parquet(run / "results.parquet")
+        tables.append(table.assign(**{name: settings[name] for name in _HOW}))
+    models = pd.concat(tables, ignore_index=True).drop_duplicates(IDENTITY).sort_values(IDENTITY)
+    means = json.loads((runs[0] / "baselines.json").read_text(encoding="utf-8"))
+    methods = pd.DataFrame([(name, *values) for name, values in means.items()], columns=["method", "psnr", "ssim"])
+    pictures = FOLDER / "figure7_images.png"
+    shutil.copyfile(runs[0] / pictures.name, pictures)
+    written = [pictures]
+    for name, table in (("models", models), ("methods", methods)):
+        file = FOLDER / "results" / f"{name}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        with atomic_path(file) as temporary:
+            table.to_parquet(temporary, index=False, compression="zstd")
+        written.append(file)
+    return written
+
+
+def read(name):
+    """The rows of ``results/NAME.parquet``."""
+    return pd.read_parquet(FOLDER / "results" / f"{name}.parquet")
+
+
+def sections():
+    """The text of every generated section by its name."""
+    models = read("models")
+    finite = models[~models["diverged"]]
+    others = {row.method: (row.psnr, row.ssim) for row in read("methods").itertuples()}
+    methods = with_models(others, finite, models["seed"].min())
+    return {
+        "protocol": protocol(models),
+        "methods": "\n\n".join(filter(None, [methods_table(methods), shortfall_sentence(methods)])),
+        "gaps": "\n\n".join([folds_sentence(sorted(models["seed"].unique())), gaps_table(finite)]),
+        "models": results_table(models),
+    }
+
+
+def protocol(models):
+    """What was trained, and how much of the paper's protocol that is."""
+    grid, training = PRESETS["paper"]
+    whole = pd.Series([trial.case for trial in grid.trials()]).value_counts()
+    names = {case: CASE_NAMES[case.replace("-", "_")] for case in CASES} | {PLAIN: "plain DnCNN"}
+    lines = []
+    for case in (case for case in names if case in set(models["case"])):
+        rows = models[models["case"] == case]
+        listed = lambda column, rows=rows: ", ".join(f"{value:g}" for value in sorted(rows[column].unique()))
+        k = "" if case == PLAIN else listed("num_steps")
+        lines.append(
+            [names[case], f"{len(rows)} of {whole[case]}", k, rows["seed"].nunique(), listed("epochs"), listed("crop"),
+             ", ".join(sorted(rows["noise"].unique()))]
+        )  # fmt: skip
+    head = "case", "models of the protocol's", "k", "folds", "epochs", "crop", "noise"
+    images = f"{training.crop}×{training.crop} images"
+    said = f"The protocol trains {training.epochs} epochs of {images}, noise {training.noise}."
+    return f"{said} Here:\n\n{report.table(head, lines, left=1)}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--collect", nargs="+", type=Path, metavar="RUN", default=[])
+    arguments = parser.parse_args(argv)
+    for file in collect(arguments.collect) if arguments.collect else []:
+        print(file)
+    report.fill(PAGES, sections())
+    models = read("models")
+    for path in figures.draw(models[~models["diverged"]], None, FOLDER):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
