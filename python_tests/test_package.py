@@ -21,7 +21,7 @@ import torch
 from packaging.requirements import Requirement
 
 import unrolled_kernels as uk
-from unrolled_kernels import _backend
+from unrolled_kernels import _backend, info
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = """
@@ -361,9 +361,16 @@ def test_a_node_for_another_torch_is_not_loaded(monkeypatch):
     load, built_for = _backend.autograd_extension.__wrapped__, {"autograd_torch": "2.0.0"}
     monkeypatch.setattr(_backend, "build_record", built_for.get)
     assert load() is None
+    monkeypatch.setattr(_backend, "autograd_extension", load)
+    said = lambda: re.search("autograd node +(.*)", info.report())[1]
+    assert said() == f"Python: the one in C++ was built for torch 2.0.0, this is {torch.__version__}; build it again"
     built_for["autograd_torch"] = str(torch.__version__)
     monkeypatch.setitem(sys.modules, "unrolled_kernels._C_autograd", None)
     assert load() is None
+    assert said() == "Python: the one in C++ cannot be loaded; build it again"
+    # as in a wheel
+    built_for["autograd_torch"] = None
+    assert said().startswith("Python: a build from source")
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
@@ -448,7 +455,7 @@ def test_a_wheel_runs_under_every_torch_of_its_python(kind, wheel, row):
     except ENVIRONMENTS["Unavailable"] as reason:
         pytest.skip(str(reason))
     if sys.version.startswith(f"{row.python}."):
-        assert said == "CPU kernels; a training step ran on 'cpu'; pip check: clean"
+        assert re.fullmatch(r"CPU kernels \([\w/]+\); a training step ran on 'cpu'; pip check: clean", said)
     else:
         assert said == f"refused: {wheel.name} is not a supported wheel on this platform."
 

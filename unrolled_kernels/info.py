@@ -1,5 +1,6 @@
 """``python -m unrolled_kernels.info``: versions, and each backend: available, or why not and how to get it."""
 
+import os
 import platform
 import warnings
 
@@ -29,7 +30,7 @@ def report():
         lines.append(f"  not built: {_backend.why_no_extension()}")
     else:
         lines += [f"  {name:22s} {value}" for name, value in extension.build_info().items()]
-        lines.append(f"  {'autograd node':22s} {'C++' if _backend.autograd_extension() else 'Python'}")
+        lines.append(f"  {'autograd node':22s} {_autograd_node()}")
         if not extension.build_info()["cuda"]:
             lines.append(f"  without CUDA kernels: {_backend.build_record('cuda_reason')}")
     with warnings.catch_warnings():
@@ -38,6 +39,20 @@ def report():
         chosen = {kind: _backend.resolve(None, torch.device(kind)) for kind in ("cpu", "cuda")}
     lines += ["", f'backend="auto" takes {chosen["cpu"]!r} on cpu tensors, {chosen["cuda"]!r} on cuda tensors']
     return "\n".join(lines)
+
+
+def _autograd_node():
+    """Which node calls on a CPU have, and why where it is the slower one."""
+    if _backend.autograd_extension():
+        return "C++"
+    if os.environ.get("UNROLLED_KERNELS_AUTOGRAD") == "0":
+        return "Python: UNROLLED_KERNELS_AUTOGRAD=0"
+    built_for = _backend.build_record("autograd_torch")
+    if built_for is None:
+        return "Python: a build from source, for one torch alone, has it in C++, which small calls notice"
+    if built_for != str(torch.__version__):
+        return f"Python: the one in C++ was built for torch {built_for}, this is {torch.__version__}; build it again"
+    return "Python: the one in C++ cannot be loaded; build it again"
 
 
 def _triton_version():
