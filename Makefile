@@ -102,11 +102,15 @@ gpu-profile:
 	  --export runs/profile/momentum --force-overwrite $(PYTHON) -m benchmarks.momentum --device cuda --only d32-k10 --peers "" --rounds 1
 
 # for PyPI, of this Python: pybind11 has no stable interface over Pythons. torch's libraries are torch's. setuptools packs
-# what it finds in build/lib*, of earlier builds too
+# what it finds in build/lib*, of earlier builds too. Checked: that no symbol is too new, and that it runs where it is
 wheel: $(VENV)/.dev
 	rm -rf build/wheel build/lib* dist && mkdir -p build/wheel
 	UNROLLED_KERNELS_EXTENSION=1 UNROLLED_KERNELS_AUTOGRAD=0 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/python -m pip install -q --no-index --no-deps --target build/wheel/installed dist/*.whl
+	cd build/wheel/installed && $(abspath $(BIN))/python -c "from unrolled_kernels import _backend, info; \
+	  info.main(); assert 'build/wheel/installed' in _backend.__file__ and _backend.extension()"
 	ls -l dist
 
 lint: $(VENV)/.dev

@@ -1,9 +1,10 @@
 """The tables of docs/environments.md: the package installed into new environments, what happened there, and the wheel.
 
-    make wheel && python docs/environments.py
+    python docs/environments.py
 
-An environment is made for each pair of Python and torch, below build/environments; torch is downloaded where it is not
-on this disk. What this machine cannot have is named as left out.
+It builds the wheel first, from nothing. An environment is made for each pair of Python and torch, below
+build/environments; torch is downloaded where it is not on this disk. What this machine cannot have is left out.
+Where ccache stands before the compilers on the PATH, a row takes the objects that the wheel or a row above it compiled.
 """
 
 import argparse
@@ -11,8 +12,11 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -28,7 +32,9 @@ uk.UnrolledNAG(5)(torch.eye(4), b).sum().backward()
 assert b.grad.isfinite().all()
 extension = uk._backend.extension()
 cuda = extension and extension.build_info()["cuda"]
-print("CPU kernels" if extension else "no kernels", end=f", CUDA kernels for {cuda['architectures']}" if cuda else "")
+levels = extension and "/".join(extension.build_info()["isa_levels"])
+print(f"CPU kernels ({levels})" if extension else "no kernels", end="")
+print(f", CUDA kernels for {cuda['architectures']}" if cuda else "", end="")
 print(f"; a training step ran on {uk._backend.resolve(None, b.device)!r}")
 """
 
@@ -45,7 +51,17 @@ class Environment(NamedTuple):
 
 ROWS = [
     Environment("3.11", "2.13.0", "wheel"),
+    Environment("3.11", "2.13.0", "sources", "g++"),
     Environment("3.11", "2.13.0", "sources", "g++", "UNROLLED_KERNELS_NATIVE=1"),
+    Environment("3.11", "2.13.0", "sources", "clang++", "UNROLLED_KERNELS_NATIVE=1"),
+    Environment("3.11", "2.13.0", "sources", "g++ nvcc", "UNROLLED_KERNELS_NATIVE=1"),
+    Environment(
+        "3.11",
+        "2.13.0",
+        "sources",
+        "g++ nvcc",
+        "UNROLLED_KERNELS_NATIVE=1 UNROLLED_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0",
+    ),
     Environment("3.11", "2.13.0", "sources"),
     Environment("3.11", "2.13.0", "sources", "none", "UNROLLED_KERNELS_EXTENSION=1"),
     Environment("3.11", "none", "sources", "g++"),
@@ -71,6 +87,12 @@ def run(*command, **environment):
 
 def output_of(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def seconds_used():
+    """Of the processors, by the commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def last_line(text):
@@ -118,11 +140,16 @@ def folder_of_tools(compilers):
     # what compilers call, nvcc a host compiler among it
     helpers = ["sh", "as", "ld", "uname", "cat", "rm", *["gcc"] * ("nvcc" in compilers)]
     for name in [*helpers, *compilers.replace("none", "").split()]:
-        found = shutil.which(name)
-        if found is None:
+        places = os.environ["PATH"].split(os.pathsep)
+        found = [str(path) for path in (Path(place) / name for place in places) if os.access(path, os.X_OK)]
+        cached = [path for path in found if Path(path).resolve().name == "ccache"]
+        real = [path for path in found if path not in cached]
+        if not real:
             raise Unavailable(f"{name} is not installed")
         script = folder / name
-        script.write_text(f'#!/bin/sh\nexec {found} "$@"\n')
+        # ccache itself would look for the compiler on the PATH, and find this
+        command = " ".join([str(Path(path).resolve()) for path in cached[:1]] + real[:1])
+        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         script.chmod(0o755)
     return folder
 
@@ -155,7 +182,16 @@ def table(header, rows):
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def describe(wheel):
+def build_wheel():
+    """``make wheel`` with objects that no build before left: the wheel, and the seconds of the processors it took."""
+    shutil.rmtree(ROOT / "build" / f"extension-{sysconfig.get_platform()}-{sys.implementation.cache_tag}", True)
+    before = seconds_used()
+    subprocess.run(["make", "wheel"], cwd=ROOT, check=True, env=os.environ | {"CCACHE_RECACHE": "1"})
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+    return wheel, seconds_used() - before
+
+
+def describe(wheel, seconds):
     """What the libraries of a wheel need: libraries, versions of symbols, functions of torch."""
     rows = []
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
@@ -177,7 +213,7 @@ def describe(wheel):
                 ]
             )
     return [
-        f"`{wheel.name}`, {wheel.stat().st_size / 1e6:.1f} MB.",
+        f"`{wheel.name}`, {wheel.stat().st_size / 1e6:.1f} MB, built in {seconds:.0f} seconds of one processor.",
         "",
         *table(["library", "needs", "newest symbols of", "functions of torch"], rows),
     ]
@@ -185,28 +221,38 @@ def describe(wheel):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--wheel", type=Path, help="default: the one in dist/")
     parser.add_argument("--rows", help="numbers, separated by commas, of the rows to print; the page stays as it is")
     arguments = parser.parse_args()
-    (wheel,) = [arguments.wheel] if arguments.wheel else (ROOT / "dist").glob("*.whl")
+    if arguments.rows:
+        (wheel,) = (ROOT / "dist").glob("*.whl")
+    else:
+        wheel, wheel_seconds = build_wheel()
     rows = []
     for row in [ROWS[int(i)] for i in arguments.rows.split(",")] if arguments.rows else ROWS:
+        seconds = ""
         try:
-            said = try_out(row, wheel.resolve(), download=True)
+            make_environment(row.python, row.torch, download=True)
+            before = seconds_used()
+            said = try_out(row, wheel.resolve())
+            seconds = f"{seconds_used() - before:.0f}"
         except Unavailable as reason:
             said = f"left out: {reason}"
-        rows.append([*row[:4], row.settings and f"`{row.settings}`", said])
+        rows.append([*row[:4], row.settings and f"`{row.settings}`", said, seconds])
         print(*rows[-1], sep=" | ", flush=True)
     if arguments.rows:
         return
-    compiler = output_of("g++", "--version").partition("\n")[0]
+    versions = [
+        output_of(name, "--version").strip().split("\n")[line]
+        for name, line in (("g++", 0), ("clang++", 0), ("nvcc", -2))
+        if shutil.which(name)
+    ]
     environments = [
-        f"On {platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}, {compiler}.",
+        f"On {platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}; {'; '.join(versions)}.",
         "",
-        *table(["Python", "torch", "installed", "compilers", "settings", "what happened"], rows),
+        *table(["Python", "torch", "installed", "compilers", "settings", "what happened", "seconds"], rows),
     ]
     text = PAGE.read_text(encoding="utf-8")
-    for name, lines in (("environments", environments), ("wheel", describe(wheel))):
+    for name, lines in (("environments", environments), ("wheel", describe(wheel, wheel_seconds))):
         begin, end = f"<!-- generated by python docs/environments.py: {name} -->\n", f"<!-- end of {name} -->"
         before, rest = text.split(begin)
         text = before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
