@@ -697,11 +697,14 @@ def torchrun(folder, out, *more, restarts=0):
             "--standalone", "-m", "unrolled_kernels.experiments.denoising", *arguments]  # fmt: skip
 
 
-def test_two_processes_train_as_one(small_run, folder, tmp_path):
-    # a batch of 4 and one of 2, shared by two ranks, batch normalisation included
-    run = subprocess.run(torchrun(folder, tmp_path / "run"), capture_output=True, text=True, cwd=ROOT)
+def test_two_processes_train_as_one(folder, tmp_path):
+    # a batch of 4 and one of 2, shared by two ranks, batch normalisation included; with a sixth epoch this seed meets
+    # a kink of the energy, which the two roundings take on different sides: 9e-4 instead of 2e-6
+    epochs = ("--epochs", 5)
+    run = subprocess.run(torchrun(folder, tmp_path / "run", *epochs), capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
-    pd.testing.assert_frame_equal(table(tmp_path / "run"), table(small_run), rtol=1e-4)
+    assert cli.main(command(folder, tmp_path / "whole", *epochs)) == 0
+    pd.testing.assert_frame_equal(table(tmp_path / "run"), table(tmp_path / "whole"), rtol=2e-5)
 
 
 @pytest.mark.slow
