@@ -698,8 +698,8 @@ def torchrun(folder, out, *more, restarts=0):
 
 
 def test_two_processes_train_as_one(folder, tmp_path):
-    # a batch of 4 and one of 2, shared by two ranks, batch normalisation included; with a sixth epoch this seed meets
-    # a kink of the energy, which the two roundings take on different sides: 9e-4 instead of 2e-6
+    # a batch of 4 and one of 2, shared by two ranks, batch normalisation included; with a sixth epoch this seed seems
+    # to meet a kink of the energy, taken on different sides: 9e-4 instead of 2e-6; other starts do not
     epochs = ("--epochs", 5)
     run = subprocess.run(torchrun(folder, tmp_path / "run", *epochs), capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
