@@ -242,15 +242,17 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
         if (T::warps > 1 && i > 0) gradient.collect(t + 1, delivered);
         C w[T::own_columns];
         tile.transposed_product(q, a_rows, memory.vectors, w);
-        // Q'a_1, which may overflow, is in dy_0 alone
-        const bool cold = t == 0 && !p.y0;
+        C along = 0;
 #pragma unroll
         for (int j = 0; j < T::own_columns; ++j) {
-          if (cold) w[j] = 0;
-          terms[0] = terms[0] - w[j] * extrapolate(s, momentum, y[j], previous[j]) - adjoint[j].a * b[j];
+          along += w[j] * extrapolate(s, momentum, y[j], previous[j]);
+          terms[0] -= adjoint[j].a * b[j];
           adjoint[j].step(s, momentum, w[j], y[j], previous[j], terms);
           y[j] = previous[j];
         }
+        // z_0 without y_0 and m_0 are zero, and Q'a_1, which is in dy_0 alone, may overflow
+        if (t > 0 || p.y0) terms[0] -= along;
+        if (t == 0) terms[2] = 0;
         if (!plain && p.trajectory) {
           C given[T::own_columns];
           load_entries(p.grad_y + (t * p.B + sample) * d, tile.column, d, exists, given);

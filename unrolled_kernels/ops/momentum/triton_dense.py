@@ -185,19 +185,22 @@ def momentum_dense_backward_kernel(
             if MOMENTUM:
                 z = x + gamma_t[None, :] * m
             w = to_rows(transposed_product(q, a), D, BB)
-            if y0.pointer is None:
-                # Qᵀa_1, which may overflow, is in ȳ_0 alone
-                w = tl.where(t > 0, w, 0.0)
             a_scaled = phi_t[None, :] * a
             if dQ is not None:
                 adjoint_row -= D * BB
                 tl.store(adjoint_row, a_scaled)
             b_bar -= a_scaled
             if d_schedule[0] is not None:
-                phi_part = -(w * z + a * b_)
+                w_z = w * z
+                w_m = w * m
+                if y0.pointer is None:
+                    # z_0 and m_0 are zero, and Qᵀa_1, which is in ȳ_0 alone, may overflow
+                    w_z = tl.where(t > 0, w_z, 0.0)
+                    w_m = tl.where(t > 0, w_m, 0.0)
+                phi_part = -(w_z + a * b_)
                 if PROXIMAL:
                     phi_part += to_phi
-                parts = (phi_part, a * m, -(phi_t[None, :] * w * m), to_threshold)
+                parts = (phi_part, a * m, -(phi_t[None, :] * w_m), to_threshold)
                 sums = accumulate_schedule(d_schedule, sums, parts, sample, t, num_steps, real, first, 1, ROWS, STEPS)
             a, carry = adjoint_step(a, carry, w, phi_t[None, :], beta_t[None, :], gamma_t[None, :], MOMENTUM)
             if TRAJECTORY:
