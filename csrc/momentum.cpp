@@ -386,7 +386,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   wanted(need_threshold, d_threshold);
   // zeros for the steps that are not differentiated
   const auto complete = [&](Tensor& grad, const OptionalTensor& x, int64_t bit) {
-    if (!x || !(needs & bit) || (grad.defined() && grad.numel() == x->numel())) return;
+    if (!x || !(needs & bit) || (grad.defined() && (x->dim() == 0 || grad.size(1) == x->size(1)))) return;
     Tensor whole =
         x->dim() == 0 ? allocate(b, x->scalar_type(), {}) : allocate(b, x->scalar_type(), {x->size(0), x->size(1)});
     std::memset(whole.mutable_data_ptr(), 0, whole.numel() * element_size(x->scalar_type()));
