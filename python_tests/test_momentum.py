@@ -224,8 +224,9 @@ def test_gradcheck(backend, structure, trajectory):
         problem = MomentumProblem(
             structure, (2,), 3, 3, method=method, form=form, trajectory=trajectory, device=device_of(backend)
         )
-        # no kernels of Triton differentiate a gradient
-        problems.assert_gradients_pass_gradcheck(problem, backend, second=not (interpreted(backend) and trajectory))
+        # no kernels of Triton differentiate a gradient: one way through torch does for all structures
+        second = not interpreted(backend) or (structure == "diagonal" and not trajectory)
+        problems.assert_gradients_pass_gradcheck(problem, backend, second=second)
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension was not built")

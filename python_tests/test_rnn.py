@@ -106,7 +106,8 @@ def test_many_steps(backend, k, hidden_dims):
 @backends
 @pytest.mark.parametrize("d", [6, 40])
 def test_shared_Q(backend, d):
-    for batch, trajectory, dtype in (((2, 5), True, torch.float64), ((70,), False, torch.float32)):
+    cases = ((2, 5), True, torch.float64), ((70,), False, torch.float32)
+    for batch, trajectory, dtype in cases[: 1 if interpreted(backend) and d > 6 else 2]:
         options = {"shared": True, "trajectory": trajectory, "device": device_of(backend)}
         compare(RnnProblem("dense", batch, d, 4, **options), backend, dtype)
 

@@ -457,8 +457,8 @@ def test_long_diagonal_schedules():
 def test_shared_matrices_beyond_the_registers(structure, dtype):
     """Products of streamed tiles with 16 samples, of which the second block is not full."""
     device = device_of("triton")
-    leaves, make_Q, b = random_quadratic(structure, (37,), 130, symmetric=False, shared=True, dtype=torch.float64)
-    leaves = [*leaves, b, torch.rand(3, dtype=torch.float64), torch.rand(37, 3, dtype=torch.float64)]
+    leaves, make_Q, b = random_quadratic(structure, (19,), 130, symmetric=False, shared=True, dtype=torch.float64)
+    leaves = [*leaves, b, torch.rand(3, dtype=torch.float64), torch.rand(19, 3, dtype=torch.float64)]
 
     def run(backend, dtype):
         inputs = [x.to(device, dtype, copy=True).requires_grad_() for x in leaves]
