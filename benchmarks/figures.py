@@ -97,12 +97,18 @@ def scaling(sweeps, directory):
     for axes, name in zip(np.atleast_1d(panels), axes_names, strict=True):
         part = sweeps[sweeps.sweep == name]
         shapes = [c for c in ("B", "d", "k") if c != name] if name == "threads" else []
-        for (backend, structure, *_), group in part.groupby(["backend", "structure", *shapes], sort=False):
+        for (backend, structure, *sizes), group in part.groupby(["backend", "structure", *shapes], sort=False):
             style = "-" if backend in FUSED else "--"
             axes.plot(
                 group[name], group.p50_us, style, marker=_MARKERS[structure], markersize=4, color=_COLORS[backend],
                 label=f"{backend}, {structure}",
             )  # fmt: skip
+            if sizes:
+                first = group.iloc[0]
+                axes.annotate(
+                    f"B, d, k = {', '.join(map(str, sizes))}", (first[name], first.p50_us), xytext=(5, 2),
+                    textcoords="offset points", fontsize=6,
+                )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="forward + backward, µs")
         if name == "threads":
             ticks = sorted(part[name].unique())
