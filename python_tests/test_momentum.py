@@ -791,3 +791,14 @@ def test_both_nodes_give_the_same_bits(structure, trajectory, monkeypatch):
     in_cpp = run()
     monkeypatch.setattr(function, "_node", None)
     assert all(map(torch.equal, in_cpp, run()))
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension was not built")
+def test_a_schedule_of_no_samples_is_not_read():
+    """It has no entry, whatever its strides are; nothing is where it would be."""
+    mu = torch.empty(0).as_strided((0, 2), (0, 1)).requires_grad_()
+    b, phi = torch.ones(0, 3, requires_grad=True), torch.full((1, 2), 0.3, requires_grad=True)
+    y = F.nesterov(uk.Diagonal(torch.ones(0, 3)), b, phi, mu, 2, backend="cpu")
+    grads = torch.autograd.grad(y.sum(), [b, phi, mu])
+    assert [g.shape for g in grads] == [(0, 3), (1, 2), (0, 2)]
+    assert not grads[1].any()

@@ -27,7 +27,8 @@ class NesterovMomentum {
  public:
   template <typename Storage>
   NesterovMomentum(const MomentumInputs<Storage>& p, const Coefficient<C>& mu) : phi_(p.phi), mu_(mu) {
-    rows_ = phi_.batch_stride || mu_.batch_stride ? p.B : 1;
+    // without samples there may be no entry to read
+    rows_ = p.B == 0 || phi_.batch_stride || mu_.batch_stride ? p.B : 1;
     columns_ = phi_.step_stride || mu_.step_stride ? p.k : 1;
     beta_.reserve(rows_ * columns_);
     for (int64_t row = 0; row < rows_; ++row) {
@@ -48,6 +49,7 @@ class NesterovMomentum {
 
   // dphi [rows or 1, columns or 1] += , dmu likewise =
   void backward(C* dphi, C* dmu) const {
+    if (rows_ == 0) return;
     std::vector<double> sums_phi(size(phi_), 0.0), sums_mu(size(mu_), 0.0);
     for (int64_t row = 0; row < rows_; ++row) {
       for (int64_t t = 0; t < columns_; ++t) {
