@@ -52,9 +52,13 @@ class Gradients(Momentum):
         return differentiate_twice
 
     def floor(self, mode):
-        """Bytes and flops of forward and backward; second order also runs the passes again with tangents."""
+        """Bytes and flops; an implicit gradient runs forward twice, one step leaves out all but one of the way back."""
         num_bytes, flops = super().floor(EXACT)
-        return (num_bytes, flops) if mode not in SECOND_ORDER else (3 * num_bytes, 3 * flops)
+        forward = super().floor("forward")[1]
+        # second order also runs the passes again with tangents
+        times = {"implicit": (1, 2 * forward), "one step": (1, forward)}
+        read, made = times.get(mode, (3, 3 * flops) if mode in SECOND_ORDER else (1, flops))
+        return read * num_bytes, made
 
 
 def main(arguments=None):
