@@ -52,13 +52,13 @@ class Gradients(Momentum):
         return differentiate_twice
 
     def floor(self, mode):
-        """Bytes and flops; an implicit gradient runs forward twice, one step leaves out all but one of the way back."""
+        """Bytes and flops: of all steps forward and back, unless ``mode`` needs fewer or, of second order, more."""
         num_bytes, flops = super().floor(EXACT)
+        if mode in SECOND_ORDER:  # the passes are run again with tangents
+            return 3 * num_bytes, 3 * flops
         forward = super().floor("forward")[1]
-        # second order also runs the passes again with tangents
-        times = {"implicit": (1, 2 * forward), "one step": (1, forward)}
-        read, made = times.get(mode, (3, 3 * flops) if mode in SECOND_ORDER else (1, flops))
-        return read * num_bytes, made
+        # b's gradient is made by a second forward; of one step back, next to nothing is left
+        return num_bytes, {"implicit": 2 * forward, "one step": forward}.get(mode, flops)
 
 
 def main(arguments=None):
