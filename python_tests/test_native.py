@@ -283,7 +283,8 @@ def _read_where_they_are():
         matrix.requires_grad_()
         torch.autograd.grad(call(matrix, b).sum(), matrix)
         held = _peak() - before
-        assert 0.9 * size < held < 1.4 * size, f"{kind}, {layout}: {held / 1e6:.0f} MB"
+        # a little of it may lie in what was freed before: 162 MB of 164 were seen
+        assert 0.95 * size < held < 1.4 * size, f"{kind}, {layout}: {held / 1e6:.0f} MB"
 
 
 @needs_extension
