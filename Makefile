@@ -45,7 +45,7 @@ fuzz: build $(VENV)/.dev
 	  $(SIDE_BY_SIDE)
 
 # this machine's results, their page under docs/speed and the README's numbers: ten minutes, with nothing else running
-# as a program has torch that sets nothing: where waiting threads sleep, eager loops take up to six times longer
+# as a program has torch that sets nothing: where waiting threads sleep, eager loops take several times longer
 BENCH := env -u OMP_WAIT_POLICY $(BIN)/python -m
 bench: build $(VENV)/.experiments $(VENV)/.dev
 	$(BENCH) benchmarks.momentum --record
