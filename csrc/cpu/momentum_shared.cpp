@@ -100,21 +100,13 @@ class DenseRows {
       if (p.trajectory) load_rows(p.grad_y + t * p.B * p.d, p.d, s(t));
       fill_zero(sums_, 4 * count_ * W);
       if (v_) end_of_step(t);
+      const Panels<C> a_t = p.d_matrix && !p.minimizer ? a.from(t * count_) : rows(nullptr);
       if (p.beta.data) {
-        p.dphi ? adjoint<true, true>(t, packed, z) : adjoint<true, false>(t, packed, z);
+        p.dphi ? adjoint<true, true>(t, packed, z, a_t) : adjoint<true, false>(t, packed, z, a_t);
       } else {
-        p.dphi ? adjoint<false, true>(t, packed, z) : adjoint<false, false>(t, packed, z);
+        p.dphi ? adjoint<false, true>(t, packed, z, a_t) : adjoint<false, false>(t, packed, z, a_t);
       }
       if (p.dphi) add_sums(p, t, tile.schedule);
-      for (int64_t r = 0; r < count_; ++r) {
-        const Vector<C> phi = coefficients<false>(r, t).phi;
-        for (int64_t i = 0; i < panels_; ++i) {
-          const Vector<C> weighted = -(phi * load(s(t + 1).at(r, i)));
-          C* db = rows(db_).at(r, i);
-          store(db, load(db) + weighted);
-          if (p.d_matrix && !p.minimizer) store(a.at(t * count_ + r, i), weighted);
-        }
-      }
       poll.after(work());
     }
     if (p.d_matrix && p.minimizer) {
@@ -282,11 +274,12 @@ class DenseRows {
     }
   }
 
-  // s_t from s_{t+1}, and the sums of step t: [4, count] vectors. `packed` is nullptr where nobody asks for Q's_{t+1}.
+  // s_t and a_t from s_{t+1}, and the sums of step t: [4, count] vectors. `packed` is nullptr where nobody asks for
+  // Q's_{t+1}, `a` where nobody asks for dQ.
   template <bool momentum, bool sums_phi>
-  UNROLLED_KERNELS_NOINLINE void adjoint(int64_t t, const C* packed, Panels<C> z_all) const {
-    const Panels<C> b = rows(b_), ybar = rows(ybar_), m_t = m(t), z = z_all.from(t * count_), from = s(t + 1),
-                    to = s(t);
+  UNROLLED_KERNELS_NOINLINE void adjoint(int64_t t, const C* packed, Panels<C> z_all, Panels<C> a) const {
+    const Panels<C> b = rows(b_), db = rows(db_), ybar = rows(ybar_), m_t = m(t), z = z_all.from(t * count_),
+                    from = s(t + 1), to = s(t);
     for_products(packed, from, [&](int64_t r, int64_t i, Vector<C> w) {
       auto c = coefficients<momentum>(r, t);
       if (t == 0) c.beta = c.gamma = Vector<C>{};  // there is no m_0: s_0 is ybar_0
@@ -299,6 +292,9 @@ class DenseRows {
       };
       if constexpr (sums_phi) add(0, -sums.phi);
       if constexpr (momentum && sums_phi) add(1, sums.beta), add(2, -sums.gamma);
+      const Vector<C> a_t = -(c.phi * load(at.s));
+      store(db.at(r, i), load(db.at(r, i)) + a_t);
+      if (a.data) store(a.at(r, i), a_t);
     });
   }
 
