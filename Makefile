@@ -51,6 +51,7 @@ bench: build $(VENV)/.experiments $(VENV)/.dev
 	$(BENCH) benchmarks.momentum --record
 	$(BENCH) benchmarks.rnn --record
 	$(BENCH) benchmarks.training --record
+	$(BENCH) benchmarks.call --record
 	$(BENCH) benchmarks.gradients --record
 	$(BENCH) benchmarks.scaling --record
 	$(BENCH) benchmarks.shared --record --rounds 3 --structure dense --method gd,nag

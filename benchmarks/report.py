@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import figures, scaling
+from benchmarks.call import TRIVIAL
 from benchmarks.gradients import EXACT, GRADIENTS, SECOND_ORDER
 from benchmarks.harness import ROOT
 from benchmarks.peers import PEERS
@@ -65,7 +66,9 @@ class Device:
         momentum, rnn, self.training, self.sweeps = (read(file) if file.exists() else None for file in files)
         rows = pd.concat([part for part in (momentum, rnn) if part is not None], ignore_index=True)
         self.rows = rows[rows["mode"] == "forward+backward"]
-        self.other = read(directory / "gradients.csv") if (directory / "gradients.csv").exists() else None
+        self.call, self.other = (
+            read(file) if file.exists() else None for file in (directory / "call.csv", directory / "gradients.csv")
+        )
         shared = [read(file).assign(file=file.stem) for file in sorted(directory.glob("shared_*.csv"))]
         self.shared = pd.concat(shared, ignore_index=True) if shared else None
         self.machine = json.loads((directory / "machine.json").read_text())
@@ -89,6 +92,8 @@ class Device:
                 training_table(self.training),
                 *self.slower_steps(),
             ]
+        if self.call is not None:
+            parts += ["## The call", _CALL, call_table(self.call)]
         if self.sweeps is not None:
             drawn.append(figures.scaling(self.sweeps, PAGES))
             parts += ["## How the time grows", exponents(self.sweeps, self.machine)]
@@ -197,6 +202,10 @@ _COLUMNS = (
 _SHARED = (
     "Forward + backward with the gradient of every input, in turns with the eager loop of matrix products; fewer than "
     "20 steps where a call would take long. MB: the most that a call holds beyond what it was given, results included."
+)
+_CALL = (
+    "Forward + backward at the paper's size, one thread, in turns with an `autograd.Function` in Python that has three "
+    "inputs and computes nothing; in brackets a time over that Function's."
 )
 _TRAINING = "Both sides compute the same thing in the form of Q that the row names; what is not the layer is not fused."
 _ROOFS = (
@@ -319,6 +328,20 @@ def shared_table(rows):
         cells = [structure, method.upper(), *sizes, f"{fused.p50_us:.0f}", f"{eager.p50_us:.0f}"]
         cells += [f"{eager.p50_us / fused.p50_us:.2f}", f"{fused.peak_mb:.1f}", f"{eager.peak_mb:.1f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def call_table(rows):
+    """Times of a call, and in brackets over those of a Function that computes nothing."""
+    names = rows.backend.unique()
+    lines = [
+        f"| | (B, d, k) | {' | '.join(f'{_PEER_NAMES.get(name, name)}, µs' for name in names)} |",
+        _rule(2 + len(names)),
+    ]
+    for (method, *sizes), case in rows.groupby(["method", "B", "d", "k"], sort=False):
+        times = case.set_index("backend").p50_us
+        cells = [f"{times[name]:.0f} ({times[name] / times[TRIVIAL]:.2f})" for name in names]
+        lines.append(f"| {method.upper()} | {tuple(sizes)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
