@@ -101,9 +101,9 @@ def _in_every_order(tensors, k, dtype, **options):
     Rnn.check_every_order(lambda implementation, dtype: _run(implementation, tensors, k, dtype), dtype, **options)
 
 
-# few samples, then so many that each of the two blocks of the emulated device takes a second, larger tile
+# few samples, then so many that each of the two blocks of the emulated device takes a second, larger tile, and again
 @structures
-@pytest.mark.parametrize("B", [11, 71])
+@pytest.mark.parametrize("B", [11, 71, 290])
 @pytest.mark.parametrize(("d", "hidden_dims"), [(5, (10, 20, 20)), (3, (7,)), (13, (6, 33))], ids=str)
 def test_tiles(structure, B, d, hidden_dims):
     _in_every_order(_problem(structure, B, d, hidden_dims, 3, seed=d), 3, torch.float32)
@@ -174,7 +174,7 @@ def test_results_are_rounded_once(structure, dtype):
 
 
 def test_nan_stays_in_its_row():
-    for structure, B in itertools.product(("dense", "diagonal"), (9, 70)):
+    for structure, B in itertools.product(("dense", "diagonal"), (9, 70, 260)):
         tensors = _problem(structure, B, 6, (5, 8), 3, seed=8)
         clean = _run(Rnn(), tensors, 3, torch.float32)
         tensors[3][1, 3] = torch.nan
@@ -194,7 +194,7 @@ def test_sizes_beyond_the_kernels_are_refused():
 @pytest.mark.parametrize("mode", ["address", pytest.param("thread", marks=pytest.mark.slow)])
 def test_sanitizers(structure, mode):
     hidden_dims = (7, 12, 9)
-    for B, trajectory in itertools.product((1, 10, 71), (False, True)):
+    for B, trajectory in itertools.product((1, 10, 71, 290), (False, True)):
         tensors = _problem(structure, B, 5, hidden_dims, 3, trajectory=trajectory, seed=9)
         _check(Rnn(mode, order="7", copies="late", shift=1), tensors, 3, torch.float32)
     for limit in (12000, 2000):

@@ -100,16 +100,17 @@ const RnnBackward<Storage>* backward_of(const RnnBackward<Storage>& p) {
   return &p;
 }
 
-// Where everything lies for tiles T. What does not fit in shared memory is in the workspace, the weights where they are;
-// false if that is against T::on_chip.
+// Where everything lies for tiles T. What does not fit in `limit` bytes of shared memory is in the workspace, the weights
+// where they are; false if that is against T::on_chip.
 template <typename T, typename Problem>
-bool plan_rnn(const Device& device, const Problem& p, RnnPlan<typename T::C>& plan) {
+bool plan_rnn(const Device& device, const Problem& p, int64_t limit, RnnPlan<typename T::C>& plan) {
   using C = typename T::C;
   const auto* backward = backward_of(p);
   const int d = static_cast<int>(p.d);
   plan = {};
   plan.d = d;
   plan.k = backward ? p.k : 0;
+  plan.backward = backward;
   plan.diagonal = p.diagonal;
   plan.shared_matrix = p.matrix && p.matrix_stride == 0;
 
@@ -124,35 +125,42 @@ bool plan_rnn(const Device& device, const Problem& p, RnnPlan<typename T::C>& pl
 
   int64_t packed = 0, widest = d;
   const auto add_layer = [&](int64_t rows, int64_t columns, int input, int output) {
-    plan.layers[plan.num_matrices++] = {static_cast<int>(rows),
-                                        static_cast<int>(columns),
-                                        static_cast<int>(columns | 1),
-                                        plan.weights.size,
-                                        packed,
-                                        input,
-                                        output};
-    plan.weights.size += rows * (columns | 1);
+    const int m = static_cast<int>(rows), n = static_cast<int>(columns);
+    const int64_t at = plan.weights.size, transposed_at = at + T::matrix_size(m, n);
+    plan.layers[plan.num_matrices++] = {m, n, packed, {at, transposed_at}, input, output};
+    plan.weights.size = transposed_at + (backward ? T::matrix_size(n, m) : 0);
     packed += rows * columns;
     widest = rows > widest ? rows : widest;
   };
-  int h = take(p.hidden_dims[0]);
-  add_layer(p.hidden_dims[0], d, y, h);
-  add_layer(p.hidden_dims[0], d, plan.g, h);
-  for (int l = 1; l < p.num_layers; ++l) {
-    const int next = take(p.hidden_dims[l]);
-    add_layer(p.hidden_dims[l], p.hidden_dims[l - 1], h, next);
-    h = next;
+  // forward has a hidden layer and the one before, in two places by turns
+  int64_t widest_hidden = 0;
+  for (int l = 0; l < p.num_layers; ++l) {
+    widest_hidden = p.hidden_dims[l] > widest_hidden ? p.hidden_dims[l] : widest_hidden;
+  }
+  int places[2] = {}, h = 0;
+  for (int l = 0; l < p.num_layers; ++l) {
+    const int before = h;
+    if (backward || l < 2) places[l % 2] = take(backward ? p.hidden_dims[l] : widest_hidden);
+    h = places[l % 2];
+    if (l > 0) {
+      add_layer(p.hidden_dims[l], p.hidden_dims[l - 1], before, h);
+      continue;
+    }
+    add_layer(p.hidden_dims[0], d, y, h);
+    add_layer(p.hidden_dims[0], d, plan.g, h);
   }
   add_layer(d, p.hidden_dims[p.num_layers - 1], h, y);
 
-  if (plan.shared_matrix) plan.matrix.size = p.d * (p.d | 1);
+  plan.transposed_matrix = T::matrix_size(d, d);
+  if (plan.shared_matrix) plan.matrix.size = (backward ? 2 : 1) * plan.transposed_matrix;
   if (p.matrix && !plan.shared_matrix) plan.matrix.size = T::sample_lanes * T::own_matrix_stride(p.d);
   if (backward) {
     plan.a = take(d);
     plan.e = take(d);
     for (int& delta : plan.delta) delta = take(widest);
     plan.weights_gradient_size = backward->d_weights ? packed : 0;
-    plan.gradient.size = plan.weights_gradient_size + (plan.shared_matrix && backward->d_matrix ? p.d * p.d : 0);
+    plan.gradient_size = plan.weights_gradient_size + (plan.shared_matrix && backward->d_matrix ? p.d * p.d : 0);
+    plan.gradient.size = T::strands * plan.gradient_size;
     plan.trajectory.size = 2 * p.k * p.d * T::stride;
   }
 
@@ -160,18 +168,15 @@ bool plan_rnn(const Device& device, const Problem& p, RnnPlan<typename T::C>& pl
   for (RnnPart* part : {&plan.vectors, &plan.weights, &plan.matrix, &plan.gradient, &plan.trajectory}) {
     const int64_t bytes = round_up(part->size * static_cast<int64_t>(sizeof(C)), 16);
     part->offset = plan.shared_bytes;
-    part->on_chip = plan.shared_bytes + bytes <= device.shared_memory;
+    // two blocks on a multiprocessor are worth more than a trajectory there
+    part->on_chip = plan.shared_bytes + bytes <= (part == &plan.trajectory ? device.shared_memory / 2 : limit);
     const bool has_place = part == &plan.weights || part == &plan.gradient;
     if (part->on_chip) plan.shared_bytes += bytes;
     if (!part->on_chip && !has_place) plan.slot_bytes += bytes;
   }
-  for (int l = 0; l < plan.num_matrices && !plan.weights.on_chip; ++l) {
-    plan.layers[l].offset = plan.layers[l].packed;
-    plan.layers[l].stride = plan.layers[l].columns;
-  }
-
-  const int64_t threads = round_up(ceil_div(widest, T::outputs) * T::sample_lanes, 32);
-  plan.threads = threads < T::max_threads ? static_cast<int>(threads) : T::max_threads;
+  // as few turns as the most threads take, and no more threads than those
+  const int64_t groups = ceil_div(widest, T::outputs), turns = ceil_div(groups * T::sample_lanes, T::max_threads);
+  plan.threads = static_cast<int>(round_up(ceil_div(groups, turns) * T::sample_lanes, 32));
   return !T::on_chip || (plan.vectors.on_chip && plan.weights.on_chip && plan.matrix.on_chip && plan.gradient.on_chip);
 }
 
@@ -184,15 +189,19 @@ struct TypeOf {
 template <typename Storage, typename Problem, typename F>
 const char* with_plan(const Device& device, const Problem& p, F f) {
   RnnPlan<compute_type<Storage>> plan;
+  const int64_t limit = device.shared_memory;
   if constexpr (std::is_same<Storage, float>::value) {
-    using Many = RnnTile<float, 32, 4, true>;
+    using Many = RnnTile<float, 128, 5, true>;
+    using Some = RnnTile<float, 32, 4, true>;
     using Few = RnnTile<float, 8, 1, true>;
-    const bool fill_the_device = ceil_div(p.B, Many::samples) >= device.multiprocessors;
-    if (fill_the_device && plan_rnn<Many>(device, p, plan)) return f(TypeOf<Many>(), plan);
-    if (plan_rnn<Few>(device, p, plan)) return f(TypeOf<Few>(), plan);
+    const auto fill_the_device = [&](int samples) { return ceil_div(p.B, samples) >= device.multiprocessors; };
+    // two blocks on a multiprocessor, so that one works while the other waits at a barrier
+    if (fill_the_device(Many::samples) && plan_rnn<Many>(device, p, limit / 2, plan)) return f(TypeOf<Many>(), plan);
+    if (fill_the_device(Some::samples) && plan_rnn<Some>(device, p, limit, plan)) return f(TypeOf<Some>(), plan);
+    if (plan_rnn<Few>(device, p, limit, plan)) return f(TypeOf<Few>(), plan);
   }
   using Any = RnnTile<Storage, 16, 4, false>;
-  plan_rnn<Any>(device, p, plan);
+  plan_rnn<Any>(device, p, limit, plan);
   return f(TypeOf<Any>(), plan);
 }
 
@@ -258,15 +267,15 @@ const char* rnn_kernels(const RnnBackward<Storage>& p, void* workspace, void* st
     const auto kernel = rnn_backward_kernel<T>;
     plan.grid = persistent_grid(device, kernel, ceil_div(p.B, T::samples), plan.threads, plan.shared_bytes);
     Arena arena(workspace);
-    plan.partials = arena.take<typename T::C>(plan.grid * plan.gradient.size);
+    plan.partials = arena.take<typename T::C>(plan.grid * plan.gradient_size);
     plan.slots = arena.take<unsigned char>(plan.grid * plan.slot_bytes);
     if (size) {
       *size = static_cast<size_t>(arena.used());
       return nullptr;
     }
     const char* error = launch(kernel, plan.grid, plan.threads, plan.shared_bytes, stream, p, plan);
-    if (error || plan.gradient.size == 0) return error;
-    const RnnSums<Storage> sums{plan.partials, plan.grid, plan.gradient.size, plan.weights_gradient_size,
+    if (error || plan.gradient_size == 0) return error;
+    const RnnSums<Storage> sums{plan.partials, plan.grid, plan.gradient_size, plan.weights_gradient_size,
                                 p.d_weights,   p.d_matrix};
     const ColumnSums columns(sums.rows, sums.row_size);
     return launch(sum_rnn_partials_kernel<Storage>, columns.blocks(sums.row_size), columns.threads(),

@@ -2,10 +2,11 @@
 //
 // What a block keeps, C = compute type, S samples, n = stride of a vector, features = entries of all vectors:
 //
-//     vectors      [features, n]             y, g, b, q, h^1 ... h^L; in backward a, e and two deltas
-//     weights      odd row strides           so that lanes that read adjacent rows meet in no bank
-//     matrix       Q: one, or S of them, with four samples side by side
-//     gradient     [d_weights, dQ if shared] sums over the tiles of this block
+//     vectors      [features, n]             y, g, b, q, h^1 ... h^L, of which forward has two; in backward a, e and
+//                                            two deltas
+//     weights      RnnTile::matrix_index; in backward their transposes, too, so that both products read packs
+//     matrix       Q: one, likewise, or S of them, with four samples side by side
+//     gradient     [strands, d_weights and dQ if shared] sums over the tiles of this block
 //     trajectory   [2, k, d, n]              y_t and e_t
 //
 // Backward keeps y_t and replays the hidden layers of each step, for one forward step in four. In float32, 8 samples, d = 5,
@@ -27,17 +28,19 @@ template <typename C>
 struct RnnPlan {
   int64_t k;  // steps that the trajectory has room for
   int d, num_matrices;
+  bool backward;
   RnnLayer layers[max_rnn_layers + 2];
+  int64_t transposed_matrix;    // first element of Q' of a shared Q
   int g, b, q, a, e, delta[2];  // where vectors begin; y is the first
   int features;
   RnnPart vectors, weights, matrix, gradient, trajectory;
-  int64_t weights_gradient_size;
+  int64_t weights_gradient_size, gradient_size;  // of one strand: that of the weights, and with that of a shared Q
   bool shared_matrix, diagonal;
 
   int64_t grid, shared_bytes, slot_bytes;
   int threads;
   unsigned char* slots;  // [grid] pieces of the workspace for what is not on chip
-  C* partials;           // [grid, gradient.size], the gradient of each block
+  C* partials;           // [grid, gradient_size], the gradient of each block
 };
 
 template <typename T>
@@ -55,15 +58,13 @@ class RnnCell {
     };
     vectors_ = place(plan.vectors);
     matrix_ = place(plan.matrix);
-    gradient_ = plan.partials + blockIdx.x * plan.gradient.size;
+    gradient_ = plan.partials + blockIdx.x * plan.gradient_size;
     if (T::on_chip || plan.gradient.on_chip) gradient_ = reinterpret_cast<C*>(on_chip + plan.gradient.offset);
     weights_ = p.weights;
-    if (T::on_chip || plan.weights.on_chip) {
-      weights_ = copy_weights(reinterpret_cast<C*>(on_chip + plan.weights.offset));
-    }
+    if (has_weights()) weights_ = copy_weights(reinterpret_cast<C*>(on_chip + plan.weights.offset));
     trajectory_ = plan.trajectory.on_chip ? reinterpret_cast<C*>(on_chip + plan.trajectory.offset)
                                           : slot.take<C>(plan.trajectory.size);
-    if (plan.shared_matrix) copy_shared_matrix();
+    if (plan.shared_matrix) copy_matrix(p.matrix, d_, d_, matrix_, matrix_ + plan.transposed_matrix);
   }
 
   __device__ __forceinline__ C* vector(int feature) const { return vectors_ + feature * T::stride; }
@@ -103,9 +104,14 @@ class RnnCell {
     for (int64_t n = threadIdx.x; n < plan_.gradient.size; n += blockDim.x) gradient_[n] = 0;
   }
   __device__ void store_gradient() const {
-    C* partial = plan_.partials + blockIdx.x * plan_.gradient.size;
+    const int64_t size = plan_.gradient_size;
+    C* partial = plan_.partials + blockIdx.x * size;
     if (partial == gradient_) return;
-    for (int64_t n = threadIdx.x; n < plan_.gradient.size; n += blockDim.x) partial[n] = gradient_[n];
+    for (int64_t n = threadIdx.x; n < size; n += blockDim.x) {
+      C sum = gradient_[n];
+      for (int strand = 1; strand < T::strands; ++strand) sum += gradient_[strand * size + n];
+      partial[n] = sum;
+    }
   }
 
   // g and the hidden layers of y. Ends with a barrier.
@@ -172,7 +178,8 @@ class RnnCell {
     __syncthreads();
     const C* e = vector(plan_.e);
     if (needs_matrix && plan_.shared_matrix) {
-      tile_.add_outer_products(e, vector(0), d_, d_, gradient_ + plan_.gradient.size - d_ * d_);
+      const int64_t size = plan_.gradient_size;
+      tile_.add_outer_products(e, vector(0), d_, d_, gradient_ + size - d_ * d_, size);
     }
     tile_.for_outputs(d_, [&](int first, Sums& sums) {
       multiply<true>(W1, above, first, sums);
@@ -233,28 +240,35 @@ class RnnCell {
   __device__ const C* copy_weights(C* to) const {
     for (int l = 0; l < plan_.num_matrices; ++l) {
       const RnnLayer& layer = plan_.layers[l];
-      for (int n = threadIdx.x; n < layer.rows * layer.columns; n += blockDim.x) {
-        to[layer.offset + n / layer.columns * layer.stride + n % layer.columns] = p_.weights[layer.packed + n];
-      }
+      copy_matrix(p_.weights + layer.offset, layer.rows, layer.columns, to + layer.on_chip[0], to + layer.on_chip[1]);
     }
     return to;
   }
-  __device__ void copy_shared_matrix() const {
-    for (int n = threadIdx.x; n < d_ * d_; n += blockDim.x) {
-      matrix_[n / d_ * (d_ | 1) + n % d_] = to_compute(p_.matrix[n]);
+  // M, and in backward M', as products read them
+  template <typename From>
+  __device__ void copy_matrix(const From* m, int rows, int columns, C* to, C* transposed) const {
+    for (int n = threadIdx.x; n < rows * columns; n += blockDim.x) {
+      const int i = n / columns, j = n % columns;
+      to[T::matrix_index(columns, i, j)] = to_compute(m[n]);
+      if (plan_.backward) transposed[T::matrix_index(rows, j, i)] = to_compute(m[n]);
     }
   }
+  // whether the weights are in shared memory
+  __device__ __forceinline__ bool has_weights() const { return T::on_chip || plan_.weights.on_chip; }
 
   template <bool transposed>
   __device__ __forceinline__ void multiply(const RnnLayer& layer, const C* x, int first, Sums& sums) const {
-    tile_.template multiply<transposed>(weights_ + layer.offset, layer.rows, layer.columns, layer.stride, x, first,
-                                        sums);
+    if (has_weights()) {
+      tile_.multiply(weights_ + layer.on_chip[transposed], transposed ? layer.rows : layer.columns, x, first, sums);
+    } else {
+      tile_.template multiply_global<transposed>(weights_ + layer.offset, layer.rows, layer.columns, x, first, sums);
+    }
   }
   // sums += Q x, or Q'x
   template <bool transposed>
   __device__ __forceinline__ void multiply_by_matrix(const C* x, int first, Sums& sums) const {
     if (plan_.shared_matrix) {
-      tile_.template multiply<transposed>(matrix_, d_, d_, d_ | 1, x, first, sums);
+      tile_.multiply(matrix_ + (transposed ? plan_.transposed_matrix : 0), d_, x, first, sums);
     } else if (!plan_.diagonal) {
       tile_.template multiply_own<transposed>(matrix_, d_, x, first, sums);
     } else {
@@ -269,7 +283,7 @@ class RnnCell {
     }
   }
   __device__ __forceinline__ void add_outer_products(const RnnLayer& layer, const C* a, const C* x) const {
-    tile_.add_outer_products(a, x, layer.rows, layer.columns, gradient_ + layer.packed);
+    tile_.add_outer_products(a, x, layer.rows, layer.columns, gradient_ + layer.offset, plan_.gradient_size);
   }
 
   const RnnInputs<Storage>& p_;

@@ -2,9 +2,9 @@
 //
 // A vector of every sample of the tile is an array [n, stride], samples side by side. A thread computes `outputs` entries
 // of a product for `width` samples: for each entry of the input it reads `outputs` weights and one 16-byte vector
-// (float32), and does outputs x width FMAs. Shared memory delivers 32 words a clock to 128 FMA units: a tile of 4 x 4, 2
-// FMAs a word, is bound to half of their rate; one of 1 x 4, 0.8 a word, to a fifth, but it has four times the threads
-// and is done sooner where there are too few samples to fill the device.
+// (float32), and does outputs x width FMAs. With 128 samples a warp is one group of entries for all of them: its lanes
+// read the same weights, four at a time. Fewer samples have more threads a sample, which are done sooner where there are
+// too few of them to fill the device.
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -14,10 +14,10 @@ namespace unrolled_kernels::cuda {
 
 // One of the weights, W1, W2, W^2 ... W^L, V, [rows, columns], and the vectors that it takes and gives.
 struct RnnLayer {
-  int rows, columns, stride;  // elements between rows
-  int64_t offset;             // of its first element in the weights that the kernel reads
-  int64_t packed;             // and in those of the contract
-  int input, output;          // first entry among the block's vectors
+  int rows, columns;
+  int64_t offset;      // of its first element among the weights of the contract
+  int64_t on_chip[2];  // and in shared memory, as a product reads it: of W and, in backward, of W'
+  int input, output;   // first entry among the block's vectors
 };
 
 // on_chip: vectors, matrices and the gradient of the weights are in shared memory, which the compiler then knows.
@@ -31,9 +31,20 @@ struct RnnTile {
   static constexpr int blocks = sizeof(C) == 4 ? 2 : 1, backward_blocks = outputs == 1 ? blocks : 1;
   static constexpr bool on_chip = on_chip_;
   static constexpr int sample_lanes = samples / width;
+  // shares of the samples that have sums of gradients of their own, so that enough threads add to them
+  static constexpr int strands = samples > 32 ? samples / 32 : 1;
   // an odd number of 16-byte vectors (float32), so that eight lanes that read eight entries meet in no bank
   static constexpr int stride = samples + width;
 
+  // Where a product reads an element of a matrix in shared memory: the rows that a thread takes lie together, a pack of
+  // each by turns, so that one address serves all of them. Groups of rows are an odd number of packs apart likewise.
+  static __host__ __device__ int packs(int columns) { return static_cast<int>(ceil_div(columns, width)) | 1; }
+  static __host__ __device__ int64_t matrix_size(int rows, int columns) {
+    return ceil_div(rows, outputs) * packs(columns) * outputs * width;
+  }
+  static __device__ int matrix_index(int columns, int i, int j) {
+    return ((i / outputs * packs(columns) + j / width) * outputs + i % outputs) * width + j % width;
+  }
   // elements that the matrices [d, d] of a tile take, as read by multiply_own
   static __host__ __device__ int64_t own_matrix_stride(int64_t d) { return width * (d * d | 1); }
   static __host__ __device__ int64_t own_matrix_index(int64_t d, int sample, int64_t element) {
@@ -66,17 +77,43 @@ struct RnnTile {
     }
   }
 
-  // sums += M x, or M'x, of one matrix for all samples
-  template <bool transposed>
-  __device__ __forceinline__ void multiply(const C* m, int rows, int columns, int row_stride, const C* x, int first,
+  // sums += M x, of one matrix for all samples, as matrix_index has it
+  __device__ __forceinline__ void multiply(const C* m, int columns, const C* x, int first,
                                            C (&sums)[outputs][width]) const {
+    m += first * packs(columns) * width;
+    x += sample;
+    const auto add = [&](int count) {
+      Pack<C, width> weights[outputs];
+#pragma unroll
+      for (int r = 0; r < outputs; ++r) weights[r] = load_pack<width>(m + r * width);
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        if (j >= count) break;
+        const Pack<C, width> v = load_pack<width>(x + j * stride);
+#pragma unroll
+        for (int r = 0; r < outputs; ++r) {
+#pragma unroll
+          for (int p = 0; p < width; ++p) sums[r][p] += weights[r].at[j] * v.at[p];
+        }
+      }
+      m += outputs * width;
+      x += width * stride;
+    };
+#pragma unroll 1
+    for (int left = columns / width; left > 0; --left) add(width);
+    if (columns % width) add(columns % width);
+  }
+
+  // the same of M, or M', in rows that follow each other in global memory
+  template <bool transposed>
+  __device__ __forceinline__ void multiply_global(const C* m, int rows, int columns, const C* x, int first,
+                                                  C (&sums)[outputs][width]) const {
     const int n = transposed ? columns : rows, inner = transposed ? rows : columns;
-    const int step = transposed ? row_stride : 1;
+    const int step = transposed ? columns : 1;
     const C* from[outputs];
 #pragma unroll
     for (int r = 0; r < outputs; ++r) {
-      const int entry = first + r < n ? first + r : n - 1;
-      from[r] = m + entry * (transposed ? 1 : row_stride);
+      from[r] = m + (first + r < n ? first + r : n - 1) * (transposed ? 1 : columns);
     }
     x += sample;
 #pragma unroll 4
@@ -114,17 +151,21 @@ struct RnnTile {
     }
   }
 
-  // gradient [rows, columns] += the sum over the samples of a x'; the same thread adds to an element at every call
-  __device__ __forceinline__ void add_outer_products(const C* a, const C* x, int rows, int columns, C* gradient) const {
+  // gradient [rows, columns] += the sum over a strand's samples of a x', for each strand, which are strand_size apart;
+  // the same thread adds to an element at every call
+  __device__ __forceinline__ void add_outer_products(const C* a, const C* x, int rows, int columns, C* gradient,
+                                                     int64_t strand_size) const {
     // entries of one thread lie apart, so that lanes read and write adjacent ones
     const int row_lanes = static_cast<int>(ceil_div(rows, outputs));
     const int column_lanes = static_cast<int>(ceil_div(columns, width));
+    const int lanes = row_lanes * column_lanes;
 #pragma unroll 1
-    for (int n = threadIdx.x; n < row_lanes * column_lanes; n += blockDim.x) {
-      const int row = n / column_lanes, column = n % column_lanes;
+    for (int n = threadIdx.x; n < lanes * strands; n += blockDim.x) {
+      const int strand = strands > 1 ? n / lanes : 0, lane = n - strand * lanes;
+      const int row = lane / column_lanes, column = lane % column_lanes;
       C sums[outputs][width] = {};
 #pragma unroll 2
-      for (int s = 0; s < samples; s += width) {
+      for (int s = strand * width; s < samples; s += strands * width) {
         Pack<C, width> left[outputs], right[width];
 #pragma unroll
         for (int r = 0; r < outputs; ++r) {
@@ -150,7 +191,7 @@ struct RnnTile {
 #pragma unroll
         for (int c = 0; c < width; ++c) {
           const int i = row + r * row_lanes, j = column + c * column_lanes;
-          if (i < rows && j < columns) gradient[i * columns + j] += sums[r][c];
+          if (i < rows && j < columns) gradient[strand * strand_size + i * columns + j] += sums[r][c];
         }
       }
     }
