@@ -9,7 +9,7 @@ included, so that whatever is not an FMA of the product costs exactly one. The p
 - as many warps on a multiprocessor as registers and shared memory allow, in-order issue with the stalls and the
   scoreboards that the compiler wrote into the code, latencies of LATENCY, throughputs of PIPES;
 - some 100 instructions for each item of a warp besides, one for each 16 bytes of a matrix that a lane copies, reads or
-  writes, and 5/4 of the FMAs of products that are not of steps;
+  writes, and 5/4 of the FMAs of products that are not of steps; 60 for what ends a product of the RNN;
 - enough problems that every multiprocessor is busy.
 
     python -m benchmarks.machine_code [--record]      the table; --record: into benchmarks/results/predicted-sm_90/
@@ -254,17 +254,19 @@ class Kernel:
 
     stem: str
     direction: str  # "forward" or "backward"
-    method: str  # "gd" or "momentum"
+    method: str  # "gd" or "momentum", or the widths of an RNN
     d: int  # 0: elements that are problems of their own
     template: str  # its arguments behind float, as they are mangled
     problems: float  # of a warp
     # the loops of steps in their order: name, FMAs of a lane in a step, steps that a turn takes
-    phases: tuple[tuple[str, int, int], ...]
+    phases: tuple[tuple[str, float, float], ...]
     bytes: int  # of a problem, to and from memory
     flops: tuple[int, int]  # of a problem, and more for each step
     team_bytes: tuple[int, int]  # of shared memory of a team, and more for each step
     item_slots: int  # instructions of an item that are not of its steps
     warps: int = 1  # of a team
+    step_slots: int = 0  # instructions of a step that are in none of its loops
+    loops: tuple[int, ...] = ()  # which of the loops with as many FMAs the phases are, where there are more of them
 
     @property
     def name(self):
@@ -325,6 +327,39 @@ def diagonal(momentum):
     ]  # fmt: skip
 
 
+def rnn(d=5, widths=(20, 20, 20)):
+    """A block of 128 samples, own Q: a warp does five entries of a product for all of them, four columns a turn."""
+    samples, outputs, stride, columns = 128, 5, 132, 4
+    groups = lambda n: -(-n // outputs)
+    warps = groups(max(widths))
+    products = [(d, widths[0]), *zip(widths, (*widths[1:], d), strict=True), (d, widths[0])]  # of W2, W^2 ... V, W1
+    # turns of a warp in a step, of the products with a vector of the weights, or of their transposes, and of gradients
+    forward = sum(groups(m) * n for n, m in products) / columns / warps
+    hidden = forward - groups(d) * widths[-1] / columns / warps
+    transposed = sum(groups(n) * m for n, m in products) / columns / warps
+    own = groups(d) * d / columns / warps
+    # a turn of the gradients takes 8 samples of a strand, which has 32
+    outer = sum(-(-groups(m) * -(-n // columns) * 4 // 32) for n, m in products) * 4 / warps
+    weights = sum(n * m for n, m in products)
+    step = 2 * (weights + d * d)
+    common = {"stem": "rnn", "method": "-".join(map(str, widths)), "d": d, "template": "Li128ELi5ELb1E",
+              "problems": samples / warps, "warps": warps, "item_slots": 1500}  # fmt: skip
+    product, matrix = outputs * columns * 4, outputs * 4 * columns
+    memory, vector = samples * d * d * 4 + 4 * 2 * weights, 4 * stride
+    ends = 60 * len(products)
+    return [
+        Kernel(direction="forward", bytes=4 * (d * d + 2 * d), flops=(0, step), loops=(3, 1), step_slots=ends,
+               phases=(("product", product * forward, 1 / forward), ("own Q", matrix * own, 1 / own)),
+               team_bytes=(memory + vector * (3 * d + 2 * max(widths)), 0), **common),
+        # the gradients of a strand, and the weights once more, transposed
+        Kernel(direction="backward", bytes=4 * (2 * d * d + 3 * d), flops=(0, 3 * step), loops=(3, 1, 9),
+               step_slots=4 * ends,
+               phases=(("product", product * (forward + hidden + transposed), 1 / (forward + hidden + transposed)),
+                       ("own Q", matrix * 3 * own, 1 / (3 * own)), ("outer", 2 * product * outer, 1 / outer)),
+               team_bytes=(memory + 4 * 6 * weights + vector * (5 * d + sum(widths) + 2 * max(widths)), 0), **common),
+    ]  # fmt: skip
+
+
 KERNELS = [
     kernel
     for momentum in (False, True)
@@ -333,7 +368,7 @@ KERNELS = [
         *(k for d in (16, 32, 64, 128) for k in spectral(d, momentum)),
         *diagonal(momentum),
     ]
-]
+] + rnn()
 
 
 @functools.cache
@@ -343,7 +378,7 @@ def compiled(stem):
     usage = resources(report)
     found = {}
     for symbol, code in disassemble(cubin).items():
-        match = re.search(r"\d+((?:momentum|rnn|sum)[a-z_]*?_kernel)If((?:L[a-z]\d+E)*)E", symbol)
+        match = re.search(r"\d+((?:momentum|rnn|sum)[a-z_]*?_kernel)I(?:NS\d_7RnnTileI)?f((?:L[a-z]\d+E)*)E", symbol)
         if match:
             found[match[1], match[2]] = (code, *usage[symbol])
     return found
@@ -366,19 +401,21 @@ def count(instructions):
 
 def step_loops(kernel, code):
     """``{phase: (path, steps)}``: what a turn of each loop of steps issues, and the steps it takes."""
-    least = min(fma for _, fma, _ in kernel.phases)
+    least = min(fma * min(1, steps) for _, fma, steps in kernel.phases)
     found = []
     for first, last in loops(code):
         # neither trajectories nor coefficients that are read from global memory, where there is another way
         path = best_path(code, first, last, lambda i: 1000 * is_fma(i) - 10**6 * (i.name == "LDG" and i.width == 32))
-        if path and sum(is_fma(code[k]) for k in path) >= least:
+        if path and sum(is_fma(code[k]) for k in path) >= round(least):
             found.append(path)
+    if kernel.loops and max(kernel.loops) < len(found):
+        found = [found[i] for i in kernel.loops]
     if len(found) < len(kernel.phases):
         raise ValueError(f"{kernel.name} d={kernel.d}: expected {len(kernel.phases)} loops of steps, got {len(found)}")
     # further loops are those of trajectories and of schedules in global memory
     wanted = {name: (path, steps) for (name, _, steps), path in zip(kernel.phases, found, strict=False)}
     for name, fma, steps in kernel.phases:
-        if sum(is_fma(code[k]) for k in wanted[name][0]) < fma * steps:
+        if sum(is_fma(code[k]) for k in wanted[name][0]) < round(fma * steps):
             raise ValueError(f"{kernel.name} d={kernel.d}, {name}: expected {steps} steps of {fma} FMAs in a turn")
     return wanted
 
@@ -407,7 +444,7 @@ def rows(kernels=None, steps=(10, 40)):
             fma = next(fma for name, fma, _ in kernel.phases if name == phase)
             yield {
                 "kernel": kernel.name, "method": kernel.method, "d": kernel.d, "loop": phase,
-                "slots_per_step": round(len(path) / unrolled, 1), "product_fma_per_step": fma,
+                "slots_per_step": round(len(path) / unrolled, 1), "product_fma_per_step": round(fma),
                 "slots_per_32_fma": round(32 * len(path) / unrolled / fma, 1),
                 **{name: round(n / unrolled, 1) for name, n in count(code[n] for n in path).items()},
                 "registers": registers, "local_bytes": local, **predicted,
@@ -417,7 +454,7 @@ def rows(kernels=None, steps=(10, 40)):
 def predict(kernel, code, found, warps, k):
     """Shares of the roofs at k steps; see the head of this file for what they assume."""
     # clocks of a scheduler for the item of one warp; the four of a multiprocessor work side by side
-    clocks = kernel.item_slots
+    clocks = kernel.item_slots + k * kernel.step_slots
     for phase, (path, unrolled) in found.items():
         turns = (0 if phase == "checkpoint" and k <= 16 else k) / unrolled
         if turns:

@@ -52,8 +52,8 @@ def test_listing_is_read():
     assert alone / 2 <= two < 0.7 * alone
 
 
-# issue slots for 32 FMAs, at most, in the worst loop of steps of a kernel, by d: FMAs of the products, for diagonal the
-# recurrence's own
+# issue slots for 32 FMAs, at most, in the worst loop of steps of a kernel (or in each), by d: FMAs of the products, for
+# diagonal the recurrence's own
 CEILINGS = {
     "momentum_dense": {
         ("momentum_dense_kernel", "gd"): {5: 60, 8: 47, 16: 50, 32: 54, 64: 43, 128: 43},
@@ -67,6 +67,11 @@ CEILINGS = {
         ("momentum_diagonal_kernel", "momentum"): {0: 46},
         ("momentum_diagonal_backward_kernel", "gd"): {0: 69},
         ("momentum_diagonal_backward_kernel", "momentum"): {0: 128},
+    },
+    # 49 before a thread had five entries and read the weights four at a time, and then for 40 of 64 threads
+    "rnn": {
+        ("rnn_kernel", "20-20-20"): {5: {"product": 38, "own Q": 48}},
+        ("rnn_backward_kernel", "20-20-20"): {5: {"product": 38, "own Q": 48, "outer": 41}},
     },
 }
 
@@ -82,7 +87,7 @@ def test_ceilings(stem):
         ceiling = CEILINGS[stem].get((row["kernel"], row["method"]), {}).get(row["d"])
         if ceiling is not None:
             seen.add((row["kernel"], row["method"], row["d"]))
-            assert row["slots_per_32_fma"] <= ceiling, row
+            assert row["slots_per_32_fma"] <= (ceiling[row["loop"]] if isinstance(ceiling, dict) else ceiling), row
     assert len(seen) == sum(map(len, CEILINGS[stem].values()))
 
 
