@@ -256,14 +256,15 @@ std::tuple<Tensor, Tensor, Tensor> momentum_begun(Tensor matrix, Tensor b, Optio
   return {y, state.y, state.m};
 }
 
-// y where each sample stops, and what Stopping says of it; of a dense Q, on a CPU
-std::tuple<Tensor, Tensor, Tensor> momentum_stopping(Tensor matrix, Tensor b, OptionalTensor y0, Tensor step_sizes,
-                                                     OptionalTensor momentum, OptionalTensor extrapolation,
-                                                     OptionalTensor mu, OptionalTensor lower, OptionalTensor upper,
-                                                     OptionalTensor weight, OptionalTensor threshold, int64_t num_steps,
-                                                     double tolerance) {
-  Arguments args{matrix, {},    {},    b,      y0,        step_sizes, momentum, extrapolation,
-                 mu,     lower, upper, weight, threshold, num_steps,  false};
+// y where each sample stops, and what Stopping says of it; on a CPU
+std::tuple<Tensor, Tensor, Tensor> momentum_stopping(OptionalTensor matrix, OptionalTensor diagonal,
+                                                     OptionalTensor observed, Tensor b, OptionalTensor y0,
+                                                     Tensor step_sizes, OptionalTensor momentum,
+                                                     OptionalTensor extrapolation, OptionalTensor mu,
+                                                     OptionalTensor lower, OptionalTensor upper, OptionalTensor weight,
+                                                     OptionalTensor threshold, int64_t num_steps, double tolerance) {
+  Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum, extrapolation,
+                 mu,     lower,    upper,    weight, threshold, num_steps,  false};
   STD_TORCH_CHECK(b.is_cpu() && b.dim() == 2 && num_steps > 0, "b: expected [B, d], on a CPU; num_steps: one or more");
   const Stops stops{tolerance, allocate(b, ScalarType::Long, {b.size(0)}),
                     allocate(b, compute_scalar_type(b.scalar_type()), {b.size(0)})};
@@ -545,9 +546,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unrolled_kernels, m) {
       "Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, Tensor? threshold, SymInt num_steps, SymInt begun) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
-      "momentum_stopping(Tensor matrix, Tensor b, Tensor? y0, Tensor step_sizes, Tensor? momentum, "
-      "Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, Tensor? threshold, "
-      "SymInt num_steps, float tolerance) -> (Tensor, Tensor, Tensor)");
+      "momentum_stopping(Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
+      "Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, "
+      "Tensor? threshold, SymInt num_steps, float tolerance) -> (Tensor, Tensor, Tensor)");
   m.def(
       "momentum_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, "
       "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, "

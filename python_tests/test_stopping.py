@@ -129,7 +129,17 @@ def test_implicit_gradients_of_samples_that_stopped():
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize(
+    ("structure", "shared"),
+    [
+        pytest.param("dense", False, id="own"),
+        pytest.param("dense", True, id="shared"),
+        pytest.param("diagonal", False, id="diagonal"),
+        pytest.param("tikhonov", False, id="tikhonov"),
+        pytest.param("spectral", False, id="spectral"),
+        pytest.param("spectral", True, id="spectral-shared"),
+    ],
+)
 @pytest.mark.parametrize(
     ("B", "d", "method", "dtype"),
     [
@@ -142,19 +152,20 @@ def test_implicit_gradients_of_samples_that_stopped():
         (9, 33, "nesterov", torch.float64),
         (3, 64, "nesterov", torch.float32),
         (1, 130, "gd", torch.float16),
+        (2, 40, "momentum", torch.float32),
     ],
 )
-def test_the_kernel_stops_where_a_whole_run_says(B, d, method, dtype, shared, monkeypatch):
+def test_the_kernel_stops_where_a_whole_run_says(B, d, method, dtype, structure, shared, monkeypatch):
     """To the bit, gradients too, in every layout, with and without a map, whatever the number of threads."""
     compute, k = torch.promote_types(dtype, torch.float32), 30
-    (Q,), _, b = random_quadratic("dense", (B,), d, mu=0.2, shared=shared, dtype=compute)
+    leaves, make_Q, b = random_quadratic(structure, (B,), d, mu=0.2, shared=shared, dtype=compute)
     b = b * 2.0 ** -torch.arange(B, dtype=compute).unsqueeze(-1)
     phi = torch.linspace(0.4, 0.9, k, dtype=compute).requires_grad_()
-    inputs = [x.detach().to(dtype).requires_grad_() for x in (Q, b)]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (*leaves, b)]
 
     def run(tolerance, prox):
         options = {"prox": prox, "tolerance": tolerance, "return_info": True, "backend": "cpu"}
-        y, info = METHODS[method](*inputs, phi, k, **options)
+        y, info = METHODS[method](make_Q(*inputs[:-1]), inputs[-1], phi, k, **options)
         return [y, *info, *torch.autograd.grad(y.float().square().sum(), [*inputs, phi])]
 
     for tolerance, prox in ((None, None), (0.0, uk.prox.Box(-0.5, 0.4)), (1e-2, uk.prox.L1(0.01)), (1e-2, None)):
@@ -172,12 +183,40 @@ def test_the_kernel_stops_where_a_whole_run_says(B, d, method, dtype, shared, mo
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_a_long_sample_stops_as_a_whole(monkeypatch):
+    # of several strips, which do not stop by themselves
+    (q,), make_Q, b = random_quadratic("diagonal", (2,), 5000, mu=0.2, dtype=torch.float32)
+    run = lambda: F.nesterov(make_Q(q), b, 0.8 * torch.ones(30), 0.2, 30, tolerance=1e-2, return_info=True)
+    y, info = run()
+    assert (info.num_steps < 30).all()
+    monkeypatch.setattr(op, "_has_kernel", lambda *tensors: False)
+    expected, steps = run()
+    assert torch.equal(y, expected)
+    assert all(map(torch.equal, info, steps))
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+@pytest.mark.parametrize("structure", ["dense", "diagonal"])
+@pytest.mark.parametrize("B", [1, 2, 40])
+def test_lanes_without_an_element_do_not_move(B, structure):
+    """A bound that is one number holds nothing there: a sample at its minimizer stops after one look."""
+    q, b = torch.ones(B, 21), torch.full((B, 21), -5.0)
+    Q = q.diag_embed() if structure == "dense" else uk.Diagonal(q)
+    options = {"y0": -b, "prox": uk.prox.Box(lower=3.0), "tolerance": 1e-3, "return_info": True, "backend": "cpu"}
+    y, info = F.gradient_descent(Q, b, 0.5, 9, **options)
+    assert info.num_steps.tolist() == [1] * B
+    assert info.residual.tolist() == [0] * B
+    assert torch.equal(y, -b)
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     Q, b, phi = torch.eye(4, dtype=dtype).expand(3, 4, 4), torch.ones(3, 4, dtype=dtype), torch.tensor(0.5)
-    arguments = (Q, b, None, phi, phi, phi, *[None] * 5, 6, 0.1)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.unrolled_kernels.momentum_stopping.default, arguments, test_utils=tests)
+    for structure in ((Q, None, None), (None, b, None), (None, b, b), (Q, b, None)):
+        arguments = (*structure, b, None, phi, phi, phi, *[None] * 5, 6, 0.1)
+        torch.library.opcheck(torch.ops.unrolled_kernels.momentum_stopping.default, arguments, test_utils=tests)
 
 
 def test_compile_and_vmap():

@@ -32,6 +32,12 @@ def _momentum_begun(matrix, b, *rest, out_shape=None):
     return _product(b) * num_steps
 
 
+def _momentum_stopping(*arguments, out_shape=None):
+    # all steps, as the samples may take them; whether one stops is said of what comes out of an eigenbasis
+    *tensors, num_steps, _ = arguments
+    return _momentum(*tensors, num_steps, True)
+
+
 def _momentum_backward(grad_y, matrix, diagonal, observed, b, y0, *rest, out_shape=None):
     *prox, num_steps, trajectory, needs = rest[4:11]
     iterates, first, y_begun, _, minimizer = (*rest[11:], *(None, 0, None, None, None)[len(rest) - 11 :])
@@ -87,8 +93,7 @@ def _weights(b, weights):
 for name, formula in {
     "momentum": _momentum,
     "momentum_begun": _momentum_begun,
-    # all steps, as the samples may take them
-    "momentum_stopping": _momentum_begun,
+    "momentum_stopping": _momentum_stopping,
     "momentum_backward": _momentum_backward,
     "momentum_second_order": _momentum_second_order,
     "momentum_triton": _momentum,

@@ -13,7 +13,6 @@
 // two blocks with Q are one sum over twice the terms.
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -22,6 +21,7 @@
 #include "cpu/simd/simd.h"
 
 #include "cpu/momentum_step.h"
+#include "cpu/momentum_stopping.h"
 #include "cpu/simd/tile_matrix.h"
 
 namespace unrolled_kernels {
@@ -446,8 +446,7 @@ class DenseTile {
         ybar_(backward ? arena.take<C>(width_) : nullptr),
         db_(backward ? arena.take<C>(row_) : nullptr),
         dQ_(backward ? arena.take<C>(Q_.image_size()) : nullptr),
-        stopped_(p.stopping ? arena.take<C>(row_) : nullptr),
-        moving_(p.stopping ? arena.take<C>(W) : nullptr) {
+        stopped_(p.stopping ? arena.take<C>(row_) : nullptr) {
     map_.prox = p.prox;
     if (p.prox == Prox::none) return;
     const auto take = [&](bool present) { return present ? arena.take<C>(row_) : nullptr; };
@@ -506,53 +505,11 @@ class DenseTile {
     return trace;
   }
 
-  // All samples are to move, `moves` of them.
-  int64_t begin_moving() {
-    for (int64_t l = 0; l < W; ++l) moving_[l] = l < tile_.count * Layout<C>::E ? C(1) : C(0);
-    return moves_ = tile_.count;
-  }
-
-  // Keeps y_{t+1} of the samples that stop after step t, and says how many go on.
-  UNROLLED_KERNELS_NOINLINE int64_t stop_after(int64_t t) {
-    constexpr int E = Layout<C>::E;
-    const C *from = y_.at(t), *to = y_.at(t + 1);
-    Vector<C> change{}, size{};
-    auto unordered = change != change;
-    for (int64_t n = 0; n < row_; n += W) {
-      const Vector<C> y = load(to + n), moved = y - load(from + n);
-      const Vector<C> by = moved < 0 ? -moved : moved, large = y < 0 ? -y : y;
-      change = by > change ? by : change;
-      size = large > size ? large : size;
-      unordered |= moved != moved;
-    }
-    // a NaN is no small change
-    change = unordered ? broadcast(std::numeric_limits<C>::quiet_NaN()) : change;
-    const bool last = t + 1 == p_.k;
-    const auto& stopping = *p_.stopping;
-    if constexpr (E == 1) {
-      const Vector<C> limit = stopping.tolerance * (size > 1 ? size : broadcast(C(1)));
-      const auto stops = (change <= limit) & (load(moving_) > 0);
-      if (!last && sum_lanes<C>(where<C>(stops, broadcast(C(1)))) == 0) return moves_;
-    }
-    C changes[W], sizes[W];
-    store(changes, change), store(sizes, size);
-    for (int64_t s = 0; s < tile_.count; ++s) {
-      if (moving_[s * E] == 0) continue;
-      C by = changes[s * E], large = 1;
-      for (int64_t l = s * E; l < (s + 1) * E; ++l) {
-        if (!(changes[l] <= by)) by = changes[l];
-        if (sizes[l] > large) large = sizes[l];
-        if (by != by) break;
-      }
-      if (!last && !(by <= stopping.tolerance * large)) continue;
-      stopping.taken[tile_.first + s] = t + 1;
-      stopping.residual[tile_.first + s] = by;
-      moving_[s * E] = 0, --moves_;
-      for (int64_t n = s * E; n < row_; n += W) {
-        for (int64_t l = n; l < n + E; ++l) stopped_[l] = to[l];
-      }
-    }
-    return moves_;
+  void begin_moving() { moving_.begin(tile_.first, tile_.count); }
+  // how many samples go on after step t
+  int64_t stop_after(int64_t t) {
+    moving_.after(*p_.stopping, t, p_.k, y_.at(t), y_.at(t + 1), tile_.size(), W, stopped_);
+    return moving_.count();
   }
   void store_stopped(Storage* y) const { tile_.store_state(stopped_, y); }
 
@@ -662,6 +619,11 @@ class DenseTile {
     if (!x.single) return tile_.load_state(x.data, x.batch_stride, out);
     const Vector<C> number = tile_.coefficient(x.data, 0);
     for (int64_t n = 0; n < row_; n += W) store(out + n, number);
+    // lanes without an element stay at zero
+    constexpr int E = Layout<C>::E;
+    for (int64_t l = 0; l < W; ++l) {
+      if ((tile_.size() - 1) * E + l % E >= p_.d) out[row_ - W + l] = 0;
+    }
   }
 
   const MomentumInputs<Storage>& p_;
@@ -674,9 +636,9 @@ class DenseTile {
   C* b_;
   States<C> z_, y_, m_;
   C *s_, *ybar_, *db_, *dQ_;
-  // of samples that stop: where they did, and 1 in the first lane of those that have not
-  C *stopped_, *moving_;
-  int64_t moves_ = 0;
+  // of samples that stop: where they did
+  C* stopped_;
+  MovingSamples<Layout<C>::E, C> moving_;
   // of a proximal map
   C *lower_ = nullptr, *upper_ = nullptr, *weight_ = nullptr;
   TileMap<C> map_;
@@ -802,10 +764,9 @@ class TileGroups {
 
  private:
   void run_until_stopped(const MomentumForward<Storage>& p, int active) {
-    int64_t moving = 0;
-    for (int g = 0; g < active; ++g) moving += tiles_[g]->begin_moving();
+    for (int g = 0; g < active; ++g) tiles_[g]->begin_moving();
     with_matrices<C>(first_, second_, active, p.d, [&](const auto& traces, const auto& matrices) {
-      for (int64_t t = 0; moving > 0; ++t) {
+      for (int64_t t = 0, moving = 1; moving > 0; ++t) {
         replay(p, traces, matrices, t, t + 1);
         moving = 0;
         for (int g = 0; g < active; ++g) moving += tiles_[g]->stop_after(t);

@@ -10,6 +10,7 @@
 #include "cpu/simd/simd.h"
 
 #include "cpu/momentum_elementwise.h"
+#include "cpu/momentum_stopping.h"
 
 namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
@@ -20,6 +21,7 @@ constexpr int64_t strip_elements = 2048;
 // elements `column` ... `column + width - 1` of one sample
 template <typename C>
 struct StripLanes {
+  static constexpr int E = lanes<C>;
   int64_t B, d, sample, column, width;
 
   int64_t size() const { return ceil_div(width, lanes<C>); }
@@ -42,9 +44,16 @@ bool schedule_per_sample(const MomentumInputs<Storage>& p) {
          p.threshold.batch_stride != 0;
 }
 
+// samples that stop have schedules of their own from there on
 template <typename Storage>
 bool samples_in_lanes(const MomentumInputs<Storage>& p) {
-  return schedule_per_sample(p) && p.B > 1 && p.d < 2 * lanes<compute_type<Storage>>;
+  return (schedule_per_sample(p) || p.stopping) && p.B > 1 && p.d < 2 * lanes<compute_type<Storage>>;
+}
+
+// a sample that stops does so as a whole
+template <typename Storage>
+int64_t strip_width(const MomentumInputs<Storage>& p) {
+  return p.stopping ? p.d : strip_elements;
 }
 
 template <typename Storage>
@@ -64,8 +73,8 @@ class DiagonalTiles {
         tangents_(backward ? backward->tangents : nullptr),
         tangent_schedule_(arena_, tangents_ ? *tangents_ : MomentumTangents<Storage>{},
                           tangents_ ? plan.schedule_steps : 0),
-        row_(samples_in_lanes(p) ? p.d * W : min(strip_elements, ceil_div(p.d, W) * W)) {
-    const int64_t rows = p.trajectory ? p.k + 1 : 1;
+        row_(samples_in_lanes(p) ? p.d * W : ceil_div(min(strip_width(p), p.d), W) * W) {
+    const int64_t rows = p.stopping ? steps_between_stops + 1 : p.trajectory ? p.k + 1 : 1;
     f_ = p.observed ? arena_.take<C>(row_) : nullptr;
     x_ = p.observed ? arena_.take<C>(row_) : nullptr;
     q_ = arena_.take<C>(row_);
@@ -80,6 +89,7 @@ class DiagonalTiles {
     for (C*& tangent : staged_tangents_) tangent = tangents_ ? arena_.take<C>(row_) : nullptr;
     y_tangent_ = tangents_ ? arena_.take<C>(rows * row_) : nullptr;
     zero_ = tangents_ ? arena_.take<C>(W) : nullptr;
+    for (C** state : {&z_, &m_, &stopped_}) *state = p.stopping ? arena_.take<C>(row_) : nullptr;
     for (C*& bound : bounds_) bound = p.prox != Prox::none ? arena_.take<C>(row_) : nullptr;
     for (C*& sum : bound_sums_) sum = backward && p.prox != Prox::none ? arena_.take<C>(row_) : nullptr;
   }
@@ -130,14 +140,31 @@ class DiagonalTiles {
       const int64_t first = tile * W;
       return f(SampleLanes<C>{p_.B, p_.d, first, min(W, p_.B - first)}, true);
     }
-    StripLanes<C> part{p_.B, p_.d, tile / plan_.tiles_per_sample, tile % plan_.tiles_per_sample * strip_elements, 0};
-    const int64_t width = min(strip_elements, p_.d - part.column), whole = width / W * W;
-    part.width = std::is_same_v<Storage, C> && whole > 0 ? whole : width;
+    const int64_t strip = strip_width(p_), column = tile % plan_.tiles_per_sample * strip;
+    const int64_t width = min(strip, p_.d - column), whole = width / W * W;
+    StripLanes<C> part{p_.B, p_.d, tile / plan_.tiles_per_sample, column, width};
+    if (std::is_same_v<Storage, C> && whole > 0 && !p_.stopping) part.width = whole;
     f(part, true);
     if (part.width == width) return;
     part.column += part.width;
     part.width = width - part.width;
     f(part, false);
+  }
+
+  // f(first vector, vectors), as a sample that does not stop is cut: how many vectors are taken at once decides how the
+  // compiler rounds
+  template <typename F>
+  static void for_pieces(const StripLanes<C>& part, F f) {
+    for (int64_t column = 0; column < part.width; column += strip_elements) {
+      const int64_t width = min(strip_elements, part.width - column), vectors = ceil_div(width, W);
+      const int64_t whole = std::is_same_v<Storage, C> ? width / W : 0;
+      if (whole > 0) f(column / W, whole);
+      if (whole < vectors) f(column / W + whole, vectors - whole);
+    }
+  }
+  template <typename F>
+  static void for_pieces(const SampleLanes<C>& part, F f) {
+    f(0, part.size());
   }
 
   // Where the vectors of x lie, read or written in place if they can be.
@@ -195,6 +222,8 @@ class DiagonalTiles {
     if (!x.data) return nullptr;
     if (x.single) {
       for (int64_t i = 0; i < part.size() * W; i += W) store(staged + i, broadcast(*x.data));
+      // lanes without an element stay at zero
+      if constexpr (Part::E > 1) fill_zero(staged + part.width, part.size() * W - part.width);
     } else {
       part.load_state(x.data, x.batch_stride, staged);
     }
@@ -223,10 +252,32 @@ class DiagonalTiles {
     set_energy(part, e);
     set_prox(part, e);
     e.y0 = input(part, p.y0, p.y0_stride, y0_);
+    if (p.stopping) return run_until_stopped(p, part, e);
     e.y = output(part, p.y, y_);
     e.row = row(part);
     run_elementwise<true>(e, part.size());
     for (int64_t t = 0; t <= (p.trajectory ? p.k : 0); ++t) finish(part, y_ + t * row_, p.y + t * p.B * p.d);
+  }
+
+  template <typename Part>
+  void run_until_stopped(const MomentumForward<Storage>& p, const Part& part, ElementwiseForward<C>& e) {
+    e.y = y_, e.row = row_, e.trajectory = true;
+    if (e.momentum) e.z = z_, e.m = m_;
+    MovingSamples<Part::E, C> moving;
+    if constexpr (Part::E == 1) {
+      moving.begin(part.first, part.count);
+    } else {
+      moving.begin(part.sample, 1);
+    }
+    for (e.last = min(steps_between_stops, p.k); moving.count() > 0; e.go_on(steps_between_stops)) {
+      for_pieces(part, [&](int64_t first, int64_t vectors) { run_elementwise<true>(e, vectors, first); });
+      const C* y = y_;
+      for (int64_t t = e.first; t < e.last && moving.count() > 0; ++t, y += row_) {
+        moving.after(*p.stopping, t, p.k, y, y + row_, part.size(), W, stopped_);
+      }
+      poll_.after(steps_between_stops * row_ / W);
+    }
+    part.store_state(stopped_, p.y);
   }
 
   template <typename Part>
@@ -308,6 +359,7 @@ class DiagonalTiles {
   int64_t row_;  // elements of a staged row
   Poll poll_;
   C *f_, *x_, *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
+  C *z_, *m_, *stopped_;                        // of samples that stop: between two looks, and where they did
   C *bounds_[3], *bound_sums_[3];               // lower, upper, weight
   C *staged_tangents_[3], *y_tangent_, *zero_;  // of the diagonal, b and y_0
 };
@@ -318,7 +370,7 @@ MomentumPlan plan(const MomentumInputs<Storage>& p, const MomentumBackward<Stora
   MomentumPlan plan{};
   plan.variant = samples ? "samples in lanes" : is_traceless(p) ? "elementwise, no trace" : "elementwise";
   plan.lanes = lanes<compute_type<Storage>>;
-  plan.tiles_per_sample = samples ? 1 : ceil_div(p.d, strip_elements);
+  plan.tiles_per_sample = samples || p.stopping ? 1 : ceil_div(p.d, strip_elements);
   plan.tiles = samples ? ceil_div(p.B, plan.lanes) : p.B * plan.tiles_per_sample;
   plan.schedule_steps = constant_schedule(p) ? min(p.k, 1) : p.k;
   plan.scratch_bytes = DiagonalTiles<Storage>(nullptr, p, backward, plan).scratch_bytes();

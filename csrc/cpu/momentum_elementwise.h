@@ -46,15 +46,27 @@ struct Elementwise {
         k(p.k),
         momentum(p.beta.data),
         trajectory(p.trajectory),
-        traceless(is_traceless(p)),
-        per_step(!constant_schedule(p)),
+        traceless(is_traceless(p) && !p.stopping),
+        // samples that stop round as those do whose coefficients are zero from there on
+        per_step(!constant_schedule(p) || p.stopping),
         prox(p.prox) {}
 };
 
 template <typename C>
 struct ElementwiseForward : Elementwise<C> {
-  using Elementwise<C>::Elementwise;
+  template <typename Inputs>
+  ElementwiseForward(const Inputs& p, const ScheduleView<C>& schedule) : Elementwise<C>(p, schedule), last(p.k) {}
   C* y = nullptr;
+  // The steps `first` ... `last` - 1, from y0 and, with momentum, from z and m, which are left at `last` (nullptr:
+  // nothing comes before or after). The trajectory is that of these steps.
+  int64_t first = 0, last;
+  C *z = nullptr, *m = nullptr;
+
+  // the next `steps` of them, from the last y
+  void go_on(int64_t steps) {
+    this->y0 = y + (last - first) * this->row;
+    first = last, last = min(last + steps, this->k);
+  }
 };
 
 template <typename C>
@@ -80,6 +92,8 @@ struct ElementwiseSecondOrder : ElementwiseBackward<C> {
 
 // vectors in registers at once
 constexpr int vectors_at_once = 3;
+// steps between two looks at which samples have stopped
+constexpr int64_t steps_between_stops = 4;
 // as Poll counts it
 constexpr int64_t work_of_step = 4 * vectors_at_once;
 
@@ -110,9 +124,9 @@ UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p,
   constexpr bool proximal = prox != Prox::none;
   static_assert(per_step || !proximal);
   const ScheduleView<C> schedule = p.schedule;
-  const bool trajectory = p.trajectory;
+  const bool trajectory = p.trajectory, goes_on = p.first > 0;
   const int64_t row = p.row;
-  StepCoefficients<C> c = schedule.template at<momentum>(0);
+  StepCoefficients<C> c = schedule.template at<momentum>(p.first);
   Vector<C> lambda[N], b[N], y[N], z[N], m[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
@@ -124,23 +138,27 @@ UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p,
     }
     y[n] = z[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
     m[n] = Vector<C>{};
+    if (momentum && goes_on) z[n] = load(p.z + offset + n * W), m[n] = load(p.m + offset + n * W);
   }
   C* out = p.y + offset;
-  for (int64_t t = 0, k = p.k; t < k; ++t) {
+  for (int64_t t = p.first, k = p.k; t < p.last; ++t) {
     const auto next = per_step ? schedule.template at<momentum>(min(t + 1, k - 1)) : c;
     const Vector<C> threshold = prox == Prox::soft_threshold ? schedule.threshold_at(t) : Vector<C>{};
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      if (trajectory) store(out + t * row + n * W, y[n]);
+      if (trajectory) store(out + n * W, y[n]);
       elementwise_step<momentum, per_step, proximal>(
           c, next.gamma, lambda[n], b[n], y[n], z[n], m[n],
           [&](Vector<C> v) { return proximal_map<prox>(p.map, c.phi, threshold, offset + n * W, v); });
     }
     c = next;
+    if (trajectory) out += row;
   }
-  if (trajectory) out += p.k * row;
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) store(out + n * W, y[n]);
+  for (int n = 0; n < N; ++n) {
+    store(out + n * W, y[n]);
+    if (momentum && p.z) store(p.z + offset + n * W, z[n]), store(p.m + offset + n * W, m[n]);
+  }
 }
 
 template <int N, typename C>
@@ -433,10 +451,12 @@ UNROLLED_KERNELS_INLINE void for_vectors(int64_t vectors, int64_t k, F f) {
   for (; n < vectors; ++n) f(std::integral_constant<int, 1>(), n * lanes<C>);
 }
 
+// vectors `first` ... `first + vectors - 1` of the strip
 template <bool may_end_with_prox = false, typename C>
-UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, int64_t vectors) {
+UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, int64_t vectors, int64_t first = 0) {
   for_vectors<C>(vectors, p.k, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
+    offset += first * lanes<C>;
     if (p.traceless) return traceless_forward<n>(p, offset);
     if constexpr (may_end_with_prox) {
       if (p.prox != Prox::none) {

@@ -17,6 +17,7 @@
 #include "cpu/simd/simd.h"
 
 #include "cpu/momentum_elementwise.h"
+#include "cpu/momentum_stopping.h"
 #include "cpu/simd/products.h"
 #include "cpu/simd/tile_matrix.h"
 
@@ -39,12 +40,15 @@ class SpectralTiles {
         arena_(scratch),
         tile_{p.B, p.d, 0, 0},
         row_(tile_.size() * W),
-        states_(p.trajectory ? p.k + 1 : 1),
+        states_(p.stopping     ? steps_between_stops + 1
+                : p.trajectory ? p.k + 1
+                               : 1),
         schedule_(arena_, p, steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
         R_(arena_, p, tile_.size()) {
     for (C** x : {&lambda_, &bh_, &y0h_, &state_}) *x = arena_.template take<C>(row_);
     yh_ = arena_.template take<C>(states_ * row_);
+    for (C** x : {&z_, &m_, &next_, &stopped_}) *x = p.stopping ? arena_.template take<C>(row_) : nullptr;
     if (!backward) return;
     for (C** x : {&dlambda_, &dbh_, &dy0h_}) *x = arena_.template take<C>(row_);
     // the rows of both factors of dR lie in one order: [b; y_0; ybar_t] and [dbh; dyh_0; yh_t]
@@ -62,14 +66,14 @@ class SpectralTiles {
       load_tile(i, i == chunk.begin);
       load_rotated(p.b, p.b_stride, state_, bh_);
       if (p.y0) load_rotated(p.y0, p.y0_stride, state_, y0h_);
+      if (p.stopping) {
+        run_until_stopped(p);
+        continue;
+      }
       forward_eigenbasis(yh_);
       const int64_t first = p.trajectory || p.k == 0 ? 1 : 0;  // row 0 is y_0 then
       if (first == 1) {
-        if (p.y0) {
-          tile_.load_state(p.y0, p.y0_stride, state_);
-        } else {
-          fill_zero(state_, row_);
-        }
+        load_start();
         tile_.store_state(state_, p.y);
       }
       for (int64_t t = first; t < states_; ++t) {
@@ -149,19 +153,43 @@ class SpectralTiles {
     tile_.load_state(p_.diagonal, p_.diagonal_stride, lambda_);
   }
 
+  // y_0 itself
+  void load_start() { p_.y0 ? tile_.load_state(p_.y0, p_.y0_stride, state_) : fill_zero(state_, row_); }
+
   void load_rotated(const Storage* x, int64_t stride, C* state, C* rotated) {
     tile_.load_state(x, stride, state);
     R_.apply_transposed(state, rotated);
   }
 
-  void forward_eigenbasis(C* y) const {
+  ElementwiseForward<C> in_eigenbasis(C* y) const {
     ElementwiseForward<C> e(p_, schedule_.view());
     e.lambda = lambda_;
     e.b = bh_;
     e.y0 = p_.y0 ? y0h_ : nullptr;
     e.y = y;
     e.row = p_.trajectory ? row_ : 0;
-    run_elementwise(e, tile_.size());
+    return e;
+  }
+  void forward_eigenbasis(C* y) const { run_elementwise(in_eigenbasis(y), tile_.size()); }
+
+  // Whether a sample stops is said of y, not of yh.
+  void run_until_stopped(const MomentumForward<Storage>& p) {
+    ElementwiseForward<C> e = in_eigenbasis(yh_);
+    e.row = row_, e.trajectory = true;
+    if (e.momentum) e.z = z_, e.m = m_;
+    load_start();
+    MovingSamples<Layout<C>::E, C> moving;
+    moving.begin(tile_.first, tile_.count);
+    for (e.last = min(steps_between_stops, p.k); moving.count() > 0; e.go_on(steps_between_stops)) {
+      run_elementwise(e, tile_.size());
+      for (int64_t t = e.first; t < e.last && moving.count() > 0; ++t) {
+        copy_vectors(R_.apply(yh_ + (t + 1 - e.first) * row_), row_, next_);
+        moving.after(*p.stopping, t, p.k, state_, next_, tile_.size(), W, stopped_);
+        std::swap(state_, next_);
+        poll_.after(tile_.size() * p.d);
+      }
+    }
+    tile_.store_state(stopped_, p.y);
   }
 
   const MomentumInputs<Storage>& p_;
@@ -173,6 +201,7 @@ class SpectralTiles {
   ScheduleGradient<C> gradient_;
   TileMatrix<Storage, Layout, Operand> R_;
   C *lambda_, *bh_, *y0h_, *state_, *yh_;
+  C *z_, *m_, *next_, *stopped_;  // of samples that stop
   C *dlambda_, *dbh_, *dy0h_, *left_, *right_, *grad_h_, *trace_, *d_matrix_;
 };
 

@@ -18,7 +18,7 @@ def fake_begun(matrix, b, y0, phi, beta, gamma, mu, *rest):
     return tuple(b.new_empty(b.shape) for _ in range(3))
 
 
-def fake_stopping(matrix, b, *rest):
+def fake_stopping(matrix, diagonal, observed, b, *rest):
     """Shapes and dtypes of y, of the steps that each sample takes, and of how large the last was."""
     compute = rest[1].dtype
     return b.new_empty(b.shape), b.new_empty(b.shape[:1], dtype=torch.int64), b.new_empty(b.shape[:1], dtype=compute)

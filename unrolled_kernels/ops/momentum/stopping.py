@@ -35,9 +35,7 @@ def run(op, backend, *arguments, tolerance):
     if leaves_out and _has_kernel(*tensors[:4]):
         with torch.no_grad():
             never = -1.0
-            y, taken, residual = native.stopping(
-                tensors[0], *tensors[_Y0 - 1 :], num_steps, never if tolerance is None else tolerance
-            )
+            y, taken, residual = native.stopping(*tensors, num_steps, never if tolerance is None else tolerance)
     else:
         taken, residual = measure(backend, *tensors, num_steps, tolerance=tolerance)
     if tolerance is not None:
@@ -51,8 +49,8 @@ def run(op, backend, *arguments, tolerance):
 
 
 def _has_kernel(matrix, diagonal, observed, b):
-    """A dense Q of each sample, or one for all that is small: larger ones are multiplied by many samples at once."""
-    return diagonal is None and (matrix.shape[0] == b.shape[0] or matrix.shape[-1] <= 16)
+    """Not one large Q for all samples: it is multiplied by many of them at once."""
+    return matrix is None or matrix.shape[0] == b.shape[0] or matrix.shape[-1] <= 16
 
 
 def _first_steps(tensors, num_steps, last):
