@@ -240,7 +240,7 @@ def cases(device):
     """The shapes of the tables."""
     shapes = GPU_SHAPES if device == "cuda" else CPU_SHAPES
     unconstrained = [Momentum(s, *shape, method) for s in shapes for method in ("gd", "nag") for shape in shapes[s]]
-    sparse = [Proximal("dense", 1000, d, 16, method) for method in ("ista", "fista", "lista") for d in (256, 512)]
+    sparse = [Proximal("dense", 1000, d, 16, method) for method in ("ista", "fista", "lista") for d in (64, 256, 512)]
     box = [Proximal("dense", B, d, 50, "box") for B in (256, 1024) for d in (16, 32, 64)]
     # no kernel of a GPU knows a map
     return unconstrained + (sparse + box if device == "cpu" else [])
