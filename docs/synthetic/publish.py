@@ -69,6 +69,7 @@ def sections():
     best = {name: select_best(table) for name, table in tables.items()}
     text = {f"{name}-models": models(table) for name, table in tables.items()}
     text |= {f"{name}-claims": claims.table(claims.check(rows)) for name, rows in best.items()}
+    text["optimizers"] = optimizers(tables["authors"])
     text["factors"] = factors(best)
     text["regret"] = regret(best, read("map"), read("chebyshev"))
     text["map"] = regime_map(read("map"))
@@ -76,6 +77,29 @@ def sections():
     text["beyond"] = beyond.table(further(tables["authors"]))
     text |= {f"learned-{name}": part for name, part in learned(read("learn_to_optimize")).items()}
     return text
+
+
+def optimizers(table):
+    """Whether SGD is ever chosen, where both were trained."""
+    lines = []
+    for hidden, rows in table.groupby("hidden"):
+        if rows["optimizer"].nunique() < 2:
+            continue
+        chosen = select_best(rows)
+        keys = ["algorithm", "num_steps", "seed"]
+        adam, sgd = (select_best(rows[rows["optimizer"] == name]).set_index(keys)["train"] for name in ("adam", "sgd"))
+        ratio = sgd / adam
+        lines.append(
+            [
+                hidden,
+                len(chosen),
+                int((chosen["optimizer"] == "sgd").sum()),
+                f"{ratio.median():.3f}",
+                f"{ratio.max():.2f}",
+            ]
+        )
+    head = "hidden size", "choices", "of SGD", "SGD's training loss over Adam's, median", "largest"
+    return report.table(head, lines)
 
 
 def further(authors):
@@ -128,7 +152,7 @@ def models(table):
                 rows["seed"].nunique(),
                 rows["num_steps"].nunique(),
                 f"{rows['epochs'].max():,}".replace(",", " "),
-                ", ".join(rows["optimizer"].str.capitalize().unique()),
+                ", ".join(rows["optimizer"].map({"adam": "Adam", "sgd": "SGD"}).unique()),
                 ", ".join(f"{rate:g}" for rate in sorted(rows["learning_rate"].unique(), reverse=True)),
             ]
         )
