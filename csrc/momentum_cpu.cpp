@@ -118,7 +118,7 @@ MomentumKernels<Storage> momentum_kernels(Structure structure) {
 
 template <typename Storage>
 void momentum_cpu(Structure structure, const MomentumForward<Storage>& p) {
-  if (is_shared(structure, p) && !p.stopping) return SharedMomentum<Storage>(structure, p, nullptr).run(p);
+  if (is_shared(structure, p)) return SharedMomentum<Storage>(structure, p, nullptr).run(p);
   const auto kernels = momentum_kernels<Storage>(structure);
   const MomentumPlan plan = kernels.plan(p, nullptr);
   for_chunks(plan, [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {

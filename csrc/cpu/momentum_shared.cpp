@@ -15,6 +15,7 @@
 
 #include "cpu/momentum_elementwise.h"
 #include "cpu/momentum_step.h"
+#include "cpu/momentum_stopping.h"
 #include "cpu/simd/packed.h"
 
 namespace unrolled_kernels {
@@ -33,12 +34,14 @@ class DenseRows {
     const bool momentum = p.beta.data;
     b_ = arena_.take<C>(size_);
     z_ = backward ? nullptr : arena_.take<C>(2 * size_);
-    y_ = momentum ? arena_.take<C>(size_) : nullptr;
+    y_ = momentum ? arena_.take<C>(size_ * (p.stopping ? 2 : 1)) : nullptr;
     m_ = momentum ? arena_.take<C>(size_ * (backward ? p.k + 1 : 1)) : nullptr;
     s_ = backward ? arena_.take<C>(2 * size_) : nullptr;
     ybar_ = backward ? arena_.take<C>(size_) : nullptr;
     db_ = backward ? arena_.take<C>(size_) : nullptr;
     sums_ = backward ? arena_.take<C>(4 * plan.tile_rows * W) : nullptr;
+    stopped_ = p.stopping ? arena_.take<C>(size_) : nullptr;
+    moving_ = p.stopping ? arena_.take<MovingSamples<W, C>>(plan.tile_rows) : nullptr;
     if (p.prox == Prox::none) return;
     const auto take = [&](bool present) { return present ? arena_.take<C>(size_) : nullptr; };
     map_ = {take(p.lower.data), take(p.upper.data), take(p.weight.data)};
@@ -53,6 +56,7 @@ class DenseRows {
     Poll poll;
     begin(tile);
     start(rows(z_));
+    for (int64_t r = 0; p.stopping && r < count_; ++r) moving_[r].begin(first_ + r, 1);
     for (int64_t t = 0;; ++t) {
       const Panels<C> z = rows(z_ + t % 2 * size_);
       if (p.y_begun && t == p.begun) {
@@ -61,8 +65,12 @@ class DenseRows {
       }
       if (p.trajectory || t == p.k) store_rows(p.beta.data ? rows(y_) : z, p.y + (p.trajectory ? t * p.B * p.d : 0));
       if (t == p.k) return;
-      step(t, tile.packed, z, rows(z_ + (t + 1) % 2 * size_), rows(m_), rows(m_), nullptr);
+      const Panels<C> z_next = rows(z_ + (t + 1) % 2 * size_);
+      step(t, tile.packed, z, z_next, rows(m_), rows(m_), nullptr);
       poll.after(work());
+      if (!p.stopping) continue;
+      const bool momentum = p.beta.data;
+      if (!stop_after(t, momentum ? y(t) : z, momentum ? y(t + 1) : z_next)) return store_rows(rows(stopped_), p.y);
     }
   }
 
@@ -126,6 +134,8 @@ class DenseRows {
   int64_t work() const { return count_ * panels_ * p_.d; }
   // rows of the tile
   Panels<C> rows(C* data) const { return {data, count_ * W}; }
+  // with momentum: overwritten as it is read, unless what it moves by is to be known
+  Panels<C> y(int64_t t) const { return rows(p_.stopping ? y_ + t % 2 * size_ : y_); }
   Panels<C> s(int64_t t) const { return rows(s_ + t % 2 * size_); }
   Panels<C> m(int64_t t) const { return rows(m_ ? m_ + t * size_ : nullptr); }
   C* v(int64_t t) const { return v_ ? v_ + t * size_ : nullptr; }
@@ -242,7 +252,7 @@ class DenseRows {
   template <bool momentum, bool proximal>
   UNROLLED_KERNELS_NOINLINE void step(int64_t t, const C* packed, Panels<C> z, Panels<C> z_next, Panels<C> m,
                                       Panels<C> m_next, C* v) const {
-    const Panels<C> b = rows(b_), y = momentum ? rows(y_) : z, y_next = momentum ? y : z_next;
+    const Panels<C> b = rows(b_), y = momentum ? this->y(t) : z, y_next = momentum ? this->y(t + 1) : z_next;
     const auto end = [&](int64_t r, int64_t i, Vector<C> Qz) {
       const auto c = coefficients<momentum>(r, t);
       const Vector<C> gamma_next = coefficients<momentum>(r, min(t + 1, p_.k - 1)).gamma;
@@ -254,6 +264,18 @@ class DenseRows {
       }
     };
     for_products(t > 0 || p_.y0 ? packed : nullptr, z, end);
+  }
+
+  // Keeps y_{t+1} of the samples that stop after step t, and says how many go on.
+  int64_t stop_after(int64_t t, Panels<C> from, Panels<C> to) const {
+    int64_t moving = 0;
+    for (int64_t r = 0; r < count_; ++r) {
+      if (moving_[r].count() == 0) continue;
+      C* stopped = rows(stopped_).at(r, 0);
+      moving_[r].after(*p_.stopping, t, p_.k, from.at(r, 0), to.at(r, 0), panels_, to.plane, stopped);
+      moving += moving_[r].count();
+    }
+    return moving;
   }
 
   // s_{t+1} becomes the adjoint of v_t
@@ -321,6 +343,9 @@ class DenseRows {
   Arena arena_;
   int64_t panels_, steps_, size_, first_ = 0, count_ = 0;
   C *b_, *z_, *y_, *m_, *s_, *ybar_, *db_, *sums_;
+  // of samples that stop: where they did
+  C* stopped_;
+  MovingSamples<W, C>* moving_;
   // of a proximal map; v_ of every step, backward
   C* v_ = nullptr;
   ProxSums<C> map_, map_sums_;
@@ -351,6 +376,8 @@ class SpectralRows {
     out_ = arena_.take<C>(plan.terms * plan.row);
     dlambda_ = backward ? arena_.take<C>(plan.row) : nullptr;
     trace_ = backward ? arena_.take<C>(2 * p.k * vectors_at_once * W) : nullptr;
+    moving_ = p.stopping ? arena_.take<Moving>(plan.tile_rows) : nullptr;
+    moving_rows_ = p.stopping ? arena_.take<C>(plan.tile_rows * rows_of_moving * plan.row) : nullptr;
   }
 
   size_t scratch_bytes() const { return arena_.used(); }
@@ -361,6 +388,7 @@ class SpectralRows {
     const Panels<C> outputs{rows_, states_ * count * W}, y{rotated_, outputs.plane};
     for (int64_t r = 0; r < count; ++r) load_inputs(tile.begin + r, inputs, 2 * r);
     multiply(inputs, 2 * count, tile.packed_transposed, rotated);
+    if (p.stopping) return run_until_stopped(p, tile, inputs, rotated);
     for (int64_t r = 0; r < count; ++r) {
       stage(tile.begin + r, r == 0);
       for (int64_t i = 0; i < 2; ++i) to_row(rotated, 2 * r + i, hat_ + i * row());
@@ -465,15 +493,58 @@ class SpectralRows {
     });
   }
 
-  // yh_k, or yh_0 ... yh_k
-  void forward_eigenbasis(C* y) const {
+  ElementwiseForward<C> in_eigenbasis(const C* hat, C* y) const {
     ElementwiseForward<C> e(p_, schedule_.view());
     e.lambda = lambda_;
-    e.b = hat_;
-    e.y0 = p_.y0 ? hat_ + row() : nullptr;
+    e.b = hat;
+    e.y0 = p_.y0 ? hat + row() : nullptr;
     e.y = y;
     e.row = p_.trajectory ? row() : 0;
-    run_elementwise(e, panels_);
+    return e;
+  }
+  // yh_k, or yh_0 ... yh_k
+  void forward_eigenbasis(C* y) const { run_elementwise(in_eigenbasis(hat_, y), panels_); }
+
+  // A sample between two looks at y, which says whether it stops, and not yh: rows bh, yh, zh, mh, y and where it stopped.
+  using Moving = MovingSamples<W, C>;
+  static constexpr int64_t rows_of_moving = 6;
+  C* moving_row(int64_t r, int64_t i) const { return moving_rows_ + (r * rows_of_moving + i) * row(); }
+
+  void run_until_stopped(const MomentumForward<Storage>& p, const SharedMomentumTile<C>& tile, Panels<C> inputs,
+                         Panels<C> rotated) {
+    Poll poll;
+    const int64_t count = tile.end - tile.begin, steps = steps_between_stops;
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < 2; ++i) to_row(rotated, 2 * r + i, moving_row(r, i));
+      to_row(inputs, 2 * r + 1, moving_row(r, 4));
+      moving_[r].begin(tile.begin + r, 1);
+    }
+    const Panels<C> outputs{rows_, steps * count * W}, y{rotated_, outputs.plane};
+    for (int64_t first = 0, moving = count; moving > 0; first += steps) {
+      const int64_t last = min(first + steps, p.k);
+      for (int64_t r = 0; r < count; ++r) {
+        stage(tile.begin + r, first == 0 && r == 0);
+        ElementwiseForward<C> e = in_eigenbasis(moving_row(r, 0), out_);
+        if (first > 0) e.y0 = moving_row(r, 1);
+        e.row = row(), e.trajectory = true, e.first = first, e.last = last;
+        if (e.momentum) e.z = moving_row(r, 2), e.m = moving_row(r, 3);
+        run_elementwise(e, panels_);
+        copy_vectors(out_ + (last - first) * row(), row(), moving_row(r, 1));
+        for (int64_t i = 0; i < steps; ++i) from_row(out_ + min(i + 1, last - first) * row(), outputs, r * steps + i);
+      }
+      multiply(outputs, count * steps, tile.packed, y);
+      poll.after(steps * count * panels_ * p.d);
+      moving = 0;
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t t = first; t < last && moving_[r].count() > 0; ++t) {
+          to_row(y, r * steps + t - first, hat_);
+          moving_[r].after(*p.stopping, t, p.k, moving_row(r, 4), hat_, panels_, W, moving_row(r, 5));
+          copy_vectors(hat_, row(), moving_row(r, 4));
+        }
+        moving += moving_[r].count();
+      }
+    }
+    for (int64_t r = 0; r < count; ++r) layout(tile.begin + r).store_state(moving_row(r, 5), p.y);
   }
 
   const MomentumInputs<Storage>& p_;
@@ -482,6 +553,8 @@ class SpectralRows {
   Schedule<C> schedule_;
   ScheduleGradient<C> gradient_;
   C *rows_, *rotated_, *lambda_, *hat_, *out_, *dlambda_, *trace_;
+  Moving* moving_;
+  C* moving_rows_;
 };
 
 template <typename Storage>
@@ -516,7 +589,8 @@ SharedMomentumPlan dense_plan(const MomentumInputs<Storage>& p, const MomentumBa
 
 template <typename Storage>
 SharedMomentumPlan spectral_plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
-  SharedMomentumPlan plan = shared_plan(p, (p.trajectory ? p.k + 1 : 1) + 2);
+  const int64_t states = p.stopping ? steps_between_stops + 1 : p.trajectory ? p.k + 1 : 1;
+  SharedMomentumPlan plan = shared_plan(p, states + 2);
   plan.packs = 2;
   plan.scratch_bytes = SpectralRows<Storage>(nullptr, p, plan, backward).scratch_bytes();
   return plan;

@@ -214,18 +214,20 @@ class KnownMomentumFunction(MomentumFunction):
     """y_k that somebody has computed."""
 
     @staticmethod
-    def forward(y, *arguments):
+    def forward(known, *arguments):
+        _, y = known
         return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        MomentumFunction.setup_context(ctx, ("cpu", *inputs[1:]), output)
+        (backend, _), *arguments = inputs
+        MomentumFunction.setup_context(ctx, (backend, *arguments), output)
 
 
-def of_known_iterate(y, *arguments):
-    """y, with the gradients that ``momentum`` would have on a CPU for its tensors and number of steps."""
+def of_known_iterate(y, backend, *arguments):
+    """y, with the gradients that ``momentum`` would have for its tensors and number of steps."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:-1]):
-        return KnownMomentumFunction.apply(y, *arguments, False)
+        return KnownMomentumFunction.apply((backend, y), *arguments, False)
     return y
 
 
