@@ -522,6 +522,16 @@ void call_backward(const Tensor& grad_y, const MomentumOps::Tensors& x, int64_t 
   std::apply([&](auto&... grad) { ((grads[i++] = std::move(grad)), ...); }, found);
 }
 
+void call_second_order(const Tensor& grad_y, const MomentumOps::Tensors& x, const MomentumOps::Tensors& cotangents,
+                       int64_t num_steps, bool trajectory, bool needs_grad_y, int64_t needs, Tensor& grad_of_grad_y,
+                       MomentumOps::Tensors& grads) {
+  // grad_y has the first bit, and there is no `observed`
+  const int64_t shifted = needs_grad_y | (needs & (need_matrix | need_diagonal)) << 1 | (needs & ~int64_t{7});
+  std::tie(grad_of_grad_y, grads[0], grads[1], grads[3], grads[4], grads[5], grads[6], grads[7], grads[8]) =
+      momentum_second_order(grad_y, x[0], x[1], *x[3], x[4], *x[5], x[6], x[7], x[8], cotangents[0], cotangents[1],
+                            cotangents[3], cotangents[4], {}, {}, {}, num_steps, trajectory, shifted);
+}
+
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("momentum", TORCH_BOX(&momentum));
   m.impl("momentum_begun", TORCH_BOX(&momentum_begun));
@@ -532,7 +542,7 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-const MomentumOps momentum_ops{&call_forward, &call_forward_begun, &call_backward};
+const MomentumOps momentum_ops{&call_forward, &call_forward_begun, &call_backward, &call_second_order};
 
 }  // namespace unrolled_kernels
 

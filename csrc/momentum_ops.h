@@ -25,6 +25,10 @@ struct MomentumOps {
                         torch::stable::Tensor& y_begun, torch::stable::Tensor& m_begun);
   void (*backward)(const torch::stable::Tensor& grad_y, const Tensors& tensors, int64_t num_steps, bool trajectory,
                    int64_t needs, const Differentiated& what, Tensors& grads);
+  // momentum_second_order, without cotangents of coefficients' gradients. `needs`: of `grads`, bit i for the argument i.
+  void (*second_order)(const torch::stable::Tensor& grad_y, const Tensors& tensors, const Tensors& cotangents,
+                       int64_t num_steps, bool trajectory, bool needs_grad_y, int64_t needs,
+                       torch::stable::Tensor& grad_of_grad_y, Tensors& grads);
 };
 
 extern const MomentumOps momentum_ops;

@@ -723,6 +723,20 @@ def test_the_node_is_what_autograd_expects(node):
     for grad, one in zip(several, expected, strict=True):
         torch.testing.assert_close(grad[0], one)
     assert torch.autograd.gradgradcheck(_run_plain, inputs, fast_mode=True)
+    # of Q's and b's gradients the second derivatives are a node too, and those of third order are Python's
+    Q, b, *numbers = inputs
+    numbers = [x.detach() for x in numbers]
+
+    def differentiated(Q, b):
+        (grad,) = torch.autograd.grad(_run_plain(Q, b, *numbers).pow(3).sum(), Q, create_graph=True)
+        assert ("CppNode" in grad.grad_fn.name()) == (node == "C++")
+        return grad
+
+    assert torch.autograd.gradcheck(differentiated, (Q, b), fast_mode=True)
+    assert torch.autograd.gradgradcheck(differentiated, (Q, b), fast_mode=True)
+    of_both = torch.autograd.grad(differentiated(Q, b).pow(2).sum(), (Q, b))
+    for x, wanted in zip((Q, b), of_both, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(differentiated(Q, b).pow(2).sum(), x)[0], wanted)
     # what is kept is the inputs, packed and unpacked by hooks
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or len(packed) - 1, packed.__getitem__):

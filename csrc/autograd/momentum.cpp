@@ -28,14 +28,17 @@ using torch::autograd::variable_list;
 
 constexpr int64_t num_tensors = MomentumOps::num_tensors;
 // places among the tensors
-enum { matrix = 0, diagonal = 1, b = 3, step_sizes = 5, lower = 9 };
+enum { matrix = 0, diagonal = 1, observed = 2, b = 3, step_sizes = 5, lower = 9 };
+constexpr int64_t coefficients = 0b1111 << step_sizes;
 
 // What is differentiated, as an argument: these, or how many of the last steps.
 enum : int64_t { all_steps = 0, minimizer = -1 };
 
 const MomentumOps* ops = nullptr;
-// compute gradients that may themselves be differentiated, vmapped or watched: of all steps, the last, the minimizer
-PyObject* python_backward[3] = {};
+// compute gradients that may themselves be differentiated, vmapped or watched: of all steps, the last, the minimizer, and
+// of those of all steps
+enum Kind { of_all_steps, of_last_steps, of_minimizer, of_gradients, kinds };
+PyObject* python_backward[kinds] = {};
 
 // Nothing is at work that would see the ops by themselves: a mode, a transform, a tracer, a profiler.
 bool is_plain_call() {
@@ -70,6 +73,13 @@ struct Call {
     if (differentiated > 0 && has(diagonal)) return true;
     if (trajectory || at(b).scalar_type() != at(step_sizes).scalar_type()) return false;
     return differentiated > 0 || present >> lower == 0;
+  }
+  // Whether the ops have the VJP of the gradients `needs`, and torch's products of matrices are not the faster ones.
+  bool has_second_order(int64_t needs) const {
+    if (differentiated < 0 || first() > 0 || num_steps == 0 || (needs & coefficients)) return false;
+    if (has(observed) || (has(matrix) && has(diagonal)) || present >> lower != 0) return false;
+    if (at(b).scalar_type() != at(step_sizes).scalar_type()) return false;
+    return !has(matrix) || at(matrix).size(0) == at(b).size(0) || at(b).size(1) <= 40;
   }
   const Tensor& at(int64_t i) const { return tensors[__builtin_popcountll(present & ((int64_t{1} << i) - 1))]; }
 
@@ -144,26 +154,72 @@ struct Call {
     return found;
   }
 
-  variable_list backward_in_python(const Tensor& grad_y, int64_t needs, const variable_list& kept) const {
-    const pybind11::gil_scoped_acquire lock;
-    const int kind = differentiated == minimizer ? 2 : first() > 0 ? 1 : 0;
-    pybind11::tuple arguments(num_tensors + 4 + (kind == 1) + kept.size());
-    arguments[0] = pybind11::cast(grad_y);
-    for (int64_t i = 0; i < num_tensors; ++i) arguments[1 + i] = pybind11::none();
-    for_each([&](int64_t i, int64_t edge) { arguments[1 + i] = pybind11::cast(tensors[edge]); });
-    arguments[num_tensors + 1] = num_steps;
-    arguments[num_tensors + 2] = trajectory;
-    arguments[num_tensors + 3] = needs;
-    if (kind == 1) arguments[num_tensors + 4] = first();
-    for (size_t i = 0; i < kept.size(); ++i) {
-      arguments[num_tensors + 4 + (kind == 1) + i] = pybind11::cast(kept[i]);
-    }
-    const auto grads =
-        pybind11::reinterpret_steal<pybind11::sequence>(PyObject_Call(python_backward[kind], arguments.ptr(), nullptr));
-    if (!grads) throw pybind11::error_already_set();
+  // Of `needs`, for cotangents [tensors.size()] of the gradients, where there are any; then, if that is wanted, of grad_y.
+  variable_list second_order(const Tensor& grad_y, const variable_list& cotangents, int64_t needs,
+                             bool needs_grad_y) const {
+    const at::AutoDispatchBelowAutograd guard;
+    MomentumOps::Tensors stable, given, grads;
+    fill(stable);
+    for_each([&](int64_t i, int64_t edge) {
+      if (cotangents[edge].defined()) given[i] = to_stable(cotangents[edge]);
+    });
+    torch::stable::Tensor of_grad_y;
+    ops->second_order(to_stable(grad_y), stable, given, num_steps, trajectory, needs_grad_y, needs, of_grad_y, grads);
     variable_list found(tensors.size());
     for_each([&](int64_t i, int64_t edge) {
-      if ((needs >> i & 1) && !pybind11::object(grads[i]).is_none()) found[edge] = pybind11::cast<Tensor>(grads[i]);
+      if (needs >> i & 1) found[edge] = from_stable(*grads[i]);
+    });
+    found.push_back(needs_grad_y ? from_stable(of_grad_y) : Tensor());
+    return found;
+  }
+
+  variable_list backward_in_python(const Tensor& grad_y, int64_t needs, const variable_list& kept) const {
+    const pybind11::gil_scoped_acquire lock;
+    const Kind kind = differentiated == minimizer ? of_minimizer : first() > 0 ? of_last_steps : of_all_steps;
+    pybind11::list arguments = python_arguments(grad_y, needs);
+    if (kind == of_last_steps) arguments.append(first());
+    for (const Tensor& x : kept) arguments.append(x);
+    return gradients(call_python(kind, arguments), needs, 0);
+  }
+
+  variable_list second_order_in_python(const Tensor& grad_y, int64_t needed, const variable_list& cotangents,
+                                       int64_t needs) const {
+    const pybind11::gil_scoped_acquire lock;
+    pybind11::list arguments = python_arguments(grad_y, needed), given;
+    for (int64_t i = 0; i < num_tensors; ++i) given.append(pybind11::none());
+    for_each([&](int64_t i, int64_t edge) {
+      if (cotangents[edge].defined()) given[i] = cotangents[edge];
+    });
+    arguments.insert(0, given);
+    const pybind11::sequence grads = call_python(of_gradients, arguments);
+    variable_list found = gradients(grads, needs, 1);
+    found.push_back(pybind11::cast<Tensor>(grads[0]));
+    return found;
+  }
+
+ private:
+  pybind11::list python_arguments(const Tensor& grad_y, int64_t needs) const {
+    pybind11::list arguments;
+    arguments.append(grad_y);
+    for (int64_t i = 0; i < num_tensors; ++i) arguments.append(pybind11::none());
+    for_each([&](int64_t i, int64_t edge) { arguments[1 + i] = tensors[edge]; });
+    arguments.append(num_steps);
+    arguments.append(trajectory);
+    arguments.append(needs);
+    return arguments;
+  }
+  static pybind11::sequence call_python(Kind kind, const pybind11::list& arguments) {
+    const auto found = pybind11::reinterpret_steal<pybind11::sequence>(
+        PyObject_Call(python_backward[kind], pybind11::tuple(arguments).ptr(), nullptr));
+    if (!found) throw pybind11::error_already_set();
+    return found;
+  }
+  // those of `needs`, of which the first is at `begin`
+  variable_list gradients(const pybind11::sequence& grads, int64_t needs, int64_t begin) const {
+    variable_list found(tensors.size());
+    for_each([&](int64_t i, int64_t edge) {
+      const pybind11::object grad = grads[begin + i];
+      if ((needs >> i & 1) && !grad.is_none()) found[edge] = pybind11::cast<Tensor>(grad);
     });
     return found;
   }
@@ -171,7 +227,44 @@ struct Call {
 
 }  // namespace
 
-// not in the namespace without a name: autograd's messages name it
+// not in the namespace without a name: autograd's messages name them
+
+// The gradients that `needs` names, none of them of a coefficient, of all steps, which are then differentiated.
+struct MomentumBackwardFunction : torch::autograd::Function<MomentumBackwardFunction> {
+  // the list is what autograd sees of the call, and grad_y behind it
+  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList list, const Call& call,
+                               int64_t needs) {
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["call"] = std::vector<int64_t>{call.present, call.num_steps, call.trajectory, needs};
+    ctx->save_for_backward(list.vec());
+    variable_list grads = call.backward(list.back(), needs, {});
+    grads.erase(std::remove_if(grads.begin(), grads.end(), [](const Tensor& x) { return !x.defined(); }), grads.end());
+    return grads;
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& given) {
+    const std::vector<int64_t> saved = ctx->saved_data["call"].toIntVector();
+    Call call{ctx->get_saved_variables(), saved[0], saved[1], saved[2] != 0};
+    const int64_t needed = saved[3];
+    bool plain = !at::GradMode::is_enabled() && is_plain_call();
+    for (const Tensor& x : call.tensors) plain = plain && is_plain(x);
+    for (const Tensor& x : given) plain = plain && (!x.defined() || is_plain(x));
+    const Tensor grad_y = call.tensors.back();
+    call.tensors.pop_back();
+    const int64_t count = static_cast<int64_t>(call.tensors.size());
+    variable_list cotangents(count);
+    int64_t needs = 0, next = 0;
+    call.for_each([&](int64_t i, int64_t edge) {
+      needs |= static_cast<int64_t>(ctx->needs_input_grad(edge)) << i;
+      if (needed >> i & 1) cotangents[edge] = given[next++];
+    });
+    variable_list grads = plain ? call.second_order(grad_y, cotangents, needs, ctx->needs_input_grad(count))
+                                : call.second_order_in_python(grad_y, needed, cotangents, needs);
+    grads.resize(grads.size() + 2);  // the call and `needs` have none
+    return grads;
+  }
+};
+
 struct MomentumFunction : torch::autograd::Function<MomentumFunction> {
   // the list is what autograd sees of the call
   static Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList, const Call& call) {
@@ -185,7 +278,7 @@ struct MomentumFunction : torch::autograd::Function<MomentumFunction> {
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grad_y) {
     const std::vector<int64_t> saved = ctx->saved_data["call"].toIntVector();
     Call call{ctx->get_saved_variables(), saved[0], saved[1], saved[2] != 0, saved[3]};
-    bool plain = !at::GradMode::is_enabled() && is_plain_call() && is_plain(grad_y[0]);
+    bool plain = is_plain_call() && is_plain(grad_y[0]);
     for (const Tensor& x : call.tensors) plain = plain && is_plain(x);
     int64_t needs = 0, count = 0;
     call.for_each([&](int64_t i, int64_t edge) {
@@ -194,8 +287,21 @@ struct MomentumFunction : torch::autograd::Function<MomentumFunction> {
     });
     const variable_list kept(call.tensors.begin() + count, call.tensors.end());
     call.tensors.resize(count);
-    variable_list grads =
-        plain ? call.backward(grad_y[0], needs, kept) : call.backward_in_python(grad_y[0], needs, kept);
+    variable_list grads;
+    if (plain && !at::GradMode::is_enabled()) {
+      grads = call.backward(grad_y[0], needs, kept);
+    } else if (plain && call.has_second_order(needs)) {
+      variable_list list = call.tensors;
+      list.push_back(grad_y[0]);
+      const variable_list found = MomentumBackwardFunction::apply(at::TensorList(list), call, needs);
+      grads.resize(count);
+      int64_t next = 0;
+      call.for_each([&](int64_t i, int64_t edge) {
+        if (needs >> i & 1) grads[edge] = found[next++];
+      });
+    } else {
+      grads = call.backward_in_python(grad_y[0], needs, kept);
+    }
     grads.emplace_back();  // the call itself has none
     return grads;
   }
@@ -297,8 +403,8 @@ PyObject* dense(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* set_python_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 3, "set_python_backward: expected 3 arguments, got ", count);
-  for (int i = 0; i < 3; ++i) {
+  TORCH_CHECK(count == kinds, "set_python_backward: expected ", int{kinds}, " arguments, got ", count);
+  for (int i = 0; i < kinds; ++i) {
     Py_INCREF(arguments[i]);
     Py_XSETREF(python_backward[i], arguments[i]);
   }
@@ -320,7 +426,7 @@ PyMODINIT_FUNC PyInit__C_autograd() {
       method("canonical", &canonical, METH_FASTCALL, "y of canonical arguments; None where Python is to be asked."),
       method("dense", &dense, METH_FASTCALL, "y of dense Q and numbers; None where Python is to be asked."),
       method("set_python_backward", &set_python_backward, METH_FASTCALL,
-             "What computes gradients that are differentiated: of all steps, the last ones, the minimizer."),
+             "What computes gradients that are differentiated: of all steps, the last ones, the minimizer, gradients."),
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                    "_C_autograd",

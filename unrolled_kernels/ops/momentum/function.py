@@ -5,9 +5,9 @@ gradients of every order are those of the specification. Where there are kernels
 CPU), they take the place of that for gradients of second order. Both Functions take canonical arguments (see the
 package's docstring).
 
-Where csrc/autograd was built, a CPU's calls of plain tensors go to its node, which is the first Function in C++: at
-(B, d, k) = (50, 5, 30) Python's part of autograd takes longer than the kernels. What its backward cannot do it hands to
-the second Function.
+Where csrc/autograd was built, a CPU's calls of plain tensors go to its nodes, which are both Functions in C++: at
+(B, d, k) = (50, 5, 30) Python's part of autograd takes longer than the kernels. What the first's backward cannot do it
+hands to the second Function here.
 """
 
 import functools
@@ -306,14 +306,20 @@ class MomentumBackwardFunction(Function):
     def backward(ctx, *cotangents):
         if ctx.backend == "cpu" and _has_second_order(ctx.saved_tensors, ctx.num_steps):
             return _second_order(ctx, cotangents)
-        gradients = lambda *tensors: manual.backward(*tensors, ctx.num_steps, ctx.trajectory, ctx.needs)
-        return (None, *common.second_order(gradients, cotangents, ctx.saved_tensors), None, None, None)
+        constants = ctx.num_steps, ctx.trajectory, ctx.needs
+        return (None, *_second_order_in_torch(cotangents, *ctx.saved_tensors, *constants), None, None, None)
 
     @staticmethod
     def vmap(info, in_dims, backend, *arguments):
         *tensors, num_steps, trajectory, needs = arguments
         run = lambda *tensors: MomentumBackwardFunction.apply(backend, *tensors, num_steps, trajectory, needs)
         return common.vmap_backward(run, info.batch_size, in_dims[1:15], tensors, trajectory, b=3)
+
+
+def _second_order_in_torch(cotangents, *arguments):
+    """The gradients of a backward pass's 14 tensors, differentiable where they may be differentiated."""
+    tensors, constants = arguments[:14], arguments[14:]
+    return common.second_order(lambda *tensors: manual.backward(*tensors, *constants), cotangents, tensors)
 
 
 def _has_second_order(tensors, num_steps):
@@ -353,4 +359,5 @@ _node = _backend.autograd_extension()
 def set_python_backward(last_steps, minimizer):
     """Hand the node in C++ what it leaves to Python: ``run_backward`` and the like of the other gradients."""
     if _node is not None:
-        _node.set_python_backward(functools.partial(run_backward, "cpu"), last_steps, minimizer)
+        all_steps = functools.partial(run_backward, "cpu")
+        _node.set_python_backward(all_steps, last_steps, minimizer, _second_order_in_torch)
