@@ -124,14 +124,18 @@ def test_implicit_gradients_of_samples_that_stopped():
     y, info = layer(Q, b, return_info=True)
     assert (info.num_steps < 200).all()
     expected = torch.autograd.grad(F.minimize(Q, b).pow(3).sum(), inputs)
-    torch.testing.assert_close(torch.autograd.grad(y.pow(3).sum(), inputs), expected)
+    torch.testing.assert_close(torch.autograd.grad(y.pow(3).sum(), inputs, retain_graph=True), expected)
     assert "tolerance=1e-12" in repr(layer)
+    expected = torch.autograd.functional.hvp(lambda b: F.minimize(Q, b).pow(3).sum(), b, torch.ones_like(b))[1]
+    (first,) = torch.autograd.grad(y.pow(3).sum(), b, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), b)[0], expected)
 
 
 def run_whole(patch):
     """Where samples stop is said of all iterates, and y is that of the op whose coefficients are zero from there on."""
     patch.setattr(op.native, "stopping", lambda *args: op.measure("cpu", *args[:-1], tolerance=args[-1]))
     patch.setattr(op, "of_known_iterate", lambda y, *args: op.exact(*args, False))
+    patch.setattr(op, "of_known_minimizer", lambda y, *args: op.implicit(*args, False))
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
@@ -169,21 +173,24 @@ def test_the_kernel_stops_where_a_whole_run_says(B, d, method, dtype, structure,
     phi = torch.linspace(0.4, 0.9, k, dtype=compute).requires_grad_()
     inputs = [x.detach().to(dtype).requires_grad_() for x in (*leaves, b)]
 
-    def run(tolerance, prox):
-        options = {"prox": prox, "tolerance": tolerance, "return_info": True, "backend": "cpu"}
+    def run(tolerance, prox, backward="unrolled"):
+        options = {"prox": prox, "tolerance": tolerance, "return_info": True, "backend": "cpu", "backward": backward}
         y, info = METHODS[method](make_Q(*inputs[:-1]), inputs[-1], phi, k, **options)
-        return [y, *info, *torch.autograd.grad(y.float().square().sum(), [*inputs, phi])]
+        grads = torch.autograd.grad(y.float().square().sum(), [*inputs, phi], materialize_grads=True)
+        return [y, *info, *grads]
 
-    for tolerance, prox in ((None, None), (0.0, uk.prox.Box(-0.5, 0.4)), (1e-2, uk.prox.L1(0.01)), (1e-2, None)):
-        actual = run(tolerance, prox)
+    box, l1 = uk.prox.Box(-0.5, 0.4), uk.prox.L1(0.01)
+    cases = [(None, None), (0.0, box), (1e-2, box, "implicit"), (1e-2, None, "implicit"), (1e-2, l1), (1e-2, None)]
+    for case in cases:
+        actual = run(*case)
         with monkeypatch.context() as patch:
             run_whole(patch)
-            expected = run(tolerance, prox)
+            expected = run(*case)
         assert all(map(torch.equal, actual, expected))
     if B == 40:
         assert len(actual[1].unique()) > 1
     torch.set_num_threads(3)
-    again = run(tolerance, prox)
+    again = run(*case)
     torch.set_num_threads(1)
     assert all(map(torch.equal, actual, again))
 

@@ -311,6 +311,31 @@ class ImplicitFunction(Function):
         return common.vmap_forward(run_all, info.batch_size, in_dims[1:14], tensors, False, b=3)
 
 
+class KnownImplicitFunction(ImplicitFunction):
+    """y_k that somebody has computed."""
+
+    @staticmethod
+    def forward(known, *arguments):
+        _, y = known
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (backend, _), *arguments = inputs
+        ImplicitFunction.setup_context(ctx, (backend, *arguments), output)
+
+
+def of_known_minimizer(y, backend, *arguments):
+    """y, with the gradients that ``implicit`` would have for its tensors and number of steps."""
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:-1])):
+        return y
+    matrix, diagonal, _, b, _, phi = arguments[: _PHI + 1]
+    if (matrix is not None and diagonal is not None) or b.dtype != phi.dtype:
+        # of y in the eigenbasis, or unrounded
+        return implicit(backend, *arguments, False)
+    return KnownImplicitFunction.apply((backend, y), *arguments)
+
+
 def _backward_of_minimizer(backend, grad_y, *arguments):
     """Gradients of the 13 tensors, those of b and of the map whether needed or not, where ``y`` is taken for it."""
     *tensors, num_steps, _, needs, y = arguments

@@ -12,6 +12,7 @@ from unrolled_kernels.ops import common
 from unrolled_kernels.ops.momentum import native
 from unrolled_kernels.ops.momentum.function import momentum as exact
 from unrolled_kernels.ops.momentum.function import of_known_iterate
+from unrolled_kernels.ops.momentum.gradients import implicit, of_known_minimizer
 from unrolled_kernels.ops.momentum.reference import nesterov_momentum
 
 # positions among the tensors
@@ -43,8 +44,12 @@ def run(op, backend, *arguments, tolerance):
         if on_cpu and type(taken) is torch.Tensor and not torch.jit.is_tracing() and len(taken) > 0:
             tensors, num_steps = _first_steps(tensors, num_steps, int(taken.max()))
     if op is exact and may_know:
-        return of_known_iterate(y, backend, *tensors, num_steps), taken, residual
-    return op(backend, *tensors, num_steps, trajectory), taken, residual
+        y = of_known_iterate(y, backend, *tensors, num_steps)
+    elif op is implicit and may_know:
+        y = of_known_minimizer(y, backend, *tensors, num_steps)
+    else:
+        y = op(backend, *tensors, num_steps, trajectory)
+    return y, taken, residual
 
 
 def _may_know(backend, num_steps, trajectory):
