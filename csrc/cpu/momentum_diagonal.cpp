@@ -88,7 +88,6 @@ class DiagonalTiles {
     trace_ = backward ? arena_.take<C>(slots * p.k * vectors_at_once * W) : nullptr;
     for (C*& tangent : staged_tangents_) tangent = tangents_ ? arena_.take<C>(row_) : nullptr;
     y_tangent_ = tangents_ ? arena_.take<C>(rows * row_) : nullptr;
-    zero_ = tangents_ ? arena_.take<C>(W) : nullptr;
     for (C** state : {&z_, &m_, &stopped_}) *state = p.stopping ? arena_.take<C>(row_) : nullptr;
     for (C*& bound : bounds_) bound = p.prox != Prox::none ? arena_.take<C>(row_) : nullptr;
     for (C*& sum : bound_sums_) sum = backward && p.prox != Prox::none ? arena_.take<C>(row_) : nullptr;
@@ -283,8 +282,8 @@ class DiagonalTiles {
   template <typename Part>
   void second_order_part(const MomentumBackward<Storage>& p, const Part& part) {
     ElementwiseSecondOrder<C> e(p, schedule_.view());
-    store(zero_, Vector<C>{});
-    e.tangents = tangents_->phi.data ? tangent_schedule_.view() : ScheduleView<C>{zero_, zero_, zero_, zero_, 0};
+    e.varied = tangents_->phi.data;
+    e.tangents = tangent_schedule_.view();
     e.lambda_tangent = input(part, tangents_->diagonal, p.d, staged_tangents_[0]);
     e.b_tangent = input(part, tangents_->b, p.d, staged_tangents_[1]);
     e.y0_tangent = input(part, tangents_->y0, p.d, staged_tangents_[2]);
@@ -359,9 +358,9 @@ class DiagonalTiles {
   int64_t row_;  // elements of a staged row
   Poll poll_;
   C *f_, *x_, *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
-  C *z_, *m_, *stopped_;                        // of samples that stop: between two looks, and where they did
-  C *bounds_[3], *bound_sums_[3];               // lower, upper, weight
-  C *staged_tangents_[3], *y_tangent_, *zero_;  // of the diagonal, b and y_0
+  C *z_, *m_, *stopped_;                // of samples that stop: between two looks, and where they did
+  C *bounds_[3], *bound_sums_[3];       // lower, upper, weight
+  C *staged_tangents_[3], *y_tangent_;  // of the diagonal, b and y_0
 };
 
 template <typename Storage>

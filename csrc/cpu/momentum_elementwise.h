@@ -84,7 +84,8 @@ struct ElementwiseBackward : Elementwise<C> {
 template <typename C>
 struct ElementwiseSecondOrder : ElementwiseBackward<C> {
   using ElementwiseBackward<C>::ElementwiseBackward;
-  ScheduleView<C> tangents;  // of the coefficients
+  bool varied;               // whether the coefficients have tangents
+  ScheduleView<C> tangents;  // these
   const C *lambda_tangent = nullptr, *b_tangent = nullptr, *y0_tangent = nullptr;
   C* y_tangent = nullptr;  // output, or nullptr
   // trace: [4, k, vectors_at_once] vectors
@@ -342,8 +343,8 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
 }
 
 // Second order: y and its tangent together, then the adjoints of both. In names, d is what belongs to the tangent; p and
-// pbar are s and ybar of y, a and abar those of its tangent.
-template <bool momentum, int N, typename C>
+// pbar are s and ybar of y, a and abar those of its tangent. `varied`: whether the coefficients have tangents.
+template <bool momentum, bool varied, int N, typename C>
 UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrder<C>& e, int64_t offset) {
   constexpr int64_t W = lanes<C>;
   constexpr int64_t slots = momentum ? 4 : 2;
@@ -351,6 +352,11 @@ UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrd
   const ScheduleSums<C> sums = e.sums;
   const bool trajectory = e.trajectory;
   const int64_t k = e.k, row = e.row;
+  const auto tangents_at = [&](int64_t t) {
+    return varied ? tangents.template at<momentum>(t) : StepCoefficients<C>{};
+  };
+  // the terms of tangents are not there where these are zero
+  const auto plus = [](Vector<C> x, Vector<C> term) { return varied ? x + term : x; };
   const auto from = [&](const C* x, int n) { return x ? load(x + offset + n * W) : Vector<C>{}; };
   Vector<C> lambda[N], d_lambda[N];
   {
@@ -364,10 +370,10 @@ UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrd
     }
     C *trace = e.trace, *out = e.y_tangent ? e.y_tangent + offset : nullptr;
     for (int64_t t = 0; t < k; ++t, trace += slots * N * W) {
-      const auto c = schedule.template at<momentum>(t), d = tangents.template at<momentum>(t);
+      const auto c = schedule.template at<momentum>(t), d = tangents_at(t);
       const int64_t after = min(t + 1, k - 1);
       const Vector<C> gamma = schedule.template at<momentum>(after).gamma;
-      const Vector<C> d_gamma = tangents.template at<momentum>(after).gamma;
+      const Vector<C> d_gamma = tangents_at(after).gamma;
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         if (trajectory && out) store(out + t * row + n * W, dy[n]);
@@ -377,12 +383,12 @@ UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrd
         if constexpr (momentum) {
           store(trace + (2 * N + n) * W, m[n]);
           store(trace + (3 * N + n) * W, dm[n]);
-          dm[n] = c.beta * dm[n] + d.beta * m[n] - c.phi * dg - d.phi * g;
+          dm[n] = plus(c.beta * dm[n] - c.phi * dg, d.beta * m[n] - d.phi * g);
           m[n] = c.beta * m[n] - c.phi * g;
           y[n] += m[n], dy[n] += dm[n];
-          z[n] = y[n] + gamma * m[n], dz[n] = dy[n] + gamma * dm[n] + d_gamma * m[n];
+          z[n] = y[n] + gamma * m[n], dz[n] = plus(dy[n] + gamma * dm[n], d_gamma * m[n]);
         } else {
-          dy[n] -= c.phi * dg + d.phi * g;
+          dy[n] -= plus(c.phi * dg, d.phi * g);
           y[n] -= c.phi * g;
           z[n] = y[n], dz[n] = dy[n];
         }
@@ -403,14 +409,14 @@ UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrd
   const C* trace = e.trace + k * slots * N * W;
   for (int64_t t = k - 1; t >= 0; --t) {
     trace -= slots * N * W;
-    const auto c = schedule.template at<momentum>(t), d = tangents.template at<momentum>(t);
+    const auto c = schedule.template at<momentum>(t), d = tangents_at(t);
     if (trajectory) cotangent -= row;
     Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const Vector<C> z = load(trace + n * W), dz = load(trace + (N + n) * W);
       const Vector<C> wa = lambda[n] * a[n], w = lambda[n] * p[n] + d_lambda[n] * a[n];
-      const Vector<C> weighted = c.phi * p[n] + d.phi * a[n], va = c.phi * wa, v = c.phi * w + d.phi * wa;
+      const Vector<C> weighted = plus(c.phi * p[n], d.phi * a[n]), va = c.phi * wa, v = plus(c.phi * w, d.phi * wa);
       s_sum[n] += weighted;
       sz_sum[n] += weighted * z + c.phi * a[n] * dz;
       phi_sum += w * z + wa * dz + p[n] * from(e.b, n) + a[n] * from(e.b_tangent, n);
@@ -420,7 +426,7 @@ UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrd
         const Vector<C> m = load(trace + (2 * N + n) * W), dm = load(trace + (3 * N + n) * W);
         beta_sum += p[n] * m + a[n] * dm;
         gamma_sum += v * m + va * dm;
-        p[n] = pbar[n] + (c.beta * p[n] + d.beta * a[n] - c.gamma * v - d.gamma * va);
+        p[n] = pbar[n] + plus(c.beta * p[n] - c.gamma * v, d.beta * a[n] - d.gamma * va);
         a[n] = abar[n] + (c.beta * a[n] - c.gamma * va);
       } else {
         p[n] = pbar[n], a[n] = abar[n];
@@ -439,13 +445,13 @@ UNROLLED_KERNELS_INLINE void elementwise_second_order(const ElementwiseSecondOrd
   }
 }
 
-// calls f(integral_constant N, offset) over a strip, N = vectors_at_once and then 1
-template <typename C, typename F>
+// calls f(integral_constant N, offset) over a strip, N = at_once and then 1
+template <typename C, int at_once = vectors_at_once, typename F>
 UNROLLED_KERNELS_INLINE void for_vectors(int64_t vectors, int64_t k, F f) {
   Poll poll;
   int64_t n = 0;
-  for (; n + vectors_at_once <= vectors; n += vectors_at_once) {
-    f(std::integral_constant<int, vectors_at_once>(), n * lanes<C>);
+  for (; n + at_once <= vectors; n += at_once) {
+    f(std::integral_constant<int, at_once>(), n * lanes<C>);
     poll.after(k * work_of_step);
   }
   for (; n < vectors; ++n) f(std::integral_constant<int, 1>(), n * lanes<C>);
@@ -481,9 +487,16 @@ UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, i
 
 template <typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseSecondOrder<C>& p, int64_t vectors) {
-  for_vectors<C>(vectors, p.k, [&](auto N, int64_t offset) {
+  // twice the state: more vectors would not stay in registers
+  for_vectors<C, 2>(vectors, p.k, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
-    p.momentum ? elementwise_second_order<true, n>(p, offset) : elementwise_second_order<false, n>(p, offset);
+    if (p.momentum) {
+      p.varied ? elementwise_second_order<true, true, n>(p, offset)
+               : elementwise_second_order<true, false, n>(p, offset);
+    } else {
+      p.varied ? elementwise_second_order<false, true, n>(p, offset)
+               : elementwise_second_order<false, false, n>(p, offset);
+    }
   });
 }
 
