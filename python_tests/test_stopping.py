@@ -131,6 +131,24 @@ def test_implicit_gradients_of_samples_that_stopped():
     torch.testing.assert_close(torch.autograd.grad(first.sum(), b)[0], expected)
 
 
+@backends
+@structures
+def test_an_implicit_gradient_of_what_has_not_converged_says_so(backend, structure):
+    """Nothing is refused: the residual is larger than the tolerance, and the gradient that of the formula."""
+    leaves, make_Q, b = random_quadratic(structure, (3,), 4, dtype=torch.float64, device=device_of(backend))
+    b.requires_grad_()
+    options = {"tolerance": 1e-9, "backward": "implicit", "backend": backend}
+    y, info = F.gradient_descent(make_Q(*leaves), b, 0.3, 4, return_info=True, **options)
+    assert info.num_steps.tolist() == [4] * 3
+    assert (info.residual > 1e-9 * y.abs().amax(-1).clamp(min=1)).all()
+    cotangent = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, b, cotangent)
+    # Q is symmetric; tikhonov's b comes with an x, which is not ȳ's
+    Q = make_Q(*leaves)
+    Q = Q if structure == "dense" else Q.to_dense()
+    torch.testing.assert_close(grad, F.gradient_descent(Q, cotangent, 0.3, 4, backend="eager"))
+
+
 def run_whole(patch):
     """Where samples stop is said of all iterates, and y is that of the op whose coefficients are zero from there on."""
     patch.setattr(op.native, "stopping", lambda *args: op.measure("cpu", *args[:-1], tolerance=args[-1]))
