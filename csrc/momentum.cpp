@@ -25,6 +25,7 @@
 #include "momentum_ops.h"
 #ifdef UNROLLED_KERNELS_WITH_CUDA
 #include "cuda/call.h"
+#include "cuda/torch_products.h"
 #include "cuda/momentum_kernels.h"
 #endif
 
@@ -175,12 +176,13 @@ struct Arguments {
   }
 };
 
-template <typename Problem>
-void launch(const Tensor& like, Structure structure, const Problem& p) {
+template <template <typename> class Problem, typename Storage>
+void launch(const Tensor& like, Structure structure, const Problem<Storage>& p) {
 #ifdef UNROLLED_KERNELS_WITH_CUDA
   if (like.is_cuda()) {
+    cuda::TorchProducts<Storage> products(like, p.matrix, p.d);
     return cuda::call(like.get_device_index(), [&](void* workspace, void* stream, size_t* size) {
-      return cuda::momentum_kernels(structure, p, workspace, stream, size);
+      return cuda::momentum_kernels(structure, p, products, workspace, stream, size);
     });
   }
 #endif

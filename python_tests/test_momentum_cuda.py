@@ -6,9 +6,11 @@ Neither is a run on a GPU; there, `make gpu` runs test_momentum.py with the back
 import itertools
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from native.build import cached
 from native.emulation import (
     ARCHITECTURES,
     CSRC,
@@ -42,7 +44,7 @@ def _describe(symbol):
     """(name, D) of a float32 kernel's mangled name, D None where it has none; the name says whether it has a map."""
     match = re.search(r"\d+((?:momentum|rnn|sum)[a-z_]*?_kernel)I(?:f(?:Li(\d+)E)?(Li\d+E)?)?", symbol)
     assert match, symbol
-    proximal = " with a map" if re.search(r"Lb[01]ELb1E", symbol) else ""
+    proximal = " with a map" if re.search(r"(Lb[01]E|shared_(backward_)?kernelIf)Lb1E", symbol) else ""
     return match[1] + proximal, int(match[2]) if match[2] and not match[3] else None
 
 
@@ -59,6 +61,11 @@ REGISTERS = {
     "momentum_dense_backward_kernel with a map": BACKWARD_TILES | {16: 255},
     "momentum_diagonal_kernel with a map": {None: 80},
     "momentum_diagonal_backward_kernel with a map": {None: 168},
+    "momentum_shared_kernel": {None: 64},
+    "momentum_shared_kernel with a map": {None: 64},
+    "momentum_shared_backward_kernel": {None: 80},
+    "momentum_shared_backward_kernel with a map": {None: 128},
+    "momentum_shared_sum_kernel": {None: 40},
     "momentum_spectral_kernel": TILES,
     "momentum_spectral_backward_kernel": BACKWARD_TILES,
     "rnn_kernel": {None: 128},
@@ -107,6 +114,8 @@ class Momentum(Emulation):
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
         return self._run(False, *tensors, prox, k, trajectory, [y])[0]
 
+    iterates = None  # y_0 … y_k for backward
+
     def backward(self, grad_y, *arguments):
         tensors, (k, trajectory, needs) = arguments[:13], arguments[-3:]
         wanted = [x is not None and bool(needs >> i & 1) for i, x in enumerate(tensors)]
@@ -143,8 +152,8 @@ class Momentum(Emulation):
             *(stride(c, dim) for c in (phi, beta, gamma, threshold) for dim in (0, 1)),
             *(stride(x, dim) for x in bounds for dim in (0, 1)),
         ]
-        arrays = [matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, *bounds, *rest]
-        arrays += [None] * (24 - len(arrays))
+        arrays = [matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, *bounds, self.iterates, *rest]
+        arrays += [None] * (25 - len(arrays))
         return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
 
 
@@ -311,6 +320,64 @@ def test_sanitizers(structure, mode):
             _check(Momentum(mode, order="7", copies="late"), tensors, 3, torch.float32)
     _check(Momentum(mode, CUDA_ON_CPU_SHARED_MEMORY="12000"), _problem(structure, 3, 40, 9), 9, torch.float32)
     _check(Momentum(mode, shift=1), _problem(structure, 3, 34, 3), 3, torch.float32)
+
+
+# one Q for the batch, beyond the tiles
+
+
+@needs_emulation
+@pytest.mark.parametrize("method", ["gd", "momentum"])
+@pytest.mark.parametrize("form", ["scalar", "step", "sample", "both"])
+def test_batches_taken_in_pieces(form, method):
+    """Where the iterates of all samples would take too much memory; and as all at once, but for the order of sums."""
+    for i, prox in enumerate((None, "box", "soft_threshold")):
+        options = {"form": form, "method": method, "shared": True, "warm": i == 1, "trajectory": i == 2, "prox": prox}
+        tensors = _problem("dense", 7, 130, 4, **options, seed=i)
+        # of three samples, with the states between the products; and of one, although it does not fit
+        for kept in (3 * 4 * 130 * (2 * 4 + 7 + (4 if prox else 0)), 1):
+            _check(Momentum(CUDA_ON_CPU_KEPT_BYTES=str(kept)), tensors, 4, torch.float32)
+    _in_every_order(tensors, 4, torch.float32, CUDA_ON_CPU_KEPT_BYTES="20000")
+
+
+@needs_emulation
+@pytest.mark.parametrize("method", ["gd", "momentum"])
+@pytest.mark.parametrize("needs", [EVERY, EVERY - 1])
+def test_kept_iterates_replace_the_replay(method, needs):
+    for kept, warm in itertools.product((1 << 28, 20000), (False, True)):
+        tensors = _problem("dense", 5, 130, 4, form="step", method=method, shared=True, warm=warm, seed=3)
+        replayed, reads = (Momentum(CUDA_ON_CPU_KEPT_BYTES=str(kept)) for _ in range(2))
+        _, *rest = (x if x is None else x.float() for x in tensors)
+        reads.iterates = replayed.forward(*rest[:8], None, *NO_PROX, 4, True)
+        results = [_run(emulation, tensors, 4, torch.float32, needs) for emulation in (replayed, reads)]
+        # other pieces add up in another order
+        same = torch.equal if kept > 20000 else torch.allclose
+        for name in results[0]:
+            assert same(results[0][name], results[1][name]), name
+        # they are read
+        reads.iterates = reads.iterates + 1
+        assert not torch.equal(_run(reads, tensors, 4, torch.float32)["d_schedule"], results[0]["d_schedule"])
+
+
+@needs_emulation
+def test_products_by_torch():
+    """What makes the products on a GPU, on tensors of the CPU: in the compute type, also under autocast."""
+    installed = Path(torch.__file__).parent
+    source = EMULATION / "torch_products.cpp"
+    command = lambda output: [
+        "g++", "-shared", "-fPIC", "-O1", "-std=c++17", "-fvisibility=hidden", f"-I{CSRC}",
+        f"-isystem{installed / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000", str(source),
+        "-o", str(output), f"-L{installed / 'lib'}", "-ltorch_cpu",
+    ]  # fmt: skip
+    sources = [source, CSRC / "cuda/torch_products.h", CSRC / "cuda/momentum_kernels.h", CSRC / "common/tensors.h"]
+    torch.ops.load_library(str(cached("torch_products", command, sources)[0]))
+    for dtype in DTYPES.values():
+        compute = torch.promote_types(dtype, torch.float32)
+        Q, (x, a) = torch.randn(150, 150).to(dtype), torch.randn(2, 40, 150, dtype=compute)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            forward, transposed = (torch.ops.test_products.multiply(Q, x, t) for t in (False, True))
+            outer = torch.ops.test_products.outer(a, x)
+        for actual, exact in ((forward, x @ Q.to(compute).T), (transposed, x @ Q.to(compute)), (outer, a.T @ x)):
+            torch.testing.assert_close(actual, exact)
 
 
 # steps that end with a proximal map

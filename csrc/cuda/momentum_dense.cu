@@ -12,7 +12,7 @@
 // shared memory. Backward keeps z_t and a_t of all steps, and makes dQ = -sum over t of phi_t a_t z_t' of them at the
 // end, in the registers that Q leaves. Where a proximal map ends the steps it keeps v_t as well, until a_t is made of it.
 // Above: streamed.cuh, a block for each sample; Q in shared memory if it fits (float32: d <= 230 on an H200), else read
-// from L2 for each product; dQ likewise, tile by tile.
+// from L2 for each product; dQ likewise, tile by tile. One Q for the batch is there momentum_shared.cu's.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
 #include "cuda/momentum_prox.cuh"
@@ -449,12 +449,7 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
       if (p.db) p.db[sample * p.d + e] = to_storage<Storage>(v.db[e]);
       if (p.dy0) p.dy0[sample * p.d + e] = to_storage<Storage>(a[e] + carry[e]);
     }
-    if (!p.d_matrix) continue;
-    if (sums.d_matrix) {
-      matrix.outer_products(as, ys, p.k, sample != blockIdx.x, partial);
-    } else {
-      matrix.outer_products(as, ys, p.k, false, p.d_matrix + sample * p.d * p.d);
-    }
+    if (p.d_matrix) matrix.outer_products(as, ys, p.k, false, p.d_matrix + sample * p.d * p.d);
   }
   gradient.end_row();
 }
@@ -522,7 +517,7 @@ const char* momentum_dense(const MomentumBackward<Storage>& p, void* workspace, 
       StreamedPlan plan = plan_streamed<DenseStreamedBackwardMemory<Storage>>(
           device, kernel, p, threads, streamed_matrix_bytes<Storage>(p.d),
           (p.prox == Prox::none ? 2 : 3) * p.k * StreamedMatrix<Storage>::padded(p.d) * static_cast<int64_t>(sizeof(C)),
-          streamed_grid_limit(sums));
+          INT64_MAX);
       sums.rows = sums.any() ? plan.grid : 0;
       sums.partials = arena.take<C>(sums.size());
       plan.slots = arena.take<unsigned char>(plan.grid * plan.slot_bytes);

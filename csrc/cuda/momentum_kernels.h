@@ -18,6 +18,25 @@ template <typename Storage>
 const char* momentum_dense(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
 const char* momentum_dense(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
+// Products of matrices with the one Q that a batch shares, on the stream of the kernels. Everything is contiguous and in the
+// compute type.
+template <typename C>
+class SharedProducts {
+ public:
+  int64_t kept_bytes = 1 << 28;  // that the iterates of the samples at work may take in backward
+
+  virtual ~SharedProducts() = default;
+  // out [rows, d] = x Q', a row being Q times one of x [rows, d]; transposed: x Q
+  virtual void multiply(const C* x, C* out, int64_t rows, bool transposed) = 0;
+  // out [d, d] = a'z, of [rows, d] both
+  virtual void outer(const C* a, const C* z, int64_t rows, C* out) = 0;
+};
+template <typename Storage>
+const char* momentum_shared(const MomentumForward<Storage>&, SharedProducts<compute_type<Storage>>&, void* workspace,
+                            void* stream, size_t* size);
+template <typename Storage>
+const char* momentum_shared(const MomentumBackward<Storage>&, SharedProducts<compute_type<Storage>>&, void* workspace,
+                            void* stream, size_t* size);
 template <typename Storage>
 const char* momentum_diagonal(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
@@ -27,10 +46,20 @@ const char* momentum_spectral(const MomentumForward<Storage>&, void* workspace, 
 template <typename Storage>
 const char* momentum_spectral(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
 
-template <typename Problem>
-const char* momentum_kernels(Structure structure, const Problem& p, void* workspace, void* stream, size_t* size) {
+// Whether the steps are products of matrices: one Q for the batch, and none of tile.cuh's tiles takes it.
+template <typename Storage>
+bool takes_products(const MomentumInputs<Storage>& p) {
+  return shares_matrix(p) && p.d > (sizeof(Storage) > sizeof(float) ? 64 : 128);
+}
+
+template <template <typename> class Problem, typename Storage>
+const char* momentum_kernels(Structure structure, const Problem<Storage>& p,
+                             SharedProducts<compute_type<Storage>>& products, void* workspace, void* stream,
+                             size_t* size) {
   switch (structure) {
-    case Structure::dense: return momentum_dense(p, workspace, stream, size);
+    case Structure::dense:
+      if (takes_products(p)) return momentum_shared(p, products, workspace, stream, size);
+      return momentum_dense(p, workspace, stream, size);
     case Structure::diagonal: return momentum_diagonal(p, workspace, stream, size);
     default: return momentum_spectral(p, workspace, stream, size);
   }

@@ -3,28 +3,67 @@
 //     structure, backward, dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
 //     B, d, k, trajectory, strides of matrix, diagonal, b, y0, observed, then (batch, step) of phi, beta, gamma,
 //     threshold, and (batch, entry) of lower, upper, weight
-//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, lower, upper, weight, then of y, or of
-//     grad_y and the gradients in the order of MomentumBackward; -1: nullptr. Then their contents, in that order.
+//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, lower, upper, weight, iterates, then of y,
+//     or of grad_y and the gradients in the order of MomentumBackward; -1: nullptr. Then their contents, in that order.
+//
+// CUDA_ON_CPU_KEPT_BYTES: that the iterates of a shared Q may take in backward.
 //
 // shift: bytes from a multiple of 16 to the arrays of the storage type.
 #include "driver.h"
 
 #include "cuda/momentum_kernels.h"
+#include "cuda/platform.cuh"
 
 using namespace unrolled_kernels;
 
 namespace {
 
-constexpr int arrays = 24, schedule = 5, bounds = 9, first_output = 12, schedule_output = 17;
+constexpr int arrays = 25, schedule = 5, bounds = 9, kept = 12, first_output = 13, schedule_output = 18;
 struct Header {
   int64_t structure, backward, dtype, shift, sizes[23], bytes[arrays];
 };
 
-template <typename Problem>
-const char* run(int64_t structure, const Problem& p) {
+// what a library does on a GPU
+template <typename Storage>
+class Products : public cuda::SharedProducts<compute_type<Storage>> {
+  using C = compute_type<Storage>;
+
+ public:
+  explicit Products(const MomentumInputs<Storage>& p) : p_(p) {
+    if (const char* bytes = getenv("CUDA_ON_CPU_KEPT_BYTES")) this->kept_bytes = atoll(bytes);
+  }
+  void multiply(const C* x, C* out, int64_t rows, bool transposed) override {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < p_.d; ++i) {
+        double sum = 0;
+        for (int64_t j = 0; j < p_.d; ++j) {
+          sum += double(cuda::to_compute(p_.matrix[transposed ? j * p_.d + i : i * p_.d + j])) * x[row * p_.d + j];
+        }
+        out[row * p_.d + i] = static_cast<C>(sum);
+      }
+    }
+  }
+  void outer(const C* a, const C* z, int64_t rows, C* out) override {
+    for (int64_t i = 0; i < p_.d; ++i) {
+      for (int64_t j = 0; j < p_.d; ++j) {
+        double sum = 0;
+        for (int64_t row = 0; row < rows; ++row) sum += double(a[row * p_.d + i]) * z[row * p_.d + j];
+        out[i * p_.d + j] = static_cast<C>(sum);
+      }
+    }
+  }
+
+ private:
+  const MomentumInputs<Storage>& p_;
+};
+
+template <template <typename> class Problem, typename Storage>
+const char* run(int64_t structure, const Problem<Storage>& p) {
   const auto which = static_cast<Structure>(structure);
-  return run_with_workspace(
-      [&](void* workspace, size_t* size) { return cuda::momentum_kernels(which, p, workspace, nullptr, size); });
+  Products<Storage> products(p);
+  return run_with_workspace([&](void* workspace, size_t* size) {
+    return cuda::momentum_kernels(which, p, products, workspace, nullptr, size);
+  });
 }
 
 template <typename Storage>
@@ -58,9 +97,10 @@ const char* run(const Header& h, void* const* pointers) {
   }
   MomentumBackward<Storage> p{};
   static_cast<MomentumInputs<Storage>&>(p) = in;
-  p.grad_y = storage(12), p.d_matrix = storage(13), p.d_diagonal = storage(14), p.db = storage(15);
-  p.dy0 = storage(16), p.dphi = compute(17), p.dbeta = compute(18), p.dgamma = compute(19);
-  p.d_threshold = compute(20), p.d_lower = compute(21), p.d_upper = compute(22), p.d_weight = compute(23);
+  p.iterates = storage(kept);
+  p.grad_y = storage(13), p.d_matrix = storage(14), p.d_diagonal = storage(15), p.db = storage(16);
+  p.dy0 = storage(17), p.dphi = compute(18), p.dbeta = compute(19), p.dgamma = compute(20);
+  p.d_threshold = compute(21), p.d_lower = compute(22), p.d_upper = compute(23), p.d_weight = compute(24);
   return run(h.structure, p);
 }
 

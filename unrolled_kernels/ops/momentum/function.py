@@ -53,7 +53,9 @@ def momentum(
     arguments = (*tensors, *prox, num_steps, trajectory)
     if backend == "eager" or common.runs_in_eager():
         return reference.forward(*arguments)
-    may_keep = backend == "cpu" and matrix is not None and matrix.shape[0] == 1 and not trajectory
+    # on a GPU nobody reads v_t off y_(t+1)
+    reads_iterates = backend == "cpu" or (backend == "cuda" and weight is None and threshold is None)
+    may_keep = reads_iterates and matrix is not None and matrix.shape[0] == 1 and not trajectory
     if may_keep and _keeps_iterates(tensors, prox, num_steps):
         return KeptMomentumFunction.apply(backend, *tensors, *prox, num_steps, True)[0]
     if torch.compiler.is_compiling():

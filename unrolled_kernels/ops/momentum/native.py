@@ -45,9 +45,10 @@ class Cuda:
         return forward(*arguments[:8], None, *arguments[8:])
 
     @staticmethod
-    @manual.with_nesterov
     def backward(*arguments):
-        return backward(*arguments[:9], None, *arguments[9:])
+        # behind `needs` come the iterates, where they were kept
+        run = lambda *known: backward(*known[:9], None, *known[9:], *arguments[17:])
+        return manual.with_nesterov(run)(*arguments[:17])
 
 
 forward = backward = begun = stopping = second_order = None  # without the extension
