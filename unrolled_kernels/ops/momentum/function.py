@@ -228,9 +228,7 @@ class KnownMomentumFunction(MomentumFunction):
 
 def of_known_iterate(y, backend, *arguments):
     """y, with the gradients that ``momentum`` would have for its tensors and number of steps."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:-1]):
-        return KnownMomentumFunction.apply((backend, y), *arguments, False)
-    return y
+    return KnownMomentumFunction.apply((backend, y), *arguments, False)
 
 
 # bits of `needs`

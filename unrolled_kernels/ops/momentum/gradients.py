@@ -327,8 +327,6 @@ class KnownImplicitFunction(ImplicitFunction):
 
 def of_known_minimizer(y, backend, *arguments):
     """y, with the gradients that ``implicit`` would have for its tensors and number of steps."""
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:-1])):
-        return y
     matrix, diagonal, _, b, _, phi = arguments[: _PHI + 1]
     if (matrix is not None and diagonal is not None) or b.dtype != phi.dtype:
         # of y in the eigenbasis, or unrounded

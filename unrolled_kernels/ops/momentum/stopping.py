@@ -38,6 +38,8 @@ def run(op, backend, *arguments, tolerance):
             y, taken, residual = native.stopping(*tensors, num_steps, never if tolerance is None else tolerance)
         else:
             y, taken, residual = measure(backend, *tensors, num_steps, tolerance=tolerance)
+    if may_know and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        return y, taken, residual
     if tolerance is not None:
         tensors = stopped(tensors, taken, num_steps)
         # a number of steps that a trace or a fake tensor would not have
