@@ -41,7 +41,12 @@ struct Tile {
     return (registers > 64 ? 8 : D == 8 || (D == 16 && proximal) ? 12 : registers > 32 ? 16 : 20) * 32 / block;
   }
   static constexpr int backward_blocks(bool proximal = false) {
-    return (registers > 64 || D == 8 || (D == 16 && proximal) ? 8 : 12) * 32 / block;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    constexpr int with_a_map = 32;  // its compiler spills what fits on the GPUs after it
+#else
+    constexpr int with_a_map = 16;
+#endif
+    return (registers > 64 || D == 8 || (D >= 16 && D <= with_a_map && proximal) ? 8 : 12) * 32 / block;
   }
   static constexpr int warp_row_threads = row_threads / warps;
   static constexpr int own_rows = rows / column_threads;
