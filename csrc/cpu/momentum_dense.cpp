@@ -71,11 +71,6 @@ UNROLLED_KERNELS_INLINE void multiply_transposed(const StaticMatrix<d, C>& Q, co
   Q.multiply(x, lanes<C>, d * lanes<C>, end);
 }
 
-template <typename Matrix>
-constexpr bool is_static = false;
-template <int d, typename C>
-constexpr bool is_static<StaticMatrix<d, C>> = true;
-
 // [Q 0; X Q] for states with their tangents behind them
 template <typename Matrix, typename C>
 struct DualMatrix {
@@ -114,6 +109,10 @@ UNROLLED_KERNELS_INLINE void multiply_transposed(const DualMatrix<Matrix, C>& m,
   dual_product_transposed(m, x, backwards);
   for (int64_t n = 0; n < m.size(); ++n) end(n, load(m.products + n * lanes<C>));
 }
+template <typename Matrix>
+constexpr bool is_static = false;
+template <int d, typename C>
+constexpr bool is_static<StaticMatrix<d, C>> = true;
 template <typename Matrix>
 constexpr bool is_dual = false;
 template <typename Matrix, typename C>
@@ -182,7 +181,31 @@ UNROLLED_KERNELS_NOINLINE void add_tangents(const Trace<C>& trace, int64_t t, Ve
   }
 }
 
-// The steps `begin` ... `end` - 1 of the k. k - 1 give every z_t.
+// The proximal map of step t, which has left v_t in the place of y_{t+1}.
+template <bool momentum, typename C>
+UNROLLED_KERNELS_NOINLINE void forward_map(const Trace<C>& trace, int64_t t, Vector<C> phi, Vector<C> gamma_next,
+                                           int64_t row) {
+  const StepMap<C> map = trace.step_map(t, phi);
+  const C* y = trace.y.at(t);
+  C *y_next = trace.y.at(t + 1), *m_next = trace.m.at(t + 1), *z_next = trace.z.at(t + 1);
+  with_prox(map.prox, [&](auto prox) {
+    for (int64_t n = 0; n < row; n += lanes<C>) {
+      const Vector<C> v = load(y_next + n);
+      if (map.v) store(map.v + n, v);
+      const Vector<C> to = proximal_map<decltype(prox)::value>(map.rows, map.phi, map.threshold, n, v);
+      store(y_next + n, to);
+      if constexpr (momentum) {
+        const Vector<C> moved = to - load(y + n);
+        store(m_next + n, moved);
+        store(z_next + n, to + gamma_next * moved);
+      }
+    }
+  });
+}
+
+// The steps `begin` ... `end` - 1 of the k. k - 1 give every z_t. A map within the step, `proximal`, is compiled for every
+// form of it. Where products are long it comes after them instead, which takes as long; with d <= 8 it would take a tenth
+// longer.
 template <bool momentum, bool proximal, int groups, typename Matrix, typename C>
 UNROLLED_KERNELS_NOINLINE void replay_steps(const Trace<C> (&all)[groups], const Matrix (&matrices)[groups], int64_t k,
                                             int64_t begin, int64_t end) {
@@ -212,56 +235,34 @@ UNROLLED_KERNELS_NOINLINE void replay_steps(const Trace<C> (&all)[groups], const
       }
       if constexpr (is_dual<Matrix>) {
         if (s.tangents) add_tangents<momentum>(all[g], t, gamma_next, matrices[g].Q.size() * W, k);
+      } else if constexpr (!is_static<Matrix>) {
+        if (s.map) forward_map<momentum>(all[g], t, c.phi, gamma_next, matrices[g].size() * W);
       }
     }
   }
 }
 
-// The proximal map of step t, which has left v_t in the place of y_{t+1}.
-template <bool momentum, typename C>
-UNROLLED_KERNELS_NOINLINE void forward_map(const Trace<C>& trace, int64_t t, int64_t k, int64_t row) {
-  const StepMap<C> map = trace.step_map(t, trace.schedule.template at<momentum>(t).phi);
-  const Vector<C> gamma_next = trace.schedule.template at<momentum>(min(t + 1, k - 1)).gamma;
-  const C* y = trace.y.at(t);
-  C *y_next = trace.y.at(t + 1), *m_next = trace.m.at(t + 1), *z_next = trace.z.at(t + 1);
-  with_prox(map.prox, [&](auto prox) {
-    for (int64_t n = 0; n < row; n += lanes<C>) {
-      const Vector<C> v = load(y_next + n);
-      if (map.v) store(map.v + n, v);
-      const Vector<C> to = proximal_map<decltype(prox)::value>(map.rows, map.phi, map.threshold, n, v);
-      store(y_next + n, to);
-      if constexpr (momentum) {
-        const Vector<C> moved = to - load(y + n);
-        store(m_next + n, moved);
-        store(z_next + n, to + gamma_next * moved);
-      }
-    }
-  });
-}
-
-// A map within the step is compiled for every form of it. Where products are long it comes after them instead, which
-// takes as long; with d <= 8 it would take a tenth longer.
 template <bool momentum, int groups, typename Matrix, typename C>
 void replay(const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t k, int64_t begin, int64_t end) {
-  if (!traces[0].map) return replay_steps<momentum, false>(traces, matrices, k, begin, end);
   if constexpr (is_static<Matrix>) {
-    replay_steps<momentum, true>(traces, matrices, k, begin, end);
-  } else if constexpr (!is_dual<Matrix>) {
-    for (int64_t t = begin; t < end; ++t) {
-      replay_steps<momentum, false>(traces, matrices, k, t, t + 1);
-      for (const Trace<C>& trace : traces) forward_map<momentum>(trace, t, k, matrices[0].size() * lanes<C>);
-    }
+    if (traces[0].map) return replay_steps<momentum, true>(traces, matrices, k, begin, end);
   }
+  replay_steps<momentum, false>(traces, matrices, k, begin, end);
 }
 
 // from `first` to `last` - 1
+template <int groups, typename Matrix, typename C>
+void replay_blocks(const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], bool momentum, int64_t d,
+                   int64_t k, int64_t first, int64_t last) {
+  for_blocks(last - first, groups * matrices[0].size() * d, [&](int64_t begin, int64_t end) {
+    begin += first, end += first;
+    momentum ? replay<true>(traces, matrices, k, begin, end) : replay<false>(traces, matrices, k, begin, end);
+  });
+}
 template <typename Inputs, int groups, typename Matrix, typename C>
 void replay(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], int64_t first,
             int64_t last) {
-  for_blocks(last - first, groups * matrices[0].size() * p.d, [&](int64_t begin, int64_t end) {
-    begin += first, end += first;
-    p.beta.data ? replay<true>(traces, matrices, p.k, begin, end) : replay<false>(traces, matrices, p.k, begin, end);
-  });
+  replay_blocks(traces, matrices, p.beta.data != nullptr, p.d, p.k, first, last);
 }
 
 template <typename C>
@@ -347,18 +348,22 @@ UNROLLED_KERNELS_NOINLINE void adjoint(const Trace<C> (&all)[groups], const Matr
   }
 }
 
+template <int groups, typename Matrix, typename C>
+void adjoint_blocks(const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], bool momentum, bool per_step,
+                    int64_t d, int64_t k, int64_t first) {
+  for_blocks(k - first, groups * matrices[0].size() * d, [&](int64_t begin, int64_t end) {
+    const int64_t to = k - end, from = k - begin;
+    if (is_dual<Matrix> || per_step) {
+      momentum ? adjoint<true, true>(traces, matrices, to, from) : adjoint<false, true>(traces, matrices, to, from);
+    } else if constexpr (!is_dual<Matrix>) {
+      momentum ? adjoint<true, false>(traces, matrices, to, from) : adjoint<false, false>(traces, matrices, to, from);
+    }
+  });
+}
 template <typename Inputs, int groups, typename Matrix, typename C>
 void adjoint(const Inputs& p, const Trace<C> (&traces)[groups], const Matrix (&matrices)[groups], bool per_step,
              int64_t first) {
-  for_blocks(p.k - first, groups * matrices[0].size() * p.d, [&](int64_t begin, int64_t end) {
-    const int64_t to = p.k - end, from = p.k - begin;
-    if (is_dual<Matrix> || per_step) {
-      p.beta.data ? adjoint<true, true>(traces, matrices, to, from) : adjoint<false, true>(traces, matrices, to, from);
-    } else if constexpr (!is_dual<Matrix>) {
-      p.beta.data ? adjoint<true, false>(traces, matrices, to, from)
-                  : adjoint<false, false>(traces, matrices, to, from);
-    }
-  });
+  adjoint_blocks(traces, matrices, p.beta.data != nullptr, per_step, p.d, p.k, first);
 }
 
 // What second order takes beside the tile: X, the tangents of the coefficients, and DualMatrix::products.
@@ -419,8 +424,8 @@ class DenseTile {
   static constexpr int64_t W = lanes<C>;
 
  public:
-  static constexpr bool may_take_turns = Layout<C>::E == 1 && !dual;
-  static constexpr bool static_d = may_take_turns && std::is_same_v<Operand<C>, VectorOperand<C>>;
+  static constexpr bool may_take_turns =
+      Layout<C>::E == 1 && std::is_same_v<Operand<C>, VectorOperand<C>> && !dual && !is_fallback;
 
   // `backward` may be nullptr; of what it points to, the constructor reads which outputs are wanted
   UNROLLED_KERNELS_NOINLINE DenseTile(Arena& arena, const MomentumInputs<Storage>& p,
@@ -644,9 +649,11 @@ class DenseTile {
   TileMap<C> map_;
 };
 
-// Tiles that take turns in every step: with few rows one tile alone would wait for its own results.
+// Tiles that take turns in every step, where d is known to the compiler: with few rows one tile alone would wait for its
+// own results.
 constexpr int max_groups = 2;
-constexpr int groups_for(int64_t d) { return d <= 8 ? max_groups : 1; }
+constexpr int64_t max_static_d = 8;
+constexpr int groups_for(int64_t d) { return d <= max_static_d ? max_groups : 1; }
 
 template <typename C, typename F>
 void with_static_d(int64_t d, F f) {
@@ -664,31 +671,26 @@ void with_static_d(int64_t d, F f) {
 }
 
 // Calls f(traces, matrices) of the tiles in turn, `second` only if there are two, with the type of matrix that suits.
-// Where d is known to the compiler up to 8, tiles take turns with these matrices alone.
 template <typename C, typename Tile, typename F>
 void with_matrices(const Tile& first, const Tile& second, int active, int64_t d, F f) {
-  const auto call = [&](auto matrix, auto turns) {
-    using Matrix = decltype(matrix(first));
-    if constexpr (decltype(turns)::value) {
-      if (active == 2) {
-        const Trace<C> traces[2] = {first.trace(), second.trace()};
-        const Matrix matrices[2] = {matrix(first), matrix(second)};
-        return f(traces, matrices);
-      }
-    }
-    const Trace<C> traces[1] = {first.trace()};
-    const Matrix matrices[1] = {matrix(first)};
-    f(traces, matrices);
-  };
-  if constexpr (Tile::static_d) {
-    if (d <= 8) {
+  if constexpr (Tile::may_take_turns) {
+    if (d <= max_static_d) {
       return with_static_d<C>(d, [&](auto size) {
-        call([](const Tile& tile) { return StaticMatrix<decltype(size)::value, C>{tile.Q().view().data}; },
-             std::true_type());
+        using Matrix = StaticMatrix<decltype(size)::value, C>;
+        if (active == 2) {
+          const Trace<C> traces[2] = {first.trace(), second.trace()};
+          const Matrix matrices[2] = {{first.Q().view().data}, {second.Q().view().data}};
+          return f(traces, matrices);
+        }
+        const Trace<C> traces[1] = {first.trace()};
+        const Matrix matrices[1] = {{first.Q().view().data}};
+        f(traces, matrices);
       });
     }
   }
-  call([](const Tile& tile) { return tile.Q().view(); }, std::bool_constant<Tile::may_take_turns && !Tile::static_d>());
+  const Trace<C> traces[1] = {first.trace()};
+  const decltype(first.Q().view()) matrices[1] = {first.Q().view()};
+  f(traces, matrices);
 }
 
 // The tiles that take turns, their scratch, and the walk over a chunk.
@@ -701,6 +703,7 @@ class TileGroups {
   static constexpr int64_t samples = Layout<C>::samples;
   // the matrices of a tile, [d, d] vectors of E lanes a sample, fit 16 KiB
   static constexpr int64_t max_d = samples == 1 ? INT64_MAX : Layout<C>::E == 1 ? 16 : 45;
+  static constexpr int64_t max_copied_d = max_static_d;
 
   TileGroups(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward, int64_t steps)
       : groups_(Tile::may_take_turns ? groups_for(p.d) : 1),

@@ -33,6 +33,7 @@ class SpectralTiles {
   static constexpr int64_t samples = Layout<C>::samples;
   // beyond, transposing R to lanes costs more than the two products with it
   static constexpr int64_t max_d = samples == 1 ? INT64_MAX : Layout<C>::E == 1 ? 16 : 45;
+  static constexpr int64_t max_copied_d = 0;
 
   SpectralTiles(void* scratch, const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward,
                 int64_t steps)

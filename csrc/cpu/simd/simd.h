@@ -50,6 +50,10 @@ namespace UNROLLED_KERNELS_NAMESPACE {
 #endif
 constexpr int vector_bytes = UNROLLED_KERNELS_VECTOR_BYTES;
 
+// The level that x86-64 has for processors without AVX2: it is to be right, and a third of what is compiled. Other
+// processors have this level alone.
+constexpr bool is_fallback = UNROLLED_KERNELS_ISA_LEVELS && UNROLLED_KERNELS_ISA == 0;
+
 template <typename T, int lanes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(sizeof(T) * lanes)));

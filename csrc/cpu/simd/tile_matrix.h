@@ -133,21 +133,25 @@ class TileMatrix {
 };
 
 // Calls f(Type<Tiles<Storage, layout, operand of the matrix>>()): samples in lanes up to the d that Tiles
-// names, and at any d where the matrix is shared and only broadcast; then quads of rows, and whole rows for the rest and
-// where the samples are too few to fill the lanes.
+// names, and at any d where the matrix is shared and only broadcast, or copied to every lane where that is as cheap; then
+// quads of rows, and whole rows for the rest and where the samples are too few to fill the lanes.
 template <template <typename, template <typename> class, template <typename> class> class Tiles, typename Storage,
           typename F>
 void with_layout(const MomentumInputs<Storage>& p, F f) {
-  constexpr int64_t W = lanes<compute_type<Storage>>;
-  if (shares_matrix(p) && (p.d <= W || 2 * p.B >= W)) {
-    f(Type<Tiles<Storage, SampleLanes, ScalarOperand>>());
-  } else if (!shares_matrix(p) && p.d <= Tiles<Storage, SampleLanes, VectorOperand>::max_d && p.B * W >= 2 * p.d) {
-    f(Type<Tiles<Storage, SampleLanes, VectorOperand>>());
-  } else if (!shares_matrix(p) && p.d <= Tiles<Storage, QuadLanes, VectorOperand>::max_d && p.B > 1) {
-    f(Type<Tiles<Storage, QuadLanes, VectorOperand>>());
-  } else {
-    f(Type<Tiles<Storage, RowLanes, VectorOperand>>());
+  using C = compute_type<Storage>;
+  using Samples = Tiles<Storage, SampleLanes, VectorOperand>;
+  constexpr int64_t W = lanes<C>;
+  const bool shared = shares_matrix(p);
+  if (shared ? p.d <= W || 2 * p.B >= W : p.d <= Samples::max_d && p.B * W >= 2 * p.d) {
+    return shared && p.d > Samples::max_copied_d ? f(Type<Tiles<Storage, SampleLanes, ScalarOperand>>())
+                                                 : f(Type<Samples>());
   }
+  // vectors of 16 bytes hold one quad
+  if constexpr (QuadLanes<C>::samples > 1) {
+    using Quads = Tiles<Storage, QuadLanes, VectorOperand>;
+    if (!shared && p.d <= Quads::max_d && p.B > 1) return f(Type<Quads>());
+  }
+  f(Type<Tiles<Storage, RowLanes, VectorOperand>>());
 }
 
 // The plan of both structures; `flops` of the whole problem.
