@@ -243,8 +243,12 @@ def ninja_file(compiler, libraries, build):
 
     def compile_folder(folder):
         objects = []
-        for path in sorted(folder.glob("cpu/*.cpp")):
-            objects += [compile_source("cxx", path, [f"-DUNROLLED_KERNELS_ISA={level}"], level) for level in levels]
+        # what takes longest first, so that no processor waits for another at the end
+        for path in sorted(folder.glob("cpu/*.cpp"), key=lambda path: -path.stat().st_size):
+            for level in reversed(levels):
+                # the level of processors without AVX2 is to be there soon rather than to be fast
+                cheaper = ["-O1"] if level == 0 and len(levels) > 1 else []
+                objects.append(compile_source("cxx", path, [f"-DUNROLLED_KERNELS_ISA={level}", *cheaper], level))
         for path in sorted(folder.glob("*.cpp")):
             objects.append(compile_source("cxx", path, module_flags if path.name == "module.cpp" else ()))
         return objects
@@ -254,23 +258,22 @@ def ninja_file(compiler, libraries, build):
         lines.append(f"  extra = {extra}")
         lines.append(f"default {quote(library)}")
 
-    # what takes longest first
     # each storage type by itself, so that many processors share the work
     cuda_objects = [
         compile_source("nvcc", path, [f"'-DUNROLLED_KERNELS_CUDA_TYPES(_)=_({storage})'"], storage)
         for path in (sorted(CSRC.glob("cuda/*.cu")) if nvcc else [])
         for storage in ("float", "double", "half", "bfloat16")
     ]
+    if "_C_autograd" in libraries:
+        # all of torch's interface, not the stable one alone
+        node = compile_source("cxx", CSRC / "autograd/momentum.cpp", ["-UTORCH_TARGET_VERSION"])
+        link(libraries["_C_autograd"], [node], "-ltorch_python -lc10")
     shared = [compile_source("cxx", path) for path in sorted(CSRC.glob("cpu/simd/*.cpp"))]
     objects = compile_folder(CSRC)
     link(libraries["_C"], [*cuda_objects, *objects, *shared])
     # the experiments train RNNs by the kernels themselves
     shared += [path for path in objects if path.name.startswith("cpu.rnn_cells.")]
     link(libraries["_C_experiments"], [*compile_folder(CSRC / "experiments"), *shared])
-    if "_C_autograd" in libraries:
-        # all of torch's interface, not the stable one alone
-        node = compile_source("cxx", CSRC / "autograd/momentum.cpp", ["-UTORCH_TARGET_VERSION"])
-        link(libraries["_C_autograd"], [node], "-ltorch_python -lc10")
     return "\n".join(lines) + "\n", cuda_reason
 
 
