@@ -12,7 +12,9 @@ included, so that whatever is not an FMA of the product costs exactly one. The p
   writes, and 5/4 of the FMAs of products that are not of steps; 60 for what ends a product of the RNN;
 - enough problems that every multiprocessor is busy.
 
-    python -m benchmarks.machine_code [--record]      the table; --record: into benchmarks/results/predicted-sm_90/
+    python -m benchmarks.machine_code [--record]           the table; --record: into benchmarks/results/predicted-sm_90/
+    python -m benchmarks.machine_code --triton [--record]  what the kernels of the imported Triton issue: counts, of
+                                                           each loop with FMAs in the order of the code
 """
 
 import argparse
@@ -21,10 +23,12 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from benchmarks.harness import ROOT, kernel_sources_sha256
@@ -470,24 +474,69 @@ def predict(kernel, code, found, warps, k):
     }
 
 
+TRITON_PROBLEMS = (*(("dense", d) for d in (16, 32, 64, 128)), ("diagonal", 512))
+
+
+def triton_rows(problems=TRITON_PROBLEMS):
+    """A row for each loop of the Triton kernels of (structure, d), gradient descent and with momentum, 10 steps."""
+    import triton
+
+    import unrolled_kernels.functional as F
+    from benchmarks import ahead_of_time
+    from unrolled_kernels.testing import STRUCTURES, random_quadratic
+
+    methods = {
+        "gd": lambda Q, b: F.gradient_descent(Q, b, 0.5, 10),
+        "momentum": lambda Q, b: F.nesterov(Q, b, 0.5, 0.1, 10),
+    }
+    for method, (structure, d) in itertools.product(methods, problems):
+        leaves, _, b = random_quadratic(structure, (64,), d)
+        leaves = [x.requires_grad_() for x in (*leaves, b)]
+        with ahead_of_time.launches() as found:
+            methods[method](STRUCTURES[structure](*leaves[:-1]), b).square().sum().backward()
+        for launch in found:
+            cubin = launch.compile(90).asm["cubin"]
+            registers, local = ahead_of_time.resources(cubin)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(cubin)
+                file.flush()
+                (code,) = disassemble(file.name).values()
+            for n, (first, last) in enumerate(loops(code)):
+                path = best_path(code, first, last, lambda i: 1000 * is_fma(i))
+                counts = count(code[k] for k in path or ())
+                if counts["FMA"] >= 8:
+                    yield {
+                        "triton": triton.__version__, "kernel": launch.name, "method": method, "d": d, "loop": n,
+                        "warps": launch.options["num_warps"], "slots_per_turn": len(path),
+                        "slots_per_32_fma": round(32 * len(path) / counts["FMA"], 1), **counts,
+                        "registers": registers, "local_bytes": local,
+                    }  # fmt: skip
+
+
+def record(name, table):
+    """The rows as a file of RESULTS."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for row in table for name in row))
+    with (RESULTS / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["kind", *names, "kernel_sources_sha256"], lineterminator="\n")
+        writer.writeheader()
+        for row in table:
+            writer.writerow({"kind": "predicted", **row, "kernel_sources_sha256": kernel_sources_sha256()})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--record", action="store_true", help=f"write the rows to {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--triton", action="store_true", help="the kernels of Triton instead")
     options = parser.parse_args()
-    for name in ("nvcc", "nvdisasm"):
+    for name in ("nvdisasm",) if options.triton else ("nvcc", "nvdisasm"):
         if tool(name) is None:
             parser.error(f"{name} was not found: install a CUDA toolkit (nvdisasm also comes with Triton)")
-    table = list(rows())
+    table = list(triton_rows() if options.triton else rows())
     for row in table:
         print("  ".join(f"{name}={value}" for name, value in row.items() if value not in (0, "0")))
     if options.record:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        names = list(dict.fromkeys(name for row in table for name in row))
-        with (RESULTS / "machine_code.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["kind", *names, "kernel_sources_sha256"], lineterminator="\n")
-            writer.writeheader()
-            for row in table:
-                writer.writerow({"kind": "predicted", **row, "kernel_sources_sha256": kernel_sources_sha256()})
+        record(f"triton_{table[0]['triton']}.csv" if options.triton else "machine_code.csv", table)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from unrolled_kernels.prox import L1, Box, SoftThreshold
 from unrolled_kernels.testing import STRUCTURES, assert_as_close_as_eager, random_quadratic
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
+from benchmarks import machine_code  # noqa: E402
 from benchmarks.ahead_of_time import launches, resources, shuffles  # noqa: E402
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles ahead of time: needs a process without TRITON_INTERPRET")
@@ -239,6 +240,21 @@ def test_lanes_exchange_little(d):
     assert forward <= 8
     # Qᵀa sums over lanes
     assert backward <= 96
+
+
+# for 32 FMAs, at most; with Triton 3.6 another layout of the same tile once took 440 for 64, of them 144 exchanges
+@compiles
+@pytest.mark.parametrize(
+    ("d", "slots"),
+    [pytest.param(16, 67, marks=pytest.mark.slow), (32, 60), (64, 56), pytest.param(128, 60, marks=pytest.mark.slow)],
+)
+def test_forward_steps_issue_little(d, slots):
+    rows = [r for r in machine_code.triton_rows([("dense", d)]) if r["kernel"] == "momentum_dense_kernel"]
+    assert [r["method"] for r in rows] == ["gd", "momentum"]
+    for row in rows:
+        assert row["slots_per_32_fma"] <= slots, row
+        assert row["SHFL"] <= 4, row
+        assert row["local_bytes"] == 0, row
 
 
 @compiles
