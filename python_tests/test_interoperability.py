@@ -203,12 +203,49 @@ def test_export_of_what_the_batch_shares(leading, rest):
     d, model = 5, Shared()
     problems = {s: [x.detach()[0].expand(*leading, *x.shape[1:]) for x in problem(s)[1:]] for s in STRUCTURES}
     inputs = lambda B: (problems, torch.randn(B, *rest, d), torch.randn(*rest, d), torch.rand(B, *[1] * len(rest), 1))
-    batch = {0: torch.export.Dim("batch", min=2)}
+    batch = {0: size}
     sizes = ({s: [None] * len(tensors) for s, tensors in problems.items()}, batch, None, batch)
     program = torch.export.export(model, inputs(6), dynamic_shapes=sizes).module()
     for B in (2, 3, d, 15):
         arguments = inputs(B)
         torch.testing.assert_close(program(*arguments), model(*arguments))
+
+
+def test_export_of_one_b_for_many_matrices():
+    """The same where Q has the batch, and b and the start are one for all of it."""
+
+    class Model(nn.Module):
+        def forward(self, problems, b, y0):
+            mu = torch.linspace(0.1, 0.2, 4)
+            return [
+                (F.gradient_descent(Q, b, 0.3, 4), F.nesterov(Q, b, 0.3, mu, 4, y0=y0), F.minimize(Q, b))
+                for Q in (STRUCTURES[s](*tensors) for s, tensors in problems.items())
+            ]
+
+    d, model = 5, Model()
+    inputs = lambda B: (
+        {s: tensors[1:] for s, tensors in of_every_structure(B).items()},
+        torch.randn(d),
+        torch.randn(d),
+    )
+    size = torch.export.Dim.AUTO
+    sizes = ({s: [{0: size}] * len(tensors) for s, tensors in inputs(6)[0].items()}, None, None)
+    program = torch.export.export(model, inputs(6), dynamic_shapes=sizes).module()
+    for B in (2, d, 15):
+        arguments = inputs(B)
+        torch.testing.assert_close(program(*arguments), model(*arguments))
+
+
+def test_a_compiled_layer_of_which_the_number_of_steps_changes():
+    """What torch takes for a constant of a module becomes one of the graph's inputs where it is told so."""
+    torch._dynamo.reset()
+    layer, counter = LAYERS["nag"](), torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    Q, b = torch.eye(5) / 2, torch.ones(3, 5)
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        for layer.num_steps in range(2, 12):
+            torch.testing.assert_close(compiled(Q, b), in_eager(layer)(Q, b))
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("samples", [6, 300])

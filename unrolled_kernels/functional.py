@@ -491,7 +491,7 @@ def _is_plain(Q, b):
     if Q.dtype != dtype or (dtype != torch.float32 and dtype != torch.float64) or Q.device != b.device:
         return False
     q_shape, b_shape = Q.shape, b.shape
-    return len(q_shape) == 3 and q_shape[:2] == b_shape and q_shape[1] == q_shape[2]
+    return len(q_shape) == 3 and len(b_shape) == 2 and q_shape[:2] == b_shape and q_shape[1] == q_shape[2]
 
 
 def _plain_schedule(names, schedule, b):
