@@ -263,6 +263,37 @@ def test_a_coefficient_that_fits_the_batch_in_two_ways():
         F.gradient_descent(uk.Diagonal(torch.rand(4, 1, 3, 5)), images[:, :, :3], steps, 3)
 
 
+@pytest.mark.parametrize("name", ["mu", "momentum", "extrapolation", "threshold", "weight", "lower", "upper"])
+@pytest.mark.parametrize("structure", ["diagonal", "tikhonov"])
+def test_every_value_that_fits_the_batch_in_two_ways(name, structure):
+    images, values = torch.randn(4, 1, 4, 5), torch.rand(4, 1)
+    Q = uk.Diagonal(torch.rand(4, 1, 4, 5)) if structure == "diagonal" else uk.Tikhonov(images / 2, images)
+    proxes = {
+        "threshold": uk.prox.SoftThreshold,
+        "weight": uk.prox.L1,
+        "lower": lambda x: uk.prox.Box(-x, None),
+        "upper": lambda x: uk.prox.Box(None, x),
+    }
+
+    def run(x):
+        if name == "mu":
+            return F.nesterov(Q, images, 0.3, x, 3)
+        if name in proxes:
+            return F.gradient_descent(Q, images, 0.3, 3, prox=proxes[name](x))
+        return F.momentum(Q, images, 0.3, *((x, 0.1) if name == "momentum" else (0.1, x)), 3)
+
+    message = rf"{name}: shape \[4, 1\] .* write \[1, 1, 4, 1\] for the last, \[4, 1, 1, 1\] for the first"
+    with pytest.warns(UserWarning, match=message):
+        rows = run(values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(rows, run(values.reshape(1, 1, 4, 1)))
+        run(values.reshape(4, 1, 1, 1))
+        if name in ("weight", "lower", "upper"):
+            # an image that all share
+            run(torch.rand(4, 5))
+
+
 def test_unavailable_backend_says_how_to_get_it():
     for name in ("cpu", "cuda", "triton"):
         if name not in uk.available_backends():

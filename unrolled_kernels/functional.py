@@ -561,16 +561,16 @@ def _check_coefficient(name, value, batch, num_steps, b):
     return value
 
 
-def _warn_if_ambiguous(name, shape, batch):
-    """Warn where a coefficient's dimensions fit the first of the batch as well as the last, to which they belong."""
+def _warn_if_ambiguous(name, shape, batch, last="num_steps"):
+    """Warn where a value's dimensions fit the first of the batch as well as the last, to which they belong."""
     own = shape[:-1]
     if own != batch[: len(own)] or math.prod(own) == 1:
         return
     ones = [1] * (len(batch) - len(own))
+    full = f"(*batch, {last}) = {[*batch, last]}".replace("'", "")
     warnings.warn(
-        f"{name}: shape {list(shape)} broadcasts to the last dimensions of (*batch, num_steps) = "
-        f"{[*batch, 'num_steps']}, and would fit the first too; write {[*ones, *shape]} for the last, "
-        f"{[*own, *ones, shape[-1]]} for the first".replace("'", ""),
+        f"{name}: shape {list(shape)} broadcasts to the last dimensions of {full}, and would fit the first too; write "
+        f"{[*ones, *shape]} for the last, {[*own, *ones, shape[-1]]} for the first",
         stacklevel=2,
     )
 
@@ -601,6 +601,9 @@ def _check_rows(name, value, shape, b):
             raise ValueError(f"device: b is on {b.device} but {name} is on {value.device}; move one of them")
         value = value.to(b.device)
     _check.check_broadcast(name, value.shape, shape, "(*batch, d)")
+    # [*batch, 1] is a value of each sample, where [*batch, d] may be an image that all share
+    if 1 < value.dim() < len(shape) and value.shape[-1] != shape[-1] and not torch.compiler.is_compiling():
+        _warn_if_ambiguous(name, value.shape, shape[:-1], "d")
     return value if value.dtype == compute else value.to(compute)
 
 
