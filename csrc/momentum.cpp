@@ -267,7 +267,9 @@ std::tuple<Tensor, Tensor, Tensor> momentum_stopping(OptionalTensor matrix, Opti
                                                      OptionalTensor threshold, int64_t num_steps, double tolerance) {
   Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum, extrapolation,
                  mu,     lower,    upper,    weight, threshold, num_steps,  false};
-  STD_TORCH_CHECK(b.is_cpu() && b.dim() == 2 && num_steps > 0, "b: expected [B, d], on a CPU; num_steps: one or more");
+  // where there is nothing to move no kernel would write what Stopping says
+  STD_TORCH_CHECK(b.is_cpu() && b.dim() == 2 && b.size(1) > 0 && num_steps > 0,
+                  "b: expected [B, d ≥ 1], on a CPU; num_steps: one or more");
   const Stops stops{tolerance, allocate(b, ScalarType::Long, {b.size(0)}),
                     allocate(b, compute_scalar_type(b.scalar_type()), {b.size(0)})};
   Tensor y = forward(args, {}, stops);

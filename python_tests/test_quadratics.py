@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import unrolled_kernels.functional as F
-from unrolled_kernels import Diagonal, Spectral, Tikhonov, UnrolledGD
+from unrolled_kernels import Diagonal, Spectral, Tikhonov, UnrolledGD, prox, theory
 from unrolled_kernels.testing import STRUCTURES, random_quadratic
 
 structured = pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "dense"])
@@ -133,6 +133,20 @@ def test_no_dimension_at_all(structure, backend, shared):
             y.sum().backward()
         if isinstance(step_size, torch.Tensor):
             assert torch.equal(step_size.grad, torch.zeros_like(step_size))
+    for options in (
+        {"prox": prox.L1(0.1)},
+        {"prox": prox.Box(torch.zeros(0), 1.0), "backward": "implicit"},
+        {"backward_steps": 2},
+        {"tolerance": 0.1},
+    ):
+        y, info = F.momentum(Q, b, step_size, 0.1, 0.1, 4, return_info=True, backend=backend, **options)
+        y.sum().backward()
+        assert y.shape == (2, 3, 0)
+        # the first step moves nothing
+        assert (info.num_steps == (1 if "tolerance" in options else 4)).all()
+        assert torch.equal(info.residual, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="Q: expected matrices of size d ≥ 1, got d = 0"):
+        theory.check(UnrolledGD(4), Q)
     assert F.minimize(Q, b).shape == F.nesterov(Q, b, 0.3, None, 4).shape == (2, 3, 0)
     weights = torch.rand(2, 0), torch.rand(2, 0), [], torch.rand(0, 2)
     assert F.rnn(Q, b, weights, 4, backend=backend).shape == (2, 3, 0)

@@ -122,6 +122,8 @@ def spectrum_bounds(
     _check.check_tensors(_check.check_Q(Q))
     if method not in ("auto", "exact", "lanczos"):
         raise ValueError(f"method: expected one of ('auto', 'exact', 'lanczos'), got {method!r}")
+    if Q.shape[-1] == 0:
+        raise ValueError("Q: expected matrices of size d ≥ 1, got d = 0")
     if not isinstance(Q, torch.Tensor):
         low, high = (x.detach() for x in Q.spectrum_bounds())
         work = torch.promote_types(low.dtype, torch.float32)
@@ -129,8 +131,6 @@ def spectrum_bounds(
     eps = torch.finfo(Q.dtype).eps
     Q = Q.detach().to(torch.promote_types(Q.dtype, torch.float32))
     _refuse_asymmetric(Q, eps)
-    if Q.shape[-1] == 0:
-        raise ValueError("Q: expected matrices of size d ≥ 1, got d = 0")
     if method == "exact" or (method == "auto" and Q.shape[-1] <= _EXACT_DIM):
         eigenvalues = torch.linalg.eigvalsh(Q)
         return eigenvalues[..., 0], eigenvalues[..., -1]

@@ -31,7 +31,8 @@ def run(op, backend, *arguments, tolerance):
         tensors[_BETA] = tensors[_GAMMA] = nesterov_momentum(tensors[_PHI], tensors[_MU])
         tensors[_MU] = None
     may_know = _may_know(backend, num_steps, trajectory)
-    on_cpu = may_know and backend == "cpu"
+    # where a sample has nothing that moves no kernel looks at it
+    on_cpu = may_know and backend == "cpu" and tensors[_Y0 - 1].shape[1] > 0
     with torch.no_grad():
         if on_cpu:
             never = -1.0
@@ -79,10 +80,11 @@ def measure(backend, *arguments, tolerance):
     ys = exact(backend, *tensors, num_steps, True)
     if num_steps == 0:
         return ys[0].to(b.dtype), b.new_zeros(b.shape[0], dtype=torch.int64), ys.new_zeros(b.shape[0])
-    change = (ys[1:] - ys[:-1]).abs().amax(-1)
+    largest = lambda x: x.abs().amax(-1) if x.shape[-1] > 0 else x.sum(-1)  # of nothing: 0
+    change = largest(ys[1:] - ys[:-1])
     if tolerance is None:
         return ys[-1].to(b.dtype, copy=True), torch.full_like(change[0], num_steps, dtype=torch.int64), change[-1]
-    small = change <= tolerance * ys[1:].abs().amax(-1).clamp(min=1)
+    small = change <= tolerance * largest(ys[1:]).clamp(min=1)
     before = (small.cumsum(0) == 0).sum(0)  # steps before the first small one
     taken = (before + 1).clamp(max=num_steps)
     y = ys.gather(0, taken.reshape(1, -1, 1).expand(1, *b.shape)).squeeze(0)
