@@ -225,10 +225,11 @@ def computed():
         (uk.UnrolledGD(4, 0.5, per_step=True, **region), "step_size", "step_size_logit", torch.linspace(0.1, 0.4, 4)),
         (uk.UnrolledNAG(4, 0.5, **region), "step_size", "step_size_logit", torch.tensor(0.2)),
         (uk.UnrolledNAG(4, 0.5, learn_mu=True), "mu", "mu_log", 0.3),
+        (uk.UnrolledNAG(4, 0.5, per_step=True, learn_mu=True, **region), "step_size", "step_size_logit", 0.1),
     ]
 
 
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", range(5))
 def test_a_value_in_other_coordinates_is_assigned_as_what_it_is(problem, case):
     layer, name, held, value = computed()[case]
     parameter = getattr(layer, held)
@@ -241,7 +242,7 @@ def test_a_value_in_other_coordinates_is_assigned_as_what_it_is(problem, case):
     assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", range(5))
 def test_a_computed_value_refuses_to_be_written_into(case):
     layer, name, held, _ = computed()[case]
     before = getattr(layer, held).detach().clone()
@@ -268,6 +269,11 @@ def test_assigned_values_are_checked():
     layer = uk.UnrolledGD(4, 0.5, learn_step_size=True, stable_region=(0.1, 2.0))
     with pytest.raises(ValueError, match=r"step_size: expected a value inside the stable region \(0, 0.952381\)"):
         layer.step_size = 1.0
+    fixed = uk.UnrolledNAG(4, 0.5, stable_region=(0.1, 2.0))
+    with pytest.raises(ValueError, match=r"step_size: expected a value inside the stable region \(0, 0.655738\)"):
+        fixed.step_size = 1.0
+    fixed.step_size = 0.6
+    assert fixed.step_size == 0.6
     with pytest.raises(
         ValueError, match=r"step_size: shape \[3\] does not broadcast to the shape that the layer learns"
     ):
@@ -286,6 +292,14 @@ def test_learned_values_keep_their_dtype_and_device():
     assert layer.mu.item() == pytest.approx(0.1, rel=1e-15)
     layer = uk.UnrolledNAG(3, mu, mu, learn_step_size=True, learn_mu=True, stable_region=(0.1, 1.0))
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    region = {"learn_step_size": True, "per_step": True, "stable_region": (0.1, 1.0)}
+    for layer in (
+        uk.UnrolledNAG(3, mu, mu, learn_mu=True, **region),
+        uk.UnrolledGD(3, mu, per_step=True),
+        uk.UnrolledMomentum(3, mu, mu, mu),
+        uk.UnrolledGD(3, mu, prox=uk.prox.L1(mu), learn_prox=True),
+    ):
+        assert {x.dtype for x in layer.state_dict().values()} == {torch.float64}
 
 
 def test_repr_on_the_meta_device():
@@ -293,6 +307,14 @@ def test_repr_on_the_meta_device():
         made = uk.UnrolledNAG(3, 0.5, learn_step_size=True, learn_mu=True)
     for layer in (made, uk.UnrolledNAG(3, 0.5, learn_step_size=True, learn_mu=True).to("meta")):
         assert "step_size=[] (learned), mu=[] (learned)" in repr(layer)
+    make = (
+        lambda: uk.UnrolledGD(3, 0.5, learn_step_size=True, stable_region=(0.1, 1.0)),
+        lambda: uk.UnrolledMomentum.fista(3, 0.5, prox=uk.prox.L1(torch.tensor(0.1))),
+        lambda: uk.UnrolledRNN(3, 4, stable_region=(0.1, 1.0)),
+    )
+    for layer in make:
+        with torch.device("meta"):
+            assert repr(layer()) == repr(layer().to("meta"))
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["data", "swap"])
@@ -301,7 +323,12 @@ def test_conversion_while_a_finished_graph_is_referenced(swap):
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
         layers = [uk.UnrolledGD(4, 0.5, learn_step_size=True), uk.UnrolledMomentum.fista(4, 0.3), uk.UnrolledRNN(3, 5)]
-        for layer in [*layers, uk.UnrolledNAG(4, 0.5, learn_step_size=True, learn_mu=True)]:
+        region = {"stable_region": (0.1, 1.0)}
+        layers += [
+            uk.UnrolledNAG(4, 0.5, learn_step_size=True, learn_mu=True, **region),
+            uk.UnrolledRNN(3, 5, **region),
+        ]
+        for layer in layers:
             b = torch.ones(2, 5, requires_grad=True)
             y = layer(0.5 * torch.eye(5).expand(2, 5, 5), b)
             y.sum().backward()

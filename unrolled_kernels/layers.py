@@ -159,8 +159,10 @@ class _StepSize(_Unrolled):
     def __init__(self, num_steps, step_size, learn_step_size, per_step, stable_region, *options):
         super().__init__(num_steps, *options)
         _check.check_number("step_size", step_size)
-        if per_step and not (isinstance(step_size, torch.Tensor) and step_size.dim() > 0):
-            step_size = torch.as_tensor(step_size, dtype=torch.get_default_dtype()).expand(self.num_steps)
+        if per_step and not isinstance(step_size, torch.Tensor):
+            step_size = torch.tensor(float(step_size))
+        if per_step and step_size.dim() == 0:
+            step_size = step_size.expand(self.num_steps)
         self.stable_region = None if stable_region is None else _check_region(stable_region)
         self.max_step_size = None
         if stable_region is not None:
@@ -202,6 +204,8 @@ class _StepSize(_Unrolled):
 
     def __setattr__(self, name, value):
         if name not in self._computed:
+            if name == "step_size" and self.max_step_size is not None:
+                self._step_size_logit(value)
             return super().__setattr__(name, value)
         _check.check_number(name, value)
         if name == "step_size":
