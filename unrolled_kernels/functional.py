@@ -29,7 +29,7 @@ from unrolled_kernels.ops.momentum.function import dense as _dense_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
 from unrolled_kernels.prox import Prox, SoftThreshold, check_prox
-from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, same_shape, smallest_eigenvalue
+from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, once, same_shape, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
 __all__ = ["Info", "gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
@@ -348,7 +348,7 @@ def rnn(
     if isinstance(Q, Tikhonov):
         Q, b = Q.as_diagonal(b)
     elif isinstance(Q, Spectral):
-        Q = Q.to_dense()
+        Q = once(Q).to_dense()
     matrix, diagonal = (Q, None) if isinstance(Q, torch.Tensor) else (None, Q.q)
     flat = (math.prod(shape[:-1]), shape[-1])
     diagonal, b, y0 = (_reshape(x, shape, flat) for x in (diagonal, b, y0))
@@ -384,8 +384,14 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
         Q, b = Q.as_diagonal(b)
     work = torch.promote_types(b.dtype, torch.float32)
     if isinstance(Q, torch.Tensor):
-        rhs = b.to(work).expand(shape).unsqueeze(-1)
-        return -torch.linalg.solve(Q.to(work), rhs).squeeze(-1).to(b.dtype)
+        Q, rhs = once(Q).to(work), b.to(work).expand(shape)
+        if math.prod(Q.shape[:-2]) == 1:
+            # factored once for all of the batch
+            rows = rhs.reshape(math.prod(shape[:-1]), shape[-1])
+            y = torch.linalg.solve(Q.reshape(Q.shape[-2:]), rows.mT).mT.reshape(shape)
+        else:
+            y = torch.linalg.solve(Q, rhs.unsqueeze(-1)).squeeze(-1)
+        return -y.to(b.dtype)
     return -Q.to(work).solve(b.to(work)).to(b.dtype)
 
 
@@ -440,7 +446,7 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
     else:
         if isinstance(Q, Spectral):
             # the map is not diagonal in the eigenbasis: two products a step there and back, where Q itself takes one
-            Q = Q.to_dense()
+            Q = once(Q).to_dense()
         rows, threshold = _check_prox_tensors(prox, shape, num_steps, b)
         *tensors, batch = _canonical(Q, b, y0, shape, (*schedule, threshold), rows)
         flat = tuple(tensors[3].shape)
@@ -669,5 +675,5 @@ def _to_float32(x):
     if isinstance(x, Structure):
         return x.map(_to_float32)
     if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16):
-        return x.float()
+        return once(x).float().expand(x.shape) if x.dim() > 2 else x.float()
     return x

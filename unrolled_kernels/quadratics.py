@@ -7,7 +7,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from unrolled_kernels._torch_private import collate_functions, pytree
+from unrolled_kernels._torch_private import (
+    collate_functions,
+    forward_mode_is_active,
+    pytree,
+    transforms_are_active,
+)
 
 
 def same_shape(shape, other):
@@ -292,17 +297,40 @@ class Tikhonov(Structure):
         return q.amin(-1), q.amax(-1)
 
 
+def once(Q):
+    """What broadcasts to a Q of stride 0 in the batch without the samples that repeat others.
+
+    Q as it is where each of them may have a derivative of its own, and where a program is traced, which takes a Q that
+    repeats nothing too.
+    """
+    if isinstance(Q, Structure):
+        return _unflatten(
+            type(Q), [_once(x, own) for x, own in zip(Q.tensors.values(), Q._own_dims.values(), strict=True)]
+        )
+    return _once(Q, 2)
+
+
+def _once(x, own_dims):
+    traced = type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if x.requires_grad or traced or transforms_are_active() or forward_mode_is_active():
+        return x
+    for dim in range(x.dim() - own_dims):
+        if x.stride(dim) == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
 # what μ is held above where it is taken from a Q that is not positive definite
 SMALLEST_MU = 1e-6
 
 
 def smallest_eigenvalue(Q):
-    """μ of each sample's Q, or of its symmetric part, ``[*batch]``, detached and not below ``SMALLEST_MU``."""
+    """μ of each sample's Q or its symmetric part, detached and not below ``SMALLEST_MU``; broadcasts to the batch."""
     *batch, _, d = Q.shape
     if d == 0:
         return torch.full(batch, SMALLEST_MU, dtype=Q.dtype, device=Q.device)
     if isinstance(Q, torch.Tensor):
-        work = Q.detach().to(torch.promote_types(Q.dtype, torch.float32))
+        work = once(Q.detach()).to(torch.promote_types(Q.dtype, torch.float32))
         mu = torch.linalg.eigvalsh((work + work.mT) / 2)[..., 0]
     else:
         mu = Q.spectrum_bounds()[0].detach()
