@@ -1,5 +1,6 @@
 """Bad input is refused before any kernel starts, by a message that names the argument, what was got and expected."""
 
+import asyncio
 import fractions
 import subprocess
 import sys
@@ -58,6 +59,16 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
             ValueError,
             "device: b is on cpu but step_size is on meta; move one of them",
         ),
+        (
+            lambda: F.nesterov(Q, b, 1.0, torch.tensor(0.1, device="meta"), 2),
+            ValueError,
+            "device: b is on cpu but mu is on meta; move one of them",
+        ),
+        (
+            lambda: F.gradient_descent(Q, b, 1.0, 2, prox=uk.prox.Box(torch.tensor(0.1, device="meta"))),
+            ValueError,
+            "device: b is on cpu but lower is on meta; move one of them",
+        ),
         *(
             (
                 call,
@@ -71,6 +82,12 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
                 ("b", lambda: F.gradient_descent(Q, b.to_sparse(), 1.0, 2)),
                 ("b", lambda: F.minimize(Q, b.to_sparse())),
                 ("y0", lambda: F.gradient_descent(Q, b, 1.0, 2, y0=b.to_sparse())),
+                ("step_size", lambda: F.gradient_descent(Q, b, torch.ones(2).to_sparse(), 2)),
+                ("mu", lambda: F.nesterov(Q, b, 1.0, torch.ones(2).to_sparse(), 2)),
+                ("Q", lambda: F.nesterov(Q.to_sparse(), b, 1.0, None, 2)),
+                ("Q", lambda: F.gradient_descent(Q.to_sparse(), b, 1.0, 2, tolerance=0.1)),
+                ("weight", lambda: uk.prox.L1(b.to_sparse())),
+                ("W2 of weights", lambda: F.rnn(Q, b, (b, b.to_sparse(), [], b.mT), 2)),
             )
         ),
         (
@@ -237,6 +254,7 @@ def test_real_numbers_of_other_libraries_are_coefficients(kind):
         assert layer.step_size.dtype == torch.float32
         same.append(
             [F.gradient_descent(Q, b, x, 2), F.nesterov(Q / 2, b, x, x, 2), F.momentum(Q, b, x, x, x, 2), layer(Q, b)]
+            + [F.gradient_descent(Q, b, 0.3, 2, prox=g, tolerance=x) for g in (uk.prox.L1(x), uk.prox.Box(-x, x))]
         )
     torch.testing.assert_close(*same, rtol=0, atol=0)
 
@@ -386,6 +404,31 @@ def test_use_backend_is_its_threads_own():
         thread.join()
     assert seen.pop("first") == "eager"
     assert set(seen.values()) == {before} == {_backend.resolve(None, cpu)}
+
+
+def test_use_backend_is_its_tasks_own():
+    """Tasks of one thread in blocks that overlap; and a block that an exception leaves."""
+    from unrolled_kernels import _backend
+
+    chosen = lambda: _backend.resolve(None, torch.device("cpu"))
+    before = chosen()
+
+    async def task(name, waits):
+        with uk.use_backend(name):
+            await asyncio.sleep(0.01 * waits)
+            inside = chosen()
+            await asyncio.sleep(0.01 * waits)
+        return inside, chosen()
+
+    async def tasks():
+        return await asyncio.gather(task("eager", 1), task("auto", 2), task("eager", 3))
+
+    assert asyncio.run(tasks()) == [("eager", before), (before, before), ("eager", before)]
+    with pytest.raises(KeyError), uk.use_backend("eager"):
+        raise KeyError
+    assert chosen() == before
+    assert uk.use_backend("eager")(chosen)() == "eager"
+    assert chosen() == before
 
 
 def test_a_compiled_graph_keeps_its_backend():

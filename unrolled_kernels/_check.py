@@ -43,14 +43,19 @@ def check_tensors(tensors):
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}; take {name}.to_dense()")
+        check_dense(name, x)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != first.dtype:
             raise ValueError(f"dtype: {first_name} has {first.dtype} but {name} has {x.dtype}; convert one of them")
         if x.device != first.device:
             raise ValueError(f"device: {first_name} is on {first.device} but {name} is on {x.device}; move one of them")
+
+
+def check_dense(name, x):
+    """A tensor that is not sparse."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}; take {name}.to_dense()")
 
 
 def check_weights(weights):
@@ -86,6 +91,8 @@ def check_weight_tensors(matrices, d, b):
         )
     dtypes, device = (b.dtype, torch.promote_types(b.dtype, torch.float32)), b.device
     for i, W in enumerate(matrices):
+        if W.layout is not torch.strided:
+            check_dense(f"{_weight_name(i, matrices)} of weights", W)
         if W.dtype not in dtypes:
             name = _weight_name(i, matrices)
             raise ValueError(f"dtype: b has {b.dtype} but {name} of weights has {W.dtype}; convert one of them")
@@ -102,7 +109,7 @@ def check_tolerance(tolerance, backward_steps):
     """None, or a float >= 0."""
     if tolerance is None:
         return
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+    if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
         raise TypeError(f"tolerance: expected a float >= 0 or None, got {tolerance!r} ({type(tolerance).__name__})")
     if not tolerance >= 0:
         raise ValueError(f"tolerance: expected a float >= 0 or None, got {tolerance}")
@@ -169,5 +176,6 @@ def check_number(name, value):
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a float or a floating-point tensor, got a tensor of dtype {value.dtype}")
+        check_dense(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a float or a floating-point tensor, got {value!r} ({type(value).__name__})")

@@ -195,7 +195,7 @@ def nesterov(
     num_steps = _check.check_num_steps(num_steps)
     _check.check_number("step_size", step_size)
     if mu is None:
-        _check.check_Q(Q)
+        _check.check_tensors(_check.check_Q(Q))
         mu = smallest_eigenvalue(Q).unsqueeze(-1)
     _check.check_number("mu", mu)
     _check.check_positive("mu", mu)
@@ -457,6 +457,7 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
     if stopping == _NO_STOPPING:
         y = op(*arguments)
     else:
+        tolerance = None if tolerance is None else float(tolerance)
         y, taken, residual = _stopping.run(op, *arguments, tolerance=tolerance)
         info = Info(taken.reshape(shape[:-1]), residual.reshape(shape[:-1]))
     final_shape = (num_steps + 1, *shape) if return_trajectory else shape
