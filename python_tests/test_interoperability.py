@@ -140,6 +140,27 @@ def test_compiled_code_that_writes_into_what_backward_needs(name, structure):
             run(b.clone(), *tensors).sum().backward()
 
 
+@main_layers
+@every_structure
+def test_code_that_writes_into_any_input(name, structure):
+    """Refused, or right where the backward does not need what was written into."""
+    model = Model(name, structure)
+    run = lambda b, *rest: model.layer(STRUCTURES[structure](*rest[:-1]), b, rest[-1]).sum()
+    for i in range(len(problem(structure)) + 1):
+        inputs = [*problem(structure), torch.ones(4, 5, requires_grad=True)]
+        inputs[i] = inputs[i].detach()
+        wanted = [x for x in inputs if x.requires_grad]
+        expected, y = torch.autograd.grad(run(*inputs), wanted), run(*inputs)
+        inputs[i].mul_(2)
+        actual, refusal = expected, "modified by an inplace operation"
+        try:
+            actual = torch.autograd.grad(y, wanted)
+        except RuntimeError as error:
+            refusal = str(error)
+        assert "modified by an inplace operation" in refusal
+        torch.testing.assert_close(actual, expected)
+
+
 class All(nn.Module):
     """Layers on structures of Q, each on its own inputs."""
 
@@ -197,8 +218,17 @@ class Shared(nn.Module):
         ]
 
 
-@pytest.mark.parametrize(("leading", "rest"), [((), ()), ((), (3,)), ((1,), ())], ids=["none", "two", "one"])
-def test_export_of_what_the_batch_shares(leading, rest):
+@pytest.mark.parametrize(
+    ("leading", "rest", "size"),
+    [
+        ((), (), torch.export.Dim("batch", min=2)),
+        ((), (), torch.export.Dim.AUTO),
+        ((), (3,), torch.export.Dim("batch", min=2)),
+        ((1,), (), torch.export.Dim("batch", min=2)),
+    ],
+    ids=["none", "auto", "two", "one"],
+)
+def test_export_of_what_the_batch_shares(leading, rest, size):
     """Q of no batch dimension or of one of size 1, b of one or two: the program takes any B, d among them."""
     d, model = 5, Shared()
     problems = {s: [x.detach()[0].expand(*leading, *x.shape[1:]) for x in problem(s)[1:]] for s in STRUCTURES}
@@ -382,17 +412,44 @@ def test_gradient_penalty_under_autocast(name, structure):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@every_structure
+@pytest.mark.parametrize("call", ["minimize", "rnn", "prox", "implicit"])
+def test_gradient_penalty_called_outside_autocast(call, structure):
+    """Where a dense matrix is a product or a solution of torch's, gradients are float32 as torch asks for them.
+
+    Inside of the block torch multiplies in half in the backward of its own products.
+    """
+    weights = LAYERS["rnn"]().weights
+    run = {
+        "minimize": F.minimize,
+        "rnn": lambda Q, b: F.rnn(Q, b, weights, 3),
+        "prox": lambda Q, b: F.gradient_descent(Q, b, 0.3, 4, prox=uk.prox.L1(0.01)),
+        "implicit": lambda Q, b: F.gradient_descent(Q, b, 0.3, 20, backward="implicit"),
+    }[call]
+    inputs = problem(structure)
+
+    def gradients(enabled):
+        b, *tensors = inputs
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = run(STRUCTURES[structure](*tensors), b)
+        (slope,) = torch.autograd.grad(y.square().sum(), b, create_graph=True)
+        return torch.autograd.grad(weighted_loss(y) + slope.square().sum(), inputs)
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-6, atol=1e-6)
+
+
 @every_layer
 @every_structure
-def test_stored_in_half(name, structure):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_stored_in_half(name, structure, dtype):
     """Outside of autocast half goes in and half comes out, whatever the dtype of the layer's own parameters."""
     model = Model(name, structure)
     inputs = problem(structure)
-    half = [x.detach().bfloat16() for x in inputs]
+    half = [x.detach().to(dtype) for x in inputs]
     rounded = [x.float() for x in half]
-    for same in (model, copy.deepcopy(model).bfloat16()):
+    for same in (model, copy.deepcopy(model).to(dtype)):
         y = same(*half)
-        assert y.dtype == torch.bfloat16
+        assert y.dtype == dtype
         exact = copy.deepcopy(same).double()(*(x.double() for x in rounded))
         assert_as_close_as_eager(y, exact, in_eager(same)(*half))
 

@@ -404,7 +404,7 @@ def test_gradients_of_the_raw_op(backend, structure, method):
         ops.momentum_backward(grad, *tensors, k, trajectory, 8)[3].sum().backward()
 
 
-@pytest.mark.parametrize("call", ["gradient_descent", "nesterov", "rnn"])
+@pytest.mark.parametrize("call", ["gradient_descent", "nesterov", "momentum", "rnn"])
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "backward"])
 def test_compile_counts_steps_dynamically(call, differentiated):
     """One dynamic graph for any number of steps, after that of the first call."""
@@ -415,6 +415,9 @@ def test_compile_counts_steps_dynamically(call, differentiated):
     call = {
         "gradient_descent": lambda Q, b, k: F.gradient_descent(Q, b, 0.3, k),
         "nesterov": lambda Q, b, k: F.nesterov(Q, b, 0.3, 0.5, k),
+        "momentum": lambda Q, b, k: F.momentum(
+            uk.Diagonal(Q[0] + 1), b, 0.3, 0.2, 0.1, k, prox=prox.L1(0.1), tolerance=0.01
+        ),
         "rnn": lambda Q, b, k: F.rnn(Q, b, weights, k),
     }[call]
     Q, b = torch.eye(d, dtype=torch.float64, requires_grad=differentiated), torch.ones(d, dtype=torch.float64)
