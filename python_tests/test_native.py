@@ -315,7 +315,7 @@ def _repeated_once():
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads the peak of memory from /proc")
 def test_matrices_are_read_where_they_are():
     """No copy of what is expanded or transposed, 164 MB here; and where torch solves, nothing of each that is one."""
-    _python("_read_where_they_are(); _repeated_once()")
+    _python("_read_where_they_are(); tests._repeated_once()")
 
 
 def _out_of_memory():

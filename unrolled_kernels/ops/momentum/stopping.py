@@ -32,7 +32,7 @@ def run(op, backend, *arguments, tolerance):
         tensors[_MU] = None
     may_know = _may_know(backend, num_steps, trajectory)
     # where a sample has nothing that moves no kernel looks at it
-    on_cpu = may_know and backend == "cpu" and tensors[_Y0 - 1].shape[1] > 0
+    on_cpu = may_know and backend == "cpu" and bool(tensors[_Y0 - 1].shape[1] > 0)
     with torch.no_grad():
         if on_cpu:
             never = -1.0
