@@ -148,8 +148,9 @@ __device__ __forceinline__ void assign(C (&to)[n], const C (&from)[n]) {
 }
 
 template <typename Storage, int n, int width, bool momentum, bool proximal>
-__global__ void __launch_bounds__(block) momentum_diagonal_kernel(const __grid_constant__ MomentumForward<Storage> p,
-                                                                  const __grid_constant__ DiagonalPlan plan) {
+__global__ void __launch_bounds__(block, proximal && sizeof(Storage) == 4 ? 6 : 0)
+    momentum_diagonal_kernel(const __grid_constant__ MomentumForward<Storage> p,
+                             const __grid_constant__ DiagonalPlan plan) {
   using C = compute_type<Storage>;
   const int k = static_cast<int>(p.k);
   const BlockSchedule<C, momentum, proximal> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
