@@ -296,6 +296,19 @@ CANCELS_IN_ITS_LAST_STEP = Problem(
     seed=2,
 )
 
+# the derivative by a y_0 is 1e40, and eager torch's own gradient of gamma NaN
+START_OVERFLOWS = Problem(
+    method="momentum",
+    structure="tikhonov",
+    batch=(),
+    d=1,
+    k=5,
+    dtype="f32",
+    leaves={n: Leaf((1,), grad=False) for n in ("f", "observed", "b")} | {"beta": Leaf((5,)), "gamma": Leaf(())},
+    numbers={"phi": -1.0},
+    edits={"f": "large", "observed": "denormal"},
+)
+
 
 # the strategy
 
@@ -505,6 +518,7 @@ def extreme_problems(draw):
 @backends
 @examples(300)
 @given(problem=extreme_problems())
+@example(problem=START_OVERFLOWS)
 def test_extreme_values(backend, problem):
     """Right where nothing can overflow, whatever Q and the step sizes are, and not finite where y is too large.
 
@@ -516,13 +530,22 @@ def test_extreme_values(backend, problem):
     negated = lambda name, x: -abs(x) if name in ("phi", "observed") else abs(x)
     largest = dataclasses.replace(problem, numbers={n: negated(n, x) for n, x in problem.numbers.items()})
 
-    def run_largest(problem):
-        of = {n: negated(n, x) for n, x in values.items()}
-        return problem.run("eager", torch.float64, of, full=True, cotangent=problem.cotangent_values().abs())
+    start = {} if "y0" in problem.leaves else {"y0": torch.zeros(problem.d, dtype=torch.float64)}
+    from_start = dataclasses.replace(
+        largest, gradients={}, leaves=largest.leaves | {n: Leaf(x.shape) for n, x in start.items()}
+    )
 
-    bounds = run_largest(largest)
+    def run_largest(problem, cotangent):
+        of = {n: negated(n, x) for n, x in (values | start).items() if n in problem.leaves}
+        return problem.run("eager", torch.float64, of, full=True, cotangent=cotangent)
+
+    cotangent = problem.cotangent_values().abs()
+    bounds = run_largest(largest, cotangent)
     compute = torch.promote_types(dtype, torch.float32)
-    formed = [*bounds.values(), *([1 + values["f"].square()] if problem.structure == "tikhonov" else [])]
+    # the derivative by a y_0 too, where there is none: 1 - φ Q of a step, which meets zeros
+    formed = [*bounds.values(), run_largest(from_start, torch.ones_like(cotangent))["y0"]]
+    if problem.structure == "tikhonov":
+        formed.append(1 + values["f"].square())
     overflows = any(not (x.abs() < torch.finfo(compute).max / 64).all() for x in formed)
     for name, result in problem.run(backend, dtype, values).items():
         limits = torch.finfo(result.dtype)
@@ -542,6 +565,6 @@ def test_extreme_values(backend, problem):
         if name in ("beta", "gamma") and "y0" in values:
             # the reference, and the last steps taken alone, form m_t as a difference of states, y_0 and what was
             # added to it; the kernels, which do not, may know it better
-            states = run_largest(dataclasses.replace(largest, gradients={}))
+            states = run_largest(from_start, cotangent)
             scale = max(scale, (states["y0"] * values["y0"]).abs().sum().item())
         assert_as_close_as_eager(result[sure], true[sure], eager, name, scale)
