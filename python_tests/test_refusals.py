@@ -114,6 +114,9 @@ Q, b = torch.eye(4).expand(3, 4, 4), torch.ones(3, 4)
             "step_size: expected a float or a floating-point tensor, got '1'",
         ),
         (lambda: F.gradient_descent(Q, b, torch.tensor(1), 2), TypeError, "step_size: expected .* dtype torch.int64"),
+        (lambda: F.gradient_descent(Q, b, np.ones(2), 2), TypeError, r"step_size: expected .* got array\(\[1., 1.\]\)"),
+        (lambda: F.gradient_descent(np.eye(4), b, 1.0, 2), TypeError, "Q: expected a tensor, .* got ndarray"),
+        (lambda: F.gradient_descent(Q, np.ones(4), 1.0, 2), TypeError, "b: expected a tensor, got ndarray"),
         (
             lambda: F.gradient_descent(Q, b, torch.ones(3), 2),
             ValueError,
