@@ -43,7 +43,8 @@ def check_tensors(tensors):
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        check_dense(name, x)
+        if x.layout is not torch.strided:
+            _refuse_sparse(name, x)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != first.dtype:
@@ -52,10 +53,8 @@ def check_tensors(tensors):
             raise ValueError(f"device: {first_name} is on {first.device} but {name} is on {x.device}; move one of them")
 
 
-def check_dense(name, x):
-    """A tensor that is not sparse."""
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}; take {name}.to_dense()")
+def _refuse_sparse(name, x):
+    raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}; take {name}.to_dense()")
 
 
 def check_weights(weights):
@@ -92,7 +91,7 @@ def check_weight_tensors(matrices, d, b):
     dtypes, device = (b.dtype, torch.promote_types(b.dtype, torch.float32)), b.device
     for i, W in enumerate(matrices):
         if W.layout is not torch.strided:
-            check_dense(f"{_weight_name(i, matrices)} of weights", W)
+            _refuse_sparse(f"{_weight_name(i, matrices)} of weights", W)
         if W.dtype not in dtypes:
             name = _weight_name(i, matrices)
             raise ValueError(f"dtype: b has {b.dtype} but {name} of weights has {W.dtype}; convert one of them")
@@ -176,6 +175,7 @@ def check_number(name, value):
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a float or a floating-point tensor, got a tensor of dtype {value.dtype}")
-        check_dense(name, value)
+        if value.layout is not torch.strided:
+            _refuse_sparse(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a float or a floating-point tensor, got {value!r} ({type(value).__name__})")
