@@ -23,7 +23,7 @@ from PIL import Image
 
 import unrolled_kernels as uk
 from unrolled_kernels.experiments import checkpoint, cli
-from unrolled_kernels.experiments.denoising import apply, data, evaluation, images, measurements, report, train
+from unrolled_kernels.experiments.denoising import apply, data, evaluation, gaps, images, measurements, report, train
 from unrolled_kernels.experiments.denoising.grid import PRESETS, Grid, Training, Trial
 from unrolled_kernels.experiments.denoising.model import CASES, DnCNN, StepSize, energy_layer, make_model
 from unrolled_kernels.experiments.denoising.weights import to_tensors
@@ -108,30 +108,47 @@ def test_folds_share_images_and_noise_and_leave_a_fixed_denoiser_no_gap(task):
     gaps = []
     for seed, (train_index, test_index) in zip(range(4, 8), splits, strict=True):
         assert torch.equal(torch.cat([train_index, test_index]).sort().values, torch.arange(24))
-        losses = [evaluation.squared_error(*task.pairs(index, seed)) for index in (train_index, test_index)]
+        losses = [
+            evaluation.squared_error(*task.pairs(index, seed)).mean().item() for index in (train_index, test_index)
+        ]
         gaps.append(losses[1] - losses[0])
     assert max(map(abs, gaps)) > 1e-5
     assert sum(gaps) == pytest.approx(0, abs=1e-8)
 
 
-def test_gaps_are_compared_fold_by_fold():
-    rows = [
-        {"case": case, "algorithm": algorithm, "num_steps": 3, "seed": seed, "gap": base + shift * (algorithm == "nag")}
-        for case, shift in (("under", 1e-4), ("over", 0.0))
-        for algorithm in ("gd", "nag")
-        for seed, base in enumerate((-5e-3, 4e-3, 2e-3, 1e-3))
-    ]
-    # differences that are all the same tell the algorithms apart whatever the folds do to both
-    rows[-1]["gap"] += 1e-6
-    table_ = report.gaps_table(pd.DataFrame(rows)).splitlines()
-    assert re.fullmatch(r"\| under \| 3 \|.* -1.0e-04 ± .* \| GD smaller \|", table_[2])
+def test_gaps_are_compared_image_by_image():
+    random = np.random.default_rng(0)
+    of_image = random.uniform(0.0, 1.0, 24)  # images differ far more than gaps
+    rows = []
+    for case, shift in (("under", 1e-4), ("over", 0.0)):
+        for algorithm in ("gd", "nag"):
+            for seed in range(4):
+                losses = of_image + random.normal(0, 1e-6, 24)
+                losses[data.folds(24, 0)[seed]] -= 1e-3 + shift * (algorithm == "nag")
+                rows.append(
+                    {"case": case, "algorithm": algorithm, "num_steps": 3, "seed": seed, "image_losses": losses}
+                )
+    results = pd.DataFrame(rows)
+    table_ = report.gaps_table(results).splitlines()
+    assert re.fullmatch(r"\| under \| 3 \| 1.0e-03 ± .* \| 1.1e-03 ± .* \| -1.0e-04 ± .* \| GD smaller \|", table_[2])
     assert table_[3].endswith("| undecided |")
-    mean, half = report.interval(pd.Series([1.0, 2.0, 3.0, 6.0]))
+    # the mean over the images of a round is that of its models, test less train
+    models = results.query("case == 'under' and algorithm == 'gd'")
+    means = []
+    for row in models.itertuples():
+        inside = np.isin(np.arange(24), data.folds(24, 0)[row.seed])
+        means.append(row.image_losses[~inside].mean() - row.image_losses[inside].mean())
+    assert gaps.of_images(models).mean() == pytest.approx(np.mean(means), abs=1e-15)
+    # with fewer folds, of their images alone; a single model has none to compare with
+    assert (~np.isnan(gaps.of_images(models[:3]))).sum() == 18
+    assert np.isnan(gaps.of_images(models[:1])).all()
+    assert report.gaps_table(models[:1]).splitlines()[2] == "| under | 3 | – | – | – | undecided |"
     # 3.182 is Student's t at 97.5 % with three degrees of freedom
+    mean, half = gaps.interval(np.array([1.0, 2.0, np.nan, 3.0, 6.0]))
     assert (mean, half) == (3.0, pytest.approx(3.1824 * math.sqrt(14 / 3 / 4), rel=1e-4))
-    assert report.interval(pd.Series([1.0])) == (1.0, math.inf)
-    assert report.folds_sentence([0, 1, 2, 3]).startswith("Cross-fitted: 4 folds, 1 times")
-    assert report.folds_sentence([0, 1]).startswith("Not cross-fitted: 2 of 4 folds")
+    assert gaps.interval(np.array([1.0]))[1] == math.inf
+    assert report.folds_sentence([0, 1, 2, 3]).startswith("4 folds of 4: an image's loss")
+    assert report.folds_sentence([0]).startswith("One fold")
 
 
 def test_report_says_which_layers_are_behind_the_classical_methods():
@@ -562,9 +579,9 @@ def test_published_numbers_are_those_of_the_tables(publish):
         assert publish.report.filled(page, text) == page
         for figure in re.findall(r"\]\((\S+\.png)\)", page):
             assert (publish.FOLDER / figure).is_file()
-    models = publish.read("models")
-    assert not models.duplicated(publish.IDENTITY).any()
-    np.testing.assert_allclose(models["gap"], models["test_loss"] - models["train_loss"], atol=1e-12)
+    for models in map(publish.read, ("models", "fixed")):
+        assert not models.duplicated(publish.IDENTITY).any()
+        np.testing.assert_allclose(models["gap"], models["test_loss"] - models["train_loss"], atol=1e-12)
 
 
 def test_a_run_is_collected_and_published(publish, small_run, folder, tmp_path, monkeypatch, capsys):
@@ -575,7 +592,7 @@ def test_a_run_is_collected_and_published(publish, small_run, folder, tmp_path, 
     )
     monkeypatch.setattr(publish, "FOLDER", tmp_path)
     monkeypatch.setattr(publish, "PAGES", (page,))
-    assert publish.main(["--collect", str(small_run)]) == 0
+    assert publish.main(["--collect", "models", str(small_run)]) == 0
     text = page.read_text()
     assert "| about right | 1 of 80 | 2 | 1 | 6 | 16 | fresh |" in text
     assert "| about-right, GD, k = 2 |" in text

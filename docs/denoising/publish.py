@@ -1,6 +1,7 @@
 """Every figure, table and number of docs/denoising that a run measured, from the tables in docs/denoising/results.
 
-``--collect RUN…`` first writes the models of some runs and the other methods of the first one there, a row each.
+``--collect NAME RUN…`` first writes the models of some runs to ``results/NAME.parquet``, a row each: ``models``, those
+of short trainings, with other methods and the picture of the first run beside them, ``fixed``, those of 3000 epochs.
 """
 
 import argparse
@@ -32,7 +33,7 @@ IDENTITY = list(Trial.__dataclass_fields__)
 _HOW = [name for name in Training.__dataclass_fields__ if name != "epochs"]
 
 
-def collect(runs):
+def collect(name, runs):
     """Merge the results of runs, with how each trained its models; returns the files that were written."""
     tables = []
     for run in runs:
@@ -40,12 +41,14 @@ def collect(runs):
         table = pd.read_parquet(run / "results.parquet")
         tables.append(table.assign(**{name: settings[name] for name in _HOW}))
     models = pd.concat(tables, ignore_index=True).drop_duplicates(IDENTITY).sort_values(IDENTITY)
-    means = json.loads((runs[0] / "baselines.json").read_text(encoding="utf-8"))
-    methods = pd.DataFrame([(name, *values) for name, values in means.items()], columns=["method", "psnr", "ssim"])
-    pictures = FOLDER / "figure7_images.png"
-    shutil.copyfile(runs[0] / pictures.name, pictures)
-    written = [pictures]
-    for name, table in (("models", models), ("methods", methods)):
+    written, files = [], {name: models}
+    if name == "models":
+        means = json.loads((runs[0] / "baselines.json").read_text(encoding="utf-8"))
+        rows = [(method, *values) for method, values in means.items()]
+        files["methods"] = pd.DataFrame(rows, columns=["method", "psnr", "ssim"])
+        written.append(FOLDER / "figure7_images.png")
+        shutil.copyfile(runs[0] / written[0].name, written[0])
+    for name, table in files.items():
         file = FOLDER / "results" / f"{name}.parquet"
         file.parent.mkdir(exist_ok=True)
         with atomic_path(file) as temporary:
@@ -61,16 +64,23 @@ def read(name):
 
 def sections():
     """The text of every generated section by its name."""
-    models = read("models")
-    finite = models[~models["diverged"]]
-    others = {row.method: (row.psnr, row.ssim) for row in read("methods").itertuples()}
-    methods = with_models(others, finite, models["seed"].min())
-    return {
-        "protocol": protocol(models),
-        "methods": "\n\n".join(filter(None, [methods_table(methods), shortfall_sentence(methods)])),
-        "gaps": "\n\n".join([folds_sentence(sorted(models["seed"].unique())), gaps_table(finite)]),
-        "models": results_table(models),
-    }
+    text = {}
+    for name, prefix in (("models", ""), ("fixed", "fixed-")):
+        if not (FOLDER / "results" / f"{name}.parquet").exists():
+            continue
+        models = read(name)
+        finite = models[~models["diverged"]]
+        folds = folds_sentence(sorted(models["seed"].unique()))
+        text |= {
+            f"{prefix}protocol": protocol(models),
+            f"{prefix}gaps": f"{folds}\n\n{gaps_table(finite)}",
+            f"{prefix}models": results_table(models),
+        }
+        if name == "models":
+            others = {row.method: (row.psnr, row.ssim) for row in read("methods").itertuples()}
+            methods = with_models(others, finite, models["seed"].min())
+            text["methods"] = "\n\n".join(filter(None, [methods_table(methods), shortfall_sentence(methods)]))
+    return text
 
 
 def protocol(models):
@@ -95,10 +105,11 @@ def protocol(models):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--collect", nargs="+", type=Path, metavar="RUN", default=[])
+    parser.add_argument("--collect", nargs="+", metavar=("NAME", "RUN"), default=[])
     arguments = parser.parse_args(argv)
-    for file in collect(arguments.collect) if arguments.collect else []:
-        print(file)
+    if arguments.collect:
+        name, *runs = arguments.collect
+        print(*collect(name, [Path(run) for run in runs]), sep="\n")
     report.fill(PAGES, sections())
     models = read("models")
     for path in figures.draw(models[~models["diverged"]], None, FOLDER):

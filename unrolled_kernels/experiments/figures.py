@@ -49,18 +49,23 @@ def curves(panel, rows, column, *, median=False):
         if set(centre.index) == {0}:
             panel.axhline(centre[0], label=NAMES[algorithm], linewidth=1, color=STYLES[algorithm]["color"])
             continue
-        panel.errorbar(
-            centre.index + _OFFSETS.get(algorithm, 0),
-            centre,
-            yerr=bars,
-            label=NAMES.get(algorithm, algorithm),
-            markersize=4,
-            linewidth=1.4,
-            elinewidth=0.9,
-            capsize=2,
-            **STYLES.get(algorithm, {}),
-        )
+        curve(panel, algorithm, centre.index, centre, bars)
     finish(panel)
+
+
+def curve(panel, algorithm, k, centre, bars):
+    """One algorithm's curve over k, with bars."""
+    panel.errorbar(
+        k + _OFFSETS.get(algorithm, 0),
+        centre,
+        yerr=bars,
+        label=NAMES.get(algorithm, algorithm),
+        markersize=4,
+        linewidth=1.4,
+        elinewidth=0.9,
+        capsize=2,
+        **STYLES.get(algorithm, {}),
+    )
 
 
 def finish(panel, title=None):

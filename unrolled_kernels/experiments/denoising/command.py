@@ -101,7 +101,7 @@ def _run(arguments):
     settings |= {"seed": arguments.seed, **source, "device": device.type, "backend": arguments.backend}
     out = arguments.out or Path("runs") / f"denoising-{arguments.preset}"
     first = ranks.rank() == 0
-    columns = [field.name for field in dataclasses.fields(Trial)] + ["diverged"]
+    columns = [field.name for field in dataclasses.fields(Trial)] + ["diverged", "image_losses"]
     opened = []
     # every rank raises what the first one does
     ranks.on_first_rank(lambda: opened.append(RunDirectory(out, settings, environment(), columns=columns)))

@@ -36,10 +36,8 @@ class DenoisingTask:
         error) of a denoiser that is not trained sums to zero, where the number of images is a multiple of four, and
         what is left of a gap is what training made of it.
         """
-        order = torch.from_numpy(_random(_SPLIT, seed // FOLDS).permutation(len(self.clean)))
-        count = max(1, len(order) // FOLDS)
-        train = torch.zeros(len(order), dtype=torch.bool)
-        train[order[seed % FOLDS * count :][:count]] = True
+        train = torch.zeros(len(self.clean), dtype=torch.bool)
+        train[folds(len(train), seed // FOLDS)[seed % FOLDS]] = True
         return train.nonzero()[:, 0], (~train).nonzero()[:, 0]
 
     def pairs(self, index, seed):
@@ -53,6 +51,13 @@ class DenoisingTask:
         clean, sigma = (stack[image, :, window[0], window[1]] for stack in (self.clean, self.sigma))
         normal = _random(*key, image).standard_normal(clean.shape, dtype=np.float32)
         return (clean + sigma * torch.from_numpy(normal)).clamp_(0, 1)
+
+
+def folds(images, number):
+    """The images, by index, of each of the ``FOLDS`` folds of a round, the ``number``-th; a few may be in none."""
+    order = _random(_SPLIT, number).permutation(images)
+    count = max(1, images // FOLDS)
+    return [order[i * count :][:count] for i in range(FOLDS)]
 
 
 def noise_level(clean):

@@ -3,6 +3,7 @@
 from matplotlib.figure import Figure
 
 from unrolled_kernels.experiments import figures
+from unrolled_kernels.experiments.denoising import gaps
 from unrolled_kernels.experiments.denoising.model import CASES, PLAIN
 
 _TITLES = {case: figures.CASES[case.replace("-", "_")] for case in CASES}
@@ -18,8 +19,11 @@ def draw(results, pictures, directory):
     Returns:
         Their paths.
     """
+    one_fold = results["seed"].nunique() == 1
     drawn = {
-        "figure7_generalization_gap": over_depth(results, "gap", "generalization gap  (test − train MSE)"),
+        "figure7_generalization_gap": over_depth(results, "gap", "generalization gap  (test − train MSE)")
+        if one_fold
+        else gap_over_depth(results),
         "quality": over_depth(results, "test_psnr", "PSNR of test images, dB"),
     }
     if pictures:
@@ -40,6 +44,29 @@ def over_depth(results, column, label):
         panel.set_xticks(sorted(results.loc[results["case"] == case, "num_steps"].unique()))
     panels[0].set_ylabel(label)
     figures.name_seeds(figure, results)
+    return figure
+
+
+def gap_over_depth(results):
+    """One panel for each case: the gaps of GD and NAG at each k with their intervals over the images."""
+    table = gaps.of_results(results)
+    cases = list(table["case"].unique())
+    figure = Figure(figsize=(1.2 + 3.4 * len(cases), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for panel, case in zip(panels, cases, strict=True):
+        of_case = table[table["case"] == case]
+        for algorithm in ("gd", "nag"):
+            known = of_case[of_case[algorithm].notna()]
+            if len(known):
+                figures.curve(panel, algorithm, known["num_steps"], known[algorithm], known[f"{algorithm}_half"])
+        panel.axhline(0, color="0.4", linewidth=0.8)
+        figures.finish(panel, _TITLES[case])
+        steps = sorted(of_case["num_steps"].unique())
+        panel.set_xticks(steps)
+        panel.set_xlim(steps[0] - 1, steps[-1] + 1)
+        panel.ticklabel_format(axis="y", scilimits=(0, 0))
+    panels[0].set_ylabel("generalization gap  (MSE)")
+    figure.suptitle("image by image, with 95 % intervals", fontsize=9)
     return figure
 
 

@@ -2,9 +2,8 @@
 
 import math
 
-from scipy.stats import t as student
-
 from unrolled_kernels.experiments import report
+from unrolled_kernels.experiments.denoising import gaps
 from unrolled_kernels.experiments.denoising.data import FOLDS
 from unrolled_kernels.experiments.denoising.model import CASES, PLAIN
 
@@ -31,41 +30,25 @@ def results_table(results):
 
 
 def gaps_table(results):
-    """The gaps of GD and NAG, and their difference on the same fold, with 95 % intervals: a Markdown table.
-
-    Student's t over the seeds; folds of one round share images, which the interval does not know of.
-    """
+    """The gaps of GD and NAG, and their difference on the same images, with 95 % intervals: a Markdown table."""
     lines = []
-    hybrid = results[results["case"] != PLAIN]
-    for case in (case for case in CASES if case in set(hybrid["case"])):
-        gaps = hybrid[hybrid["case"] == case].pivot(index="seed", columns=["algorithm", "num_steps"], values="gap")
-        for num_steps in sorted({steps for _, steps in gaps}):
-            columns = [gaps.get((algorithm, num_steps)) for algorithm in ("gd", "nag")]
-            if any(column is None for column in columns):
-                continue
-            intervals = [interval(values.dropna()) for values in (*columns, columns[0] - columns[1])]
-            mean, half = intervals[-1]
-            verdict = "undecided" if not abs(mean) > half else f"{'NAG' if mean > 0 else 'GD'} smaller"
-            lines.append([case, num_steps, *(f"{m:.1e} ± {h:.1e}" for m, h in intervals), verdict])
-    return report.table(("case", "k", "gap of GD", "gap of NAG", "GD − NAG, paired", "verdict"), lines, left=1)
-
-
-def interval(values):
-    """Mean of values and half the width of its 95 % interval, infinite for one value."""
-    n = len(values)
-    if n < 2:
-        return values.mean(), math.inf
-    return values.mean(), student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    for row in gaps.of_results(results).itertuples():
+        cells = [(row.gd, row.gd_half), (row.nag, row.nag_half), (row.difference, row.difference_half)]
+        mean, half = cells[-1]
+        verdict = "undecided" if not abs(mean) > half else f"{'NAG' if mean > 0 else 'GD'} smaller"
+        texts = ["–" if math.isnan(mean) else f"{mean:.1e} ± {half:.1e}" for mean, half in cells]
+        lines.append([row.case, row.num_steps, *texts, verdict])
+    return report.table(("case", "k", "gap of GD", "gap of NAG", "GD − NAG, by image", "verdict"), lines, left=1)
 
 
 def folds_sentence(seeds):
     """What these seeds are as folds."""
     rounds = {seed // FOLDS for seed in seeds}
-    if len(seeds) == FOLDS * len(rounds):
-        return f"Cross-fitted: {FOLDS} folds, {len(rounds)} times; a denoiser that is not trained has a gap of zero."
+    if len(seeds) < 2:
+        return f"One fold: gaps need the models of others. Give --seeds {FOLDS}."
     return (
-        f"Not cross-fitted: {len(seeds)} of {FOLDS * len(rounds)} folds; the images' own difference is part of gaps. "
-        f"Give --seeds {FOLDS * len(rounds)} and a --seed that is a multiple of {FOLDS}."
+        f"{len(seeds)} folds of {FOLDS * len(rounds)}: an image's loss under the models of other folds less that under "
+        "its own fold's, with intervals over the images; a denoiser that is not trained has a gap of zero."
     )
 
 

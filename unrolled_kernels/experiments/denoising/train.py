@@ -112,14 +112,17 @@ class Trainer:
     def result(self):
         """The row of the results table, of the model as it is after its last epoch."""
         columns = trial_columns(self.trial) | {"epochs": self.epoch, "diverged": self.diverged}
-        train, test = (self._restored(index) for index in self.task.split(self.trial.seed))
-        for name, (clean, _, restored) in (("train", train), ("test", test)):
-            columns[f"{name}_loss"] = evaluation.squared_error(clean, restored)
-        clean, noisy, restored = test
+        losses = torch.empty(len(self.task.clean))
+        for name, index in zip(("train", "test"), self.task.split(self.trial.seed), strict=True):
+            clean, noisy, restored = self._restored(index)
+            losses[index] = evaluation.squared_error(clean, restored)
+            columns[f"{name}_loss"] = losses[index].mean().item()
+        # those of the test images from here on
         psnr, ssim = evaluation.quality(clean, restored)
         columns |= {"test_psnr": psnr.mean().item(), "test_ssim": ssim.mean().item()}
         columns["test_psnr_noisy"] = evaluation.psnr(clean, noisy).mean().item()
         columns["gap"] = columns["test_loss"] - columns["train_loss"]
+        columns["image_losses"] = losses.tolist()
         columns["parameters"] = count_parameters(self.model)
         columns |= self._spectrum(noisy)
         return columns | {"seconds": self.seconds}
