@@ -109,8 +109,12 @@ def milliseconds(function, model, x, target):
     return min(times[1:])
 
 
-def main(n=500, m=250, num_steps=16, snr_db=40.0, steps=1000, batch=128, lr=1e-3, weight=0.1, figure=None, seed=0):
+def main(
+    n=500, m=250, num_steps=16, snr_db=40.0, steps=1000, batch=128, lr=1e-3, weight=0.1, figure=None, out=None, seed=0
+):
     task = Task(n, m, snr_db=snr_db, seed=seed)
+    # samples that no choice of the settings above has seen
+    task.generator.manual_seed(seed + 1)
     test_y, test_x = task.samples(1000)
     Q, b = task.A.mT @ task.A, -test_x @ task.A
     step_size = 1 / torch.linalg.matrix_norm(task.A, 2).item() ** 2
@@ -126,6 +130,10 @@ def main(n=500, m=250, num_steps=16, snr_db=40.0, steps=1000, batch=128, lr=1e-3
         curves["LISTA"] = nmse_db(model(test_x, return_trajectory=True)[1:], test_y)
     for name, curve in curves.items():
         print(f"{name:6} NMSE after {num_steps} steps: {curve[-1]:6.1f} dB")
+    if out:
+        with open(out, "a") as file:
+            for name, curve in curves.items():
+                file.writelines(f"{n},{snr_db},{name},{t},{x:.3f}\n" for t, x in enumerate(curve.tolist(), 1))
     fused, loop, by_hand = (milliseconds(f, model, test_x, test_y) for f in (model, model.loop, model.by_hand))
     print(
         f"forward + backward of {len(test_x)} samples, d = {n}, k = {num_steps}: {fused:.0f} ms fused; a plain loop "
@@ -154,5 +162,6 @@ if __name__ == "__main__":
     parser.add_argument("--snr-db", type=float, default=40.0, help="inf: no noise")
     parser.add_argument("--num-steps", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1000, help="of the optimizer")
+    parser.add_argument("--out", help="append n, SNR, algorithm, k and NMSE in dB of each iterate to this CSV")
     parser.add_argument("--figure", help="write NMSE over k to this PNG")
     main(**vars(parser.parse_args()))

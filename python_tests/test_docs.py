@@ -361,3 +361,14 @@ def test_formatters_before_a_commit_are_those_of_make_lint():
     config, package = ((ROOT / name).read_text() for name in (".pre-commit-config.yaml", "pyproject.toml"))
     hooks = dict(re.findall(r"(ruff|clang-format)\S*\n +rev: v(\S+)", config))
     assert hooks == dict(re.findall(r'"(ruff|clang-format)==([^"]+)"', package))
+
+
+def test_sparse_coding_is_as_it_was_measured():
+    """The table of docs/choosing.md is that of docs/lista.csv after the last step."""
+    rows = [line.split(",") for line in (ROOT / "docs/lista.csv").read_text().splitlines()[1:]]
+    last = {(n, snr, name): float(db) for n, snr, name, k, db in rows if k == "16"}
+    page = (ROOT / "docs/choosing.md").read_text()
+    for n, snr in {key[:2] for key in last}:
+        noise = "no noise" if snr == "inf" else f"{float(snr):g} dB"
+        cells = [f"{last[n, snr, name]:.1f}".replace("-", "−") for name in ("ISTA", "FISTA", "LISTA")]
+        assert f"| {n} | {noise} | {' | '.join(cells)} |" in page
