@@ -802,8 +802,8 @@ def test_flop_counter(call, shared, backend):
         assert counts(backend) == counts("manual")
     if (call, shared, backend) == ("gd", False, "cpu"):
         # three products a step forward again, three back, and two terms of the gradient of Q
-        (first,) = torch.autograd.grad(calls[call](backend).square().sum(), Q, create_graph=True)
         with FlopCounterMode(display=False) as counter:
+            (first,) = torch.autograd.grad(calls[call](backend).square().sum(), Q, create_graph=True)
             first.square().sum().backward()
         assert counter.get_flop_counts()["Global"][torch.ops.unrolled_kernels.momentum_second_order] == 8 * 4 * product
 
