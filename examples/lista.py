@@ -22,6 +22,8 @@ import unrolled_kernels.functional as F
 from unrolled_kernels import UnrolledGD, UnrolledMomentum
 from unrolled_kernels.prox import L1, SoftThreshold
 
+LASSO_STEPS = 2000  # of FISTA
+
 
 class Task:
     """Sparse codes ``[B, n]`` and what is seen of them ``[B, m]``."""
@@ -109,8 +111,32 @@ def milliseconds(function, model, x, target):
     return min(times[1:])
 
 
+def minimizers_error(task, x, target, weights=(0.1, 0.03, 0.01, 0.003)):
+    """The least NMSE, over a few weights, of the lasso's own solution: what ISTA and FISTA tend to."""
+    step_size = 1 / torch.linalg.matrix_norm(task.A, 2).item() ** 2
+    with torch.no_grad():
+        solutions = [
+            UnrolledMomentum.fista(LASSO_STEPS, step_size, learnable=False, prox=L1(weight))(
+                task.A.mT @ task.A, -x @ task.A
+            )
+            for weight in weights
+        ]
+    return min(nmse_db(y, target).item() for y in solutions)
+
+
 def main(
-    n=500, m=250, num_steps=16, snr_db=40.0, steps=1000, batch=128, lr=1e-3, weight=0.1, figure=None, out=None, seed=0
+    n=500,
+    m=250,
+    num_steps=16,
+    snr_db=40.0,
+    steps=1000,
+    batch=128,
+    lr=1e-3,
+    weight=0.1,
+    figure=None,
+    out=None,
+    lasso=False,
+    seed=0,
 ):
     task = Task(n, m, snr_db=snr_db, seed=seed)
     # samples that no choice of the settings above has seen
@@ -130,10 +156,13 @@ def main(
         curves["LISTA"] = nmse_db(model(test_x, return_trajectory=True)[1:], test_y)
     for name, curve in curves.items():
         print(f"{name:6} NMSE after {num_steps} steps: {curve[-1]:6.1f} dB")
+    rows = [(name, t, x) for name, curve in curves.items() for t, x in enumerate(curve.tolist(), 1)]
+    if lasso:
+        rows.append(("lasso", LASSO_STEPS, minimizers_error(task, test_x[:100], test_y[:100])))
+        print(f"lasso  NMSE of its solution: {rows[-1][-1]:6.1f} dB")
     if out:
         with open(out, "a") as file:
-            for name, curve in curves.items():
-                file.writelines(f"{n},{snr_db},{name},{t},{x:.3f}\n" for t, x in enumerate(curve.tolist(), 1))
+            file.writelines(f"{n},{snr_db},{name},{t},{x:.3f}\n" for name, t, x in rows)
     fused, loop, by_hand = (milliseconds(f, model, test_x, test_y) for f in (model, model.loop, model.by_hand))
     print(
         f"forward + backward of {len(test_x)} samples, d = {n}, k = {num_steps}: {fused:.0f} ms fused; a plain loop "
@@ -163,5 +192,8 @@ if __name__ == "__main__":
     parser.add_argument("--num-steps", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1000, help="of the optimizer")
     parser.add_argument("--out", help="append n, SNR, algorithm, k and NMSE in dB of each iterate to this CSV")
+    parser.add_argument(
+        "--lasso", action="store_true", help="also solve the lasso by many steps, for 100 of the samples"
+    )
     parser.add_argument("--figure", help="write NMSE over k to this PNG")
     main(**vars(parser.parse_args()))

@@ -368,6 +368,8 @@ def test_sparse_coding_is_as_it_was_measured():
     rows = [line.split(",") for line in (ROOT / "docs/lista.csv").read_text().splitlines()[1:]]
     last = {(n, snr, name): float(db) for n, snr, name, k, db in rows if k == "16"}
     page = (ROOT / "docs/choosing.md").read_text()
+    lasso = {n: f"{float(db):.1f}".replace("-", "−") for n, _, name, _, db in rows if name == "lasso"}
+    assert f"is at {lasso['1000']} dB there, and at {lasso['500']} for n = 500" in page
     for n, snr in {key[:2] for key in last}:
         noise = "no noise" if snr == "inf" else f"{float(snr):g} dB"
         cells = [f"{last[n, snr, name]:.1f}".replace("-", "−") for name in ("ISTA", "FISTA", "LISTA")]
