@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 import unrolled_kernels as uk
 from unrolled_kernels import _backend, info
+from unrolled_kernels.ops.momentum import function as momentum_function
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = """
@@ -371,6 +372,15 @@ def test_a_node_for_another_torch_is_not_loaded(monkeypatch):
     # as in a wheel
     built_for["autograd_torch"] = None
     assert said().startswith("Python: a build from source")
+
+
+def test_a_node_of_other_sources_is_refused_in_words(monkeypatch):
+    def refuse(*functions):
+        raise RuntimeError(f"set_python_backward: expected 3 arguments, got {len(functions)}")
+
+    monkeypatch.setattr(momentum_function, "_node", types.SimpleNamespace(set_python_backward=refuse))
+    with pytest.raises(RuntimeError, match=r"the compiled autograd node .* other sources than these; build it again"):
+        momentum_function.set_python_backward(None, None)
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")

@@ -170,6 +170,14 @@ def vmap_loop(run, vmap_size, dims, tensors):
     return stacked, (0,) * len(stacked)
 
 
+def other_sources(found):
+    """The error of an extension that does not fit these sources, by what was found."""
+    return RuntimeError(
+        f"unrolled_kernels: {found}: it was built from other sources than these; build it again (`make build`, or "
+        "`pip install .`)"
+    )
+
+
 def register(name, fake, backward=None, manual_backward=None):
     """Give the op ``unrolled_kernels::name`` a fake kernel and gradients.
 
@@ -183,10 +191,7 @@ def register(name, fake, backward=None, manual_backward=None):
         RuntimeError: the extension does not have the op: it was built from the sources of another version.
     """
     if not hasattr(torch.ops.unrolled_kernels, name):
-        raise RuntimeError(
-            f"unrolled_kernels: the compiled extension has no op {name}: it was built from other sources than these; "
-            "build it again (`make build`, or `pip install .`)"
-        )
+        raise other_sources(f"the compiled extension has no op {name}")
     torch.library.register_fake(f"unrolled_kernels::{name}", fake)
     if backward is None:
         torch.library.register_autograd(f"unrolled_kernels::{name}", _not_differentiable)

@@ -212,23 +212,27 @@ class KeptMomentumFunction(MomentumFunction):
         return MomentumFunction.backward(ctx, grad_y)
 
 
-class KnownMomentumFunction(MomentumFunction):
-    """y_k that somebody has computed."""
+def known(function):
+    """The Function with the gradients of another whose y somebody has computed: its first argument is (backend, y)."""
 
-    @staticmethod
     def forward(known, *arguments):
-        _, y = known
-        return y
+        return known[1]
 
-    @staticmethod
     def setup_context(ctx, inputs, output):
         (backend, _), *arguments = inputs
-        MomentumFunction.setup_context(ctx, (backend, *arguments), output)
+        function.setup_context(ctx, (backend, *arguments), output)
+
+    own = {"forward": staticmethod(forward), "setup_context": staticmethod(setup_context)}
+    # the node of a graph is named after it
+    return type(function)(f"Known{function.__name__}", (function,), own)
+
+
+_KnownMomentumFunction = known(MomentumFunction)
 
 
 def of_known_iterate(y, backend, *arguments):
     """y, with the gradients that ``momentum`` would have for its tensors and number of steps."""
-    return KnownMomentumFunction.apply((backend, y), *arguments, False)
+    return _KnownMomentumFunction.apply((backend, y), *arguments, False)
 
 
 # bits of `needs`
@@ -360,4 +364,7 @@ def set_python_backward(last_steps, minimizer):
     """Hand the node in C++ what it leaves to Python: ``run_backward`` and the like of the other gradients."""
     if _node is not None:
         all_steps = functools.partial(run_backward, "cpu")
-        _node.set_python_backward(all_steps, last_steps, minimizer, _second_order_in_torch)
+        try:
+            _node.set_python_backward(all_steps, last_steps, minimizer, _second_order_in_torch)
+        except RuntimeError as error:
+            raise common.other_sources("the compiled autograd node wants other functions") from error

@@ -311,18 +311,7 @@ class ImplicitFunction(Function):
         return common.vmap_forward(run_all, info.batch_size, in_dims[1:14], tensors, False, b=3)
 
 
-class KnownImplicitFunction(ImplicitFunction):
-    """y_k that somebody has computed."""
-
-    @staticmethod
-    def forward(known, *arguments):
-        _, y = known
-        return y
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        (backend, _), *arguments = inputs
-        ImplicitFunction.setup_context(ctx, (backend, *arguments), output)
+_KnownImplicitFunction = function.known(ImplicitFunction)
 
 
 def of_known_minimizer(y, backend, *arguments):
@@ -331,7 +320,7 @@ def of_known_minimizer(y, backend, *arguments):
     if (matrix is not None and diagonal is not None) or b.dtype != phi.dtype:
         # of y in the eigenbasis, or unrounded
         return implicit(backend, *arguments, False)
-    return KnownImplicitFunction.apply((backend, y), *arguments)
+    return _KnownImplicitFunction.apply((backend, y), *arguments)
 
 
 def _backward_of_minimizer(backend, grad_y, *arguments):
