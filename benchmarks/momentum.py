@@ -158,8 +158,9 @@ class Proximal(Momentum):
 
     def floors(self):
         s, square = self.dtype.itemsize, self.d * self.d
-        # as without a map, but that backward replays v_{k-1} too
-        products, backward_products = max(self.k - 1, 0), max(3 * self.k - 3, 0)
+        # as without a map, but that backward replays v_{k-1} too; where iterates are kept, nothing
+        products = max(self.k - 1, 0)
+        backward_products = (2 if self.shared and self.d > 128 else 3) * products
         matrices, rows = (1 if self.shared else self.B) * square * s, self.B * self.d * s
         flops, backward_flops = (2 * self.B * n * square for n in (products, backward_products))
         return (matrices + 2 * rows, flops), (2 * matrices + 3 * rows, backward_flops)
