@@ -83,6 +83,7 @@ def _interrupts_ignored():
         signal.signal(signal.SIGINT, previous)
 
 
+# whether a job is at work, and whether it was interrupted
 _working = _interrupted = False
 
 
@@ -114,27 +115,31 @@ def _wake():
 
 def _interrupt(signum, frame):
     # once a job: Ctrl-C reaches every process of a terminal, and the parent passes it on
-    global _working, _interrupted
-    if _working:
-        _working, _interrupted = False, True
+    global _interrupted
+    if _working and not _interrupted:
+        _interrupted = True
         raise KeyboardInterrupt
 
 
 def _interrupt_again(unraisable):
     """Where an interrupt fell into a callback, of a weak reference for instance, the interpreter only prints it."""
-    global _working
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    _working = True
-    # when the callback is over
-    threading.Timer(0.05, _wake).start()
+
+    def again():
+        global _interrupted
+        _interrupted = False
+        _wake()
+
+    # when the callback and this are over: until then the next interrupt would be lost here too
+    threading.Timer(0.05, again).start()
 
 
 def _work(job):
-    global _working
+    global _working, _interrupted
     shared, work, progress, stop = _worker
-    _working = True
+    _working, _interrupted = True, False
     try:
         # the pool hands out one job more than there are workers
         if stop.is_set():
