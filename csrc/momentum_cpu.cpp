@@ -60,6 +60,7 @@ class SharedMomentum {
   void run(const MomentumBackward<Storage>& p, double* schedule, int64_t size) const {
     // without steps there are no terms, but still a row of z
     const int64_t sample_size = std::max<int64_t>(plan_.terms, 1) * plan_.row;
+    if (plan_.sums > 0) return run_in_sums(p, schedule, size, plan_.tile_rows * sample_size);
     const int64_t slab_tiles = std::max<int64_t>(plan_.slab_tiles, torch::stable::get_num_threads());
     const int64_t slab = std::min(slab_tiles * plan_.tile_rows, p.B) * sample_size;
     const auto a = allocate_aligned<C>(slab), z = allocate_aligned<C>(slab);
@@ -91,6 +92,23 @@ class SharedMomentum {
   const SharedMomentumPlan& plan() const { return plan_; }
 
  private:
+  // Each sum of the matrix' gradient is of tiles that follow each other, whose terms stay with the core that has them.
+  void run_in_sums(const MomentumBackward<Storage>& p, double* schedule, int64_t size, int64_t tile_size) const {
+    const int64_t sum_size = p.d * plan_.row;
+    const auto sums = allocate_aligned<C>(plan_.sums * sum_size);
+    for_chunks(plan_.sums, plan_.scratch_bytes + 2 * tile_size * sizeof(C), [&](int64_t i, void* scratch) {
+      const int64_t first = i * plan_.tiles / plan_.sums, end = (i + 1) * plan_.tiles / plan_.sums;
+      for (int64_t t = first; t < end; ++t) {
+        SharedMomentumTile<C> tile = this->tile(p, t);
+        tile.a = static_cast<C*>(scratch), tile.z = tile.a + tile_size, tile.scratch = tile.z + tile_size;
+        if (size) tile.schedule = schedule + t * size;
+        kernels_.backward(p, plan_, tile);
+        kernels_.outer(p, plan_, &tile, 1, 0, plan_.panels, t > first, false, sums.get() + i * sum_size);
+      }
+    });
+    sum_chunks(sums.get(), plan_.sums, sum_size, plan_.row, p.d, p.d_matrix);
+  }
+
   SharedMomentumTile<C> tile(const MomentumInputs<Storage>& p, int64_t i) const {
     SharedMomentumTile<C> tile{};
     tile.begin = i * p.B / plan_.tiles, tile.end = (i + 1) * p.B / plan_.tiles;

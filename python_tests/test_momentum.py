@@ -525,6 +525,10 @@ def test_rows_are_independent(backend, structure, d):
         torch.testing.assert_close(row, whole[i : i + 1])
 
 
+# one Q for the batch whose gradient the CPU adds up in several sums, each of whole tiles, and in one, slab by slab
+LARGE_SHARED = ((300, 70), (60, 300))
+
+
 @backends
 @structures
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
@@ -532,9 +536,20 @@ def test_reruns_are_bit_equal(backend, structure, shared):
     batch = (100 if interpreted(backend) else 333,)
     problem = MomentumProblem(structure, batch, 7, 6, form="step", shared=shared, device=device_of(backend))
     problems.assert_reruns_are_bit_equal(problem, backend)
-    if shared and not interpreted(backend):  # more terms of the gradient than are in memory at once
-        problem = MomentumProblem(structure, (300,), 70, 20, form="step", shared=True, device=device_of(backend))
+    for B, d in LARGE_SHARED if shared and not interpreted(backend) else ():
+        problem = MomentumProblem(structure, (B,), d, 20, form="step", shared=True, device=device_of(backend))
         problems.assert_reruns_are_bit_equal(problem, backend)
+
+
+@backends
+@pytest.mark.parametrize("structure", ["dense", "spectral"])
+@pytest.mark.parametrize(("B", "d"), LARGE_SHARED)
+def test_gradient_of_one_Q_with_more_terms_than_a_cache_holds(backend, structure, B, d):
+    if interpreted(backend):
+        pytest.skip("interpreted, products of this size take minutes")
+    problem = MomentumProblem(structure, (B,), d, 20, form="both", warm=True, shared=True, device=device_of(backend))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        compare(problem, backend, dtype)
 
 
 @backends

@@ -96,22 +96,30 @@ inline void convert(double x, float* out) { *out = static_cast<float>(x); }
 inline void convert(double x, half* out) { out->bits = c10::Half(static_cast<float>(x)).x; }
 inline void convert(double x, bfloat16* out) { out->bits = c10::BFloat16(static_cast<float>(x)).x; }
 
-// out [size] = the sum of partial [chunks, size] over the chunks, in their order and in double
+// out [size / row, columns] = the first `columns` of each `row` of the sum of partial [chunks, size] over the chunks, in
+// their order and in double
 template <typename C, typename Storage>
-void sum_chunks(const C* partial, int64_t chunks, int64_t size, Storage* out) {
+void sum_chunks(const C* partial, int64_t chunks, int64_t size, int64_t row, int64_t columns, Storage* out) {
   constexpr int64_t block = 16;  // sums that do not wait for each other
+  const int64_t rows = row > 0 ? size / row : 0, blocks = (columns + block - 1) / block;
   // a thread gets 2^18 additions or more, some hundred microseconds
-  const int64_t blocks = (size + block - 1) / block, grain = (1 << 18) / (block * (chunks + 1)) + 1;
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
-    for (int64_t begin = first * block; begin < std::min(last * block, size); begin += block) {
-      const int64_t n = std::min(block, size - begin);
+  const int64_t grain = (1 << 18) / (block * (chunks + 1)) + 1;
+  torch::stable::parallel_for(0, rows * blocks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i % blocks * block, n = std::min(block, columns - begin);
+      const C* from = partial + i / blocks * row + begin;
       double sums[block] = {};
       for (int64_t c = 0; c < chunks; ++c) {
-        for (int64_t i = 0; i < n; ++i) sums[i] += partial[c * size + begin + i];
+        for (int64_t j = 0; j < n; ++j) sums[j] += from[c * size + j];
       }
-      for (int64_t i = 0; i < n; ++i) convert(sums[i], out + begin + i);
+      for (int64_t j = 0; j < n; ++j) convert(sums[j], out + i / blocks * columns + begin + j);
     }
   });
+}
+
+template <typename C, typename Storage>
+void sum_chunks(const C* partial, int64_t chunks, int64_t size, Storage* out) {
+  sum_chunks(partial, chunks, size, size, size, out);
 }
 
 }  // namespace unrolled_kernels

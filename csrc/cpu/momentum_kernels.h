@@ -52,6 +52,7 @@ struct SharedMomentumPlan : MomentumPlan {
   int64_t panels, row;  // it is packed as [panels, d, lanes], a state takes `row` elements
   int64_t terms;        // of a sample in the sum that is the matrix' gradient
   int64_t tile_rows;    // samples of the largest tile
+  int64_t sums;         // of tiles that follow each other, which add up to a small matrix' gradient; 0: one, over slabs
   int64_t slab_tiles;  // tiles whose terms fit the second-level cache; sums do not depend on how many are taken at once
 };
 

@@ -558,7 +558,7 @@ class SpectralRows {
 };
 
 template <typename Storage>
-SharedMomentumPlan shared_plan(const MomentumInputs<Storage>& p, int64_t terms) {
+SharedMomentumPlan shared_plan(const MomentumInputs<Storage>& p, int64_t terms, bool gradient) {
   using C = compute_type<Storage>;
   SharedMomentumPlan plan{};
   plan.variant = "rows of a shared matrix";
@@ -572,16 +572,20 @@ SharedMomentumPlan shared_plan(const MomentumInputs<Storage>& p, int64_t terms) 
   const int64_t rows = p.d >= 512 && p.B >= 32 * block_of_rows ? 4 * block_of_rows
                        : p.B >= 2 * block_of_rows              ? block_of_rows
                                                                : max(ceil_div(p.B, 2), 4);
-  plan.tiles = plan.chunks = ceil_div(p.B, rows);
+  plan.tiles = plan.chunks = p.B > rows ? 2 * ceil_div(p.B, 2 * rows) : 1;  // an even number, for two threads
   plan.tile_rows = ceil_div(p.B, max(plan.tiles, 1));
   const int64_t tile_bytes = 2 * plan.tile_rows * terms * plan.row * static_cast<int64_t>(sizeof(C));
   plan.slab_tiles = max(1, (int64_t(1) << 20) / max(tile_bytes, 1));
+  // more of them than cores, and no more than fit a cache together
+  const int64_t sums = (int64_t(1) << 22) / (p.d * plan.row * static_cast<int64_t>(sizeof(C)));
+  plan.sums = gradient && sums >= 16 && plan.tiles > plan.slab_tiles ? min(plan.tiles, sums) : 0;
   return plan;
 }
 
 template <typename Storage>
 SharedMomentumPlan dense_plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
-  SharedMomentumPlan plan = shared_plan(p, backward && backward->minimizer ? min(p.k, 1) : p.k);
+  SharedMomentumPlan plan =
+      shared_plan(p, backward && backward->minimizer ? min(p.k, 1) : p.k, backward && backward->d_matrix);
   plan.packs = backward ? 2 : 1;
   plan.scratch_bytes = DenseRows<Storage>(nullptr, p, plan, backward).scratch_bytes();
   return plan;
@@ -590,7 +594,7 @@ SharedMomentumPlan dense_plan(const MomentumInputs<Storage>& p, const MomentumBa
 template <typename Storage>
 SharedMomentumPlan spectral_plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
   const int64_t states = p.stopping ? steps_between_stops + 1 : p.trajectory ? p.k + 1 : 1;
-  SharedMomentumPlan plan = shared_plan(p, states + 2);
+  SharedMomentumPlan plan = shared_plan(p, states + 2, backward && backward->d_matrix);
   plan.packs = 2;
   plan.scratch_bytes = SpectralRows<Storage>(nullptr, p, plan, backward).scratch_bytes();
   return plan;
@@ -620,7 +624,7 @@ void outer(const MomentumBackward<Storage>& p, const SharedMomentumPlan& plan,
            bool accumulate, bool last, compute_type<Storage>* sum) {
   using C = compute_type<Storage>;
   constexpr int64_t W = lanes<C>;
-  const bool in_place = std::is_same_v<Storage, C> && p.d == plan.row;
+  const bool in_place = std::is_same_v<Storage, C> && p.d == plan.row && plan.sums == 0;
   C* out = in_place ? reinterpret_cast<C*>(p.d_matrix) : sum;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t terms = (tiles[i].end - tiles[i].begin) * plan.terms;
