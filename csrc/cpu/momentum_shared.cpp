@@ -1,6 +1,7 @@
 // One matrix for the batch: a tile of samples is rows, and their products with the matrix, which is packed once for all
 // of them, are products of matrices (packed.h). The matrix' gradient is one product too: backward leaves the rows of
-// both factors, of a slab of tiles at a time, and the sum over all rows is cut into rows of the gradient.
+// both factors. Where several gradients fit the caches, tiles that follow each other add theirs to one of them at once;
+// a larger one is the product of the rows of a slab of tiles, cut into rows of the gradient.
 //
 //     dense      a row for each step: a_t = -phi_t s_{t+1} and z_t           dQ = sum a_t z_t'
 //     spectral   [b; y_0; ybar_t] and [dbh; dyh_0; yh_t] (momentum_spectral.cpp)
