@@ -273,6 +273,12 @@ class Kernel:
     loops: tuple[int, ...] = ()  # which of the loops with as many FMAs the phases are, where there are more of them
 
     @property
+    def symbol(self):
+        """Its name and template's arguments; of a forward pass the last is whether samples stop by themselves."""
+        stops = "Lb0E" if self.direction == "forward" and self.stem in ("momentum_dense", "momentum_spectral") else ""
+        return self.name, self.template + stops
+
+    @property
     def name(self):
         return f"{self.stem}{'_backward' if self.direction == 'backward' else ''}_kernel"
 
@@ -439,7 +445,7 @@ def resident_warps(kernel, registers, k):
 def rows(kernels=None, steps=(10, 40)):
     """The table: a row for each loop of steps; the predictions are for ``steps`` steps, the kernel's as a whole."""
     for kernel in kernels or KERNELS:
-        code, registers, local = compiled(kernel.stem)[kernel.name, kernel.template]
+        code, registers, local = compiled(kernel.stem)[kernel.symbol]
         found = step_loops(kernel, code)
         predicted = {}
         for k in steps:

@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> momentum_begun(Tensor matrix, Tensor b, Optio
   return {y, state.y, state.m};
 }
 
-// y where each sample stops, and what Stopping says of it; on a CPU
+// y where each sample stops, and what Stopping says of it
 std::tuple<Tensor, Tensor, Tensor> momentum_stopping(OptionalTensor matrix, OptionalTensor diagonal,
                                                      OptionalTensor observed, Tensor b, OptionalTensor y0,
                                                      Tensor step_sizes, OptionalTensor momentum,
@@ -268,8 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> momentum_stopping(OptionalTensor matrix, Opti
   Arguments args{matrix, diagonal, observed, b,      y0,        step_sizes, momentum, extrapolation,
                  mu,     lower,    upper,    weight, threshold, num_steps,  false};
   // where there is nothing to move no kernel would write what Stopping says
-  STD_TORCH_CHECK(b.is_cpu() && b.dim() == 2 && b.size(1) > 0 && num_steps > 0,
-                  "b: expected [B, d ≥ 1], on a CPU; num_steps: one or more");
+  STD_TORCH_CHECK(b.dim() == 2 && b.size(1) > 0 && num_steps > 0, "b: expected [B, d ≥ 1]; num_steps: one or more");
   const Stops stops{tolerance, allocate(b, ScalarType::Long, {b.size(0)}),
                     allocate(b, compute_scalar_type(b.scalar_type()), {b.size(0)})};
   Tensor y = forward(args, {}, stops);

@@ -87,7 +87,7 @@ struct MomentumInputs {
   // CPU only. transposed: each sample is the transpose of its matrix; not where one serves the batch. separate: one
   // matrix serves the batch, and yet each sample has a gradient of its own.
   bool transposed, separate;
-  // CPU only, forward without a trajectory: y is where each sample stops; nullptr: y_k
+  // forward without a trajectory: y is where each sample stops; nullptr: y_k
   const Stopping<Compute>* stopping;
   bool trajectory;  // outputs (and their cotangents) are y_0 ... y_k, [k+1, B, d], instead of y_k, [B, d]
 };

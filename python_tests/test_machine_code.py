@@ -96,5 +96,5 @@ def test_results_leave_in_16_byte_stores():
     """The compiler makes four stores of a struct of four floats where nothing keeps it from that."""
     for kernel in machine_code.KERNELS:
         if kernel.stem == "momentum_diagonal":
-            code, *_ = machine_code.compiled(kernel.stem)[kernel.name, kernel.template]
+            code, *_ = machine_code.compiled(kernel.stem)[kernel.symbol]
             assert sum(i.name == "STG" and i.width == 128 for i in code) >= (3 if kernel.direction == "backward" else 1)

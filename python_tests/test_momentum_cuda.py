@@ -8,6 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from native.build import cached
@@ -32,6 +33,7 @@ from problems import MomentumProblem, assert_nearest_even, canonical_structure, 
 
 from benchmarks import machine_code
 from unrolled_kernels.ops.momentum import manual
+from unrolled_kernels.ops.momentum import stopping as stopping_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.testing import STRUCTURES
 
@@ -44,6 +46,8 @@ def _describe(symbol):
     """(name, D) of a float32 kernel's mangled name, D None where it has none; the name says whether it has a map."""
     match = re.search(r"\d+((?:momentum|rnn|sum)[a-z_]*?_kernel)I(?:f(?:Li(\d+)E)?(Li\d+E)?)?", symbol)
     assert match, symbol
+    if re.search(r"(dense|spectral)_kernelIf\w+?Lb1EEEv", symbol):
+        return match[1] + " that stops", int(match[2])
     proximal = " with a map" if re.search(r"(Lb[01]E|shared_(backward_)?kernelIf)Lb1E", symbol) else ""
     return match[1] + proximal, int(match[2]) if match[2] and not match[3] else None
 
@@ -57,6 +61,9 @@ REGISTERS = {
     "momentum_dense_backward_kernel": BACKWARD_TILES,
     "momentum_diagonal_kernel": {None: 80},
     "momentum_diagonal_backward_kernel": {None: 128},
+    "momentum_dense_kernel that stops": TILES | {4: 168, 5: 168, 8: 255, 16: 168, 32: 168},
+    "momentum_spectral_kernel that stops": TILES,
+    "momentum_diagonal_stopping_kernel": {8: 80, 32: 80, 256: 80},
     "momentum_dense_kernel with a map": TILES | {16: 168},
     "momentum_dense_backward_kernel with a map": BACKWARD_TILES | {16: 255},
     "momentum_diagonal_kernel with a map": {None: 80},
@@ -117,6 +124,15 @@ class Momentum(Emulation):
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
         return self._run(False, *tensors, prox, k, trajectory, [y])[0]
 
+    tolerance = -1.0
+
+    def stopping(self, *arguments):
+        (*tensors, _), prox, (k, self.tolerance) = arguments[:9], arguments[9:13], arguments[-2:]
+        b, phi = tensors[3], tensors[5]
+        taken = torch.full(b.shape[:1], -1)
+        outputs = [poisoned(b.shape, b.dtype), taken, poisoned(b.shape[:1], phi.dtype)]
+        return self._run(False, *tensors, prox, k, False, outputs)
+
     iterates = None  # y_0 … y_k for backward
 
     def backward(self, grad_y, *arguments):
@@ -154,6 +170,7 @@ class Momentum(Emulation):
             *(stride(x, 0) for x in (matrix, diagonal, b, y0, observed)),
             *(stride(c, dim) for c in (phi, beta, gamma, threshold) for dim in (0, 1)),
             *(stride(x, dim) for x in bounds for dim in (0, 1)),
+            int(np.float64(self.tolerance).view(np.int64)),
         ]
         arrays = [matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, *bounds, self.iterates, *rest]
         arrays += [None] * (25 - len(arrays))
@@ -434,6 +451,72 @@ def test_proximal_dtypes_and_memory(structure, dtype):
         for memory in ({}, {"CUDA_ON_CPU_SHARED_MEMORY": str(limit)}):
             tensors = _problem(structure, B, d, k, form="step", prox=prox, trajectory=not memory, seed=6)
             _check(Momentum(**memory), tensors, k, DTYPES[dtype])
+
+
+# samples that stop by themselves
+
+
+def _stops_as_said(tensors, k, tolerance, dtype, orders=ORDERS):
+    """The steps taken; they, y and the size of the last are to the bit those of a run of all steps."""
+    compute = torch.promote_types(dtype, torch.float32)
+    _, *tensors = (x if x is None else x.to(compute if i > 5 else dtype) for i, x in enumerate(tensors))
+    bounds = (x if x is None else x.expand(tensors[3].shape) for x in tensors[8:11])
+    arguments = (*tensors[:8], None, *bounds, tensors[11], k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping_op, "exact", lambda backend, *args: backend.forward(*args))
+        expected = stopping_op.measure(Momentum(), *arguments, tolerance=tolerance)
+    for order, copies in orders:
+        actual = Momentum(order=order, copies=copies).stopping(*arguments, tolerance)
+        assert all(map(torch.equal, actual, expected)), (order, actual[1], expected[1])
+    return expected[1]
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_samples_stop_by_themselves(structure, shared):
+    forms = itertools.cycle(("scalar", "step", "sample", "both"))
+    for i, (d, form) in enumerate(zip((1, 4, 5, 8, 16, 20, 33, 64, 128, 140, 300), forms, strict=False)):
+        B = BATCHES.get(d, 7)
+        prox = (None, "box", None, "l1", "soft_threshold")[i % 5] if structure != "spectral" else None
+        options = {"method": ("gd", "momentum")[i % 2], "shared": shared, "warm": i % 4 < 2, "form": form}
+        tensors = _problem(structure, B, d, 12, prox=prox, seed=d, **options)
+        sizes = 0.5 ** (7 * torch.arange(B) % 13).unsqueeze(-1)
+        tensors[3:6] = [x if x is None else x * sizes for x in tensors[3:6]]
+        taken = _stops_as_said(tensors, 12, 2e-2, torch.float32, ORDERS[i % 3 :][:1])
+        assert taken.min() < taken.max(), d
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_edges_of_stopping(structure):
+    for dtype, (B, d) in itertools.product(("f64", "bf16"), ((5, 3), (3, 40), (2, 130))):
+        tensors = _problem(structure, B, d, 6, form="step", warm=False, seed=2)
+        for tolerance in (0.0, 0.1):
+            _stops_as_said(tensors, 6, tolerance, DTYPES[dtype])
+        tensors[3:5] = [x if x is None else 0 * x for x in tensors[3:5]]
+        assert _stops_as_said(tensors, 6, 0.0, DTYPES[dtype]).tolist() == [1] * B
+    # nothing hangs on a NaN, and what does not fit on chip is elsewhere
+    for B, d in ((5, 3), (3, 20), (3, 130), (2, 300)):
+        tensors = _problem(structure, B, d, 6, seed=3)
+        tensors[4][1, d // 2] = torch.nan
+        y, taken, _ = _stopping(Momentum(CUDA_ON_CPU_SHARED_MEMORY="12000"), tensors, 6, 10.0)
+        assert taken[1] == 6
+        assert (taken[torch.arange(B) != 1] == 1).all()
+        assert y[torch.arange(B) != 1].isfinite().all()
+
+
+def _stopping(emulation, tensors, k, tolerance):
+    _, *tensors = (x if x is None else x.float() for x in tensors)
+    return emulation.stopping(*tensors[:8], None, *tensors[8:], k, tolerance)
+
+
+@needs_emulation
+@pytest.mark.parametrize("mode", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+def test_sanitizers_of_stopping(mode):
+    for structure, (B, d) in itertools.product(STRUCTURES, ((5, 5), (18, 11), (3, 33), (1, 66), (3, 130), (2, 300))):
+        tensors = _problem(structure, B, d, 6, form="step", shared=B == 3, seed=9)
+        _stopping(Momentum(mode, order="7", copies="late"), tensors, 6, 0.05)
 
 
 # what the emulation finds

@@ -151,7 +151,7 @@ def test_an_implicit_gradient_of_what_has_not_converged_says_so(backend, structu
 
 def run_whole(patch):
     """Where samples stop is said of all iterates, and y is that of the op whose coefficients are zero from there on."""
-    patch.setattr(op.native, "stopping", lambda *args: op.measure("cpu", *args[:-1], tolerance=args[-1]))
+    patch.setattr(op.LAUNCHERS["cpu"], "stopping", lambda *args: op.measure("cpu", *args[:-1], tolerance=args[-1]))
     patch.setattr(op, "of_known_iterate", lambda y, *args: op.exact(*args, False))
     patch.setattr(op, "of_known_minimizer", lambda y, *args: op.implicit(*args, False))
 

@@ -76,6 +76,14 @@ const char* with_method(const Problem& p, F f) {
   return with_momentum(p, [&](auto momentum) { return f(momentum, std::false_type()); });
 }
 
+// f(momentum, proximal, std::bool_constant<whether samples stop by themselves>). Those of every method do in one kernel,
+// which takes a map for there, too: without one it is a threshold of zero.
+template <typename Problem, typename F>
+const char* with_forward_method(const Problem& p, F f) {
+  if (p.stopping) return f(std::true_type(), std::true_type(), std::true_type());
+  return with_method(p, [&](auto momentum, auto proximal) { return f(momentum, proximal, std::false_type()); });
+}
+
 template <typename Storage>
 PartialSums<Storage> partial_sums(const MomentumBackward<Storage>& p) {
   PartialSums<Storage> sums{};

@@ -16,6 +16,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
 #include "cuda/momentum_prox.cuh"
+#include "cuda/momentum_stopping.cuh"
 #include "cuda/streamed.cuh"
 #include "cuda/tile.cuh"
 
@@ -81,10 +82,11 @@ struct DenseState {
   }
 };
 
-template <typename Storage, int D, bool momentum, bool proximal>
-__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks(proximal))
+template <typename Storage, int D, bool momentum, bool proximal, bool stops>
+__global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks(proximal, stops))
     momentum_dense_kernel(const __grid_constant__ MomentumForward<Storage> p,
-                          const __grid_constant__ TilePlan<compute_type<Storage>> plan) {
+                          const __grid_constant__ TilePlan<compute_type<Storage>> plan,
+                          const __grid_constant__ Stopping<compute_type<Storage>> stopping) {
   using T = Tile<Storage, D>;
   using C = typename T::C;
   const T tile;
@@ -120,6 +122,17 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::for
       if (p.trajectory) store(0);
       state.step_from_zero(schedule.at(p, scheduled, 0), map);
       first = 1;
+    }
+    if constexpr (stops) {
+      MovingProblem<T> moving(exists);
+      const auto goes_on = [&](int t) {
+        return moving.after(tile, memory.vectors, stopping, state.previous, state.y, sample, t, k, [&] { store(0); });
+      };
+      for (int t = first; t == 0 || goes_on(t - 1); ++t) {
+        state.step(tile, q, schedule.at(p, scheduled, t), map, memory.vectors.vectors + t % 2 * (T::problems * D));
+      }
+      if (p.matrix_stride == 0) T::sync();
+      continue;
     }
     for_steps(first, k, memory.vectors.vectors, T::problems * D, [&](int t, C* buffer) {
       StepCoefficients<C> s;
@@ -297,10 +310,11 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
 template <typename Storage>
 struct DenseStreamedMemory {
   using C = compute_type<Storage>;
-  C *z, *g, *y, *previous;
+  C *z, *g, *y, *previous, *across_warps;
 
   __host__ __device__ DenseStreamedMemory(Arena& arena, int64_t d) {
     for (C** vector : {&z, &g, &y, &previous}) *vector = arena.take<C>(StreamedMatrix<Storage>::padded(d));
+    across_warps = arena.take<C>(2 * StreamedMatrix<Storage>::warps * 2);
   }
 };
 
@@ -320,7 +334,8 @@ struct DenseStreamedBackwardMemory {
 template <typename Storage, bool proximal>
 __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     momentum_dense_streamed_kernel(const __grid_constant__ MomentumForward<Storage> p,
-                                   const __grid_constant__ StreamedPlan plan) {
+                                   const __grid_constant__ StreamedPlan plan,
+                                   const __grid_constant__ Stopping<compute_type<Storage>> stopping) {
   using M = StreamedMatrix<Storage>;
   using C = typename M::C;
   Arena shared(dynamic_shared_memory()), slot(plan.slots + blockIdx.x * plan.slot_bytes);
@@ -347,13 +362,21 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
         matrix.product(v.z, v.g);
         __syncthreads();
       }
+      StepSize<C> size;
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
         const C y = v.y[e], next = advance(s, momentum, y, v.previous[e], v.g[e] + to_compute(b[e]));
         v.y[e] = ProximalMap<C, 1, proximal>(p, sample, e, true)(s, 0, next);
         v.previous[e] = y;
         if (p.trajectory) out[(t + 1) * p.B * p.d + e] = to_storage<Storage>(v.y[e]);
         if (!p.trajectory && t + 1 == p.k) out[e] = to_storage<Storage>(v.y[e]);
+        if (stopping.taken) size.add(v.y[e], y);
       }
+      if (!stopping.taken) continue;
+      size.template over_threads<M::block>(v.across_warps, t);
+      if (t + 1 < p.k && !size.is_small(stopping.tolerance)) continue;
+      for (int64_t e = threadIdx.x; e < p.d; e += M::block) out[e] = to_storage<Storage>(v.y[e]);
+      if (threadIdx.x == 0) store_stop(stopping, sample, t, size.change());
+      break;
     }
   }
 }
@@ -466,10 +489,10 @@ const char* momentum_dense(const MomentumForward<Storage>& p, void* workspace, v
     if constexpr (D > 0) {
       if (size) return nullptr;
       using T = Tile<Storage, D>;
-      return with_method(p, [&](auto momentum, auto proximal) {
-        const auto kernel = momentum_dense_kernel<Storage, D, momentum, proximal>;
+      return with_forward_method(p, [&](auto momentum, auto proximal, auto stops) {
+        const auto kernel = momentum_dense_kernel<Storage, D, momentum, proximal, stops>;
         const auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p, 0);
-        return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan);
+        return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan, stopping_of(p));
       });
     } else {
       const auto kernel = p.prox == Prox::none ? momentum_dense_streamed_kernel<Storage, false>
@@ -482,7 +505,7 @@ const char* momentum_dense(const MomentumForward<Storage>& p, void* workspace, v
         return nullptr;
       }
       plan.slots = static_cast<unsigned char*>(workspace);
-      return launch(kernel, plan.grid, threads, plan.shared_bytes, stream, p, plan);
+      return launch(kernel, plan.grid, threads, plan.shared_bytes, stream, p, plan, stopping_of(p));
     }
   });
 }

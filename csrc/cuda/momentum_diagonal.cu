@@ -12,6 +12,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
 #include "cuda/momentum_prox.cuh"
+#include "cuda/momentum_stopping.cuh"
 
 namespace unrolled_kernels::cuda {
 namespace {
@@ -179,6 +180,54 @@ __global__ void __launch_bounds__(block, proximal && sizeof(Storage) == 4 ? 6 : 
       }
       store_elements(state.y, e, p.d, item.exists, p.trajectory ? out + p.k * p.B * p.d : out);
     }
+  }
+}
+
+constexpr int longest_of_a_warp = 256;
+
+// Samples that stop by themselves. All of a sample takes a step before any of it takes the next, so that its state is in
+// memory, [samples of a block, 2, d]: y_t and y_{t-1}, of which each thread reads what it wrote. `threads`: of a sample.
+template <typename Storage, int threads>
+__global__ void __launch_bounds__(threads > 32 ? threads : block)
+    momentum_diagonal_stopping_kernel(const __grid_constant__ MomentumForward<Storage> p,
+                                      const __grid_constant__ Stopping<compute_type<Storage>> stopping,
+                                      compute_type<Storage>* states) {
+  using C = compute_type<Storage>;
+  constexpr int samples = threads > 32 ? 1 : block / threads;
+  __shared__ C across_warps[2 * (threads / 32 + 1) * 2];
+  const int group = threadIdx.x / threads, rank = threadIdx.x % threads;
+  C* const state = states ? states + blockIdx.x * samples * 2 * p.d : reinterpret_cast<C*>(dynamic_shared_memory());
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * samples; first < p.B;
+       first += static_cast<int64_t>(gridDim.x) * samples) {
+    bool moves = first + group < p.B;
+    const int64_t sample = moves ? first + group : p.B - 1;
+    const SampleSchedule<C, true> schedule(p, sample);
+    const bool momentum = schedule.has_momentum();
+    const auto entry = [&](const Storage* rows, int64_t stride, int64_t e) {
+      return rows ? to_compute(rows[sample * stride + e]) : C(0);
+    };
+    C *y = state + group * 2 * p.d, *next = y + p.d;  // where y_{t+1} will be, y_{t-1} is
+    for (int64_t e = rank; e < p.d; e += threads) y[e] = next[e] = entry(p.y0, p.y0_stride, e);
+    for (int64_t t = 0; threads > 32 ? moves : any_lane(moves); ++t) {
+      const StepCoefficients<C> s = schedule.at(t);
+      StepSize<C> size;
+      for (int64_t e = rank; e < p.d; e += threads) {
+        const C given = entry(p.diagonal, p.diagonal_stride, e), q = p.observed ? 1 + given * given : given;
+        const C b = entry(p.b, p.b_stride, e) - entry(p.observed, p.observed_stride, e);
+        const C v = advance(s, momentum, y[e], next[e], q * extrapolate(s, momentum, y[e], next[e]) + b);
+        next[e] = ProximalMap<C, 1>(p, sample, e, true)(s, 0, v);
+        size.add(next[e], y[e]);
+      }
+      C* const last = y;
+      y = next, next = last;
+      size.template over_threads<threads>(across_warps, t);
+      if (!moves || (t + 1 < p.k && !size.is_small(stopping.tolerance))) continue;
+      for (int64_t e = rank; e < p.d; e += threads) p.y[sample * p.d + e] = to_storage<Storage>(y[e]);
+      if (rank == 0) store_stop(stopping, sample, t, size.change());
+      moves = false;
+    }
+    // the first half across warps is written again
+    if (threads > 32) __syncthreads();
   }
 }
 
@@ -361,13 +410,37 @@ const char* with_layout(const MomentumInputs<Storage>& p, std::initializer_list<
   return f(std::integral_constant<int, 1>(), std::integral_constant<int, 8>());
 }
 
+template <typename Storage>
+const char* launch_stopping(const Device& device, const MomentumForward<Storage>& p, void* workspace, void* stream,
+                            size_t* size) {
+  using C = compute_type<Storage>;
+  const auto run = [&](auto threads) -> const char* {
+    const auto kernel = momentum_diagonal_stopping_kernel<Storage, threads>;
+    constexpr int samples = threads > 32 ? 1 : block / threads;
+    const int64_t bytes = samples * 2 * p.d * static_cast<int64_t>(sizeof(C));
+    const bool on_chip = bytes <= device.shared_memory / 2;
+    const int64_t grid =
+        persistent_grid(device, kernel, ceil_div(p.B, samples), samples * threads, on_chip ? bytes : 0);
+    if (size) {
+      *size = static_cast<size_t>(on_chip ? 0 : grid * bytes);
+      return nullptr;
+    }
+    C* const states = on_chip ? nullptr : static_cast<C*>(workspace);
+    return launch(kernel, grid, samples * threads, on_chip ? bytes : 0, stream, p, stopping_of(p), states);
+  };
+  if (p.d <= 8) return run(std::integral_constant<int, 8>());
+  if (p.d <= longest_of_a_warp) return run(std::integral_constant<int, 32>());
+  return run(std::integral_constant<int, 256>());
+}
+
 }  // namespace
 
 template <typename Storage>
-const char* momentum_diagonal(const MomentumForward<Storage>& problem, void*, void* stream, size_t* size) {
-  if (problem.B == 0 || problem.d == 0 || size) return nullptr;
+const char* momentum_diagonal(const MomentumForward<Storage>& problem, void* workspace, void* stream, size_t* size) {
+  if (problem.B == 0 || problem.d == 0 || (size && !problem.stopping)) return nullptr;
   const Device device;
   if (device.error != cudaSuccess) return describe(device.error);
+  if (problem.stopping) return launch_stopping(device, problem, workspace, stream, size);
   const MomentumForward<Storage> p = flattened(problem);
   return with_layout<Storage>(p, {p.y}, [&](auto n, auto width) {
     return with_method(p, [&](auto momentum, auto proximal) {

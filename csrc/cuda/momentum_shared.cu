@@ -10,6 +10,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
 #include "cuda/momentum_prox.cuh"
+#include "cuda/momentum_stopping.cuh"
 
 namespace unrolled_kernels::cuda {
 namespace {
@@ -33,17 +34,23 @@ struct SharedBatch {
 };
 
 // y_t, from y_{t-1}, y_{t-2} and Q z_{t-1}, and z_t, for the next product. t = 0: from y_0. out: nullptr in backward.
+// Rows whose samples have stopped are left alone; their products, which the batch has together, go on.
 template <typename Storage, bool proximal>
 __global__ void __launch_bounds__(block)
     momentum_shared_kernel(const __grid_constant__ MomentumInputs<Storage> p,
-                           const __grid_constant__ SharedBatch<Storage> batch, int64_t t, Storage* out) {
+                           const __grid_constant__ SharedBatch<Storage> batch, int64_t t, Storage* out,
+                           const __grid_constant__ Stopping<compute_type<Storage>> stopping) {
   using C = compute_type<Storage>;
+  __shared__ C across_warps[2 * warps * 2];
+  int64_t half = 0;
   const bool has_product = t > 1 || p.y0, store = out && (p.trajectory || t == p.k);
   if (store && p.trajectory) out += t * p.B * p.d;
   for (int64_t row = blockIdx.x; row < batch.rows; row += gridDim.x) {
     const int64_t sample = batch.first + row;
+    if (stopping.taken && t > 0 && stopping.taken[sample] > 0) continue;
     const SampleSchedule<C, proximal> schedule(p, sample);
     const bool momentum = schedule.has_momentum();
+    StepSize<C> size;
     const StepCoefficients<C> last = t > 0 ? schedule.at(t - 1) : StepCoefficients<C>{};
     const StepCoefficients<C> next = momentum && t < p.k ? schedule.at(t) : StepCoefficients<C>{};
     for (int64_t e = threadIdx.x; e < p.d; e += block) {
@@ -62,7 +69,19 @@ __global__ void __launch_bounds__(block)
       batch.y(t)[i] = y;
       if (momentum && t < p.k) batch.z[i] = extrapolate(next, true, y, previous);
       if (store) out[sample * p.d + e] = to_storage<Storage>(y);
+      if (stopping.taken) size.add(y, previous);
     }
+    if (!stopping.taken) continue;
+    if (t == 0) {
+      if (threadIdx.x == 0) stopping.taken[sample] = 0;
+      continue;
+    }
+    size.template over_threads<block>(across_warps, half++);
+    if (t < p.k && !size.is_small(stopping.tolerance)) continue;
+    for (int64_t e = threadIdx.x; e < p.d; e += block) {
+      out[sample * p.d + e] = to_storage<Storage>(batch.y(t)[row * p.d + e]);
+    }
+    if (threadIdx.x == 0) store_stop(stopping, sample, t - 1, size.change());
   }
 }
 
@@ -167,7 +186,8 @@ const char* run_steps(const Device& device, const MomentumInputs<Storage>& p, co
   for (int64_t t = 0; t <= last; ++t) {
     const auto* z = p.beta.data ? batch.z : batch.ys + (t - 1) % batch.kept * batch.size;
     if (t > 1 || (t == 1 && p.y0)) products.multiply(z, batch.qz, batch.rows, false);
-    if (const char* error = launch(kernel, blocks_of(device, batch.rows), block, 0, stream, p, batch, t, out)) {
+    if (const char* error =
+            launch(kernel, blocks_of(device, batch.rows), block, 0, stream, p, batch, t, out, stopping_of(p))) {
       return error;
     }
   }

@@ -9,6 +9,7 @@
 // outer products, until the end, when R is no longer needed.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
+#include "cuda/momentum_stopping.cuh"
 #include "cuda/streamed.cuh"
 #include "cuda/tile.cuh"
 
@@ -63,10 +64,11 @@ struct SpectralState {
   }
 };
 
-template <typename Storage, int D, bool momentum>
+template <typename Storage, int D, bool momentum, bool stops>
 __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::forward_blocks())
     momentum_spectral_kernel(const __grid_constant__ MomentumForward<Storage> p,
-                             const __grid_constant__ TilePlan<compute_type<Storage>> plan) {
+                             const __grid_constant__ TilePlan<compute_type<Storage>> plan,
+                             const __grid_constant__ Stopping<compute_type<Storage>> stopping) {
   using T = Tile<Storage, D>;
   using C = typename T::C;
   const T tile;
@@ -90,6 +92,26 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::for
     if (item == items.first || p.matrix_stride != 0) matrices.take(tile, exists, q);
     SpectralState<T, momentum> state(tile, memory.vectors, q, start, p.y0 != nullptr);
     if (p.matrix_stride != 0 && item + items.step < items.count) matrices.fetch(tile, item + items.step);
+    if constexpr (stops) {
+      // y_t, rotated; y_0 as it came
+      C y[T::own_rows], previous[T::own_rows] = {};
+      load_entries(p.y0 + sample * p.y0_stride, tile.row, d, exists && p.y0, y);
+      MovingProblem<T> moving(exists);
+      const auto goes_on = [&](int t) {
+        return moving.after(tile, memory.vectors, stopping, previous, y, sample, t, k,
+                            [&] { store_entries(y, tile.row, d, exists, p.y + sample * d); });
+      };
+      for (int t = 0; t == 0 || goes_on(t - 1); ++t) {
+        C x[T::columns];
+        state.step(schedule.at(p, scheduled, t));
+#pragma unroll
+        for (int i = 0; i < T::own_rows; ++i) previous[i] = y[i];
+        tile.columns_to_columns(state.y, memory.vectors.vectors + t % 2 * (T::problems * D), x);
+        tile.product(q, x, y);
+      }
+      T::sync();
+      continue;
+    }
     // y_t to the output, rotated; y_0 itself is not
     const auto store = [&](int t, C* buffer) {
       C x[T::columns], rotated[T::own_rows];
@@ -259,12 +281,13 @@ __global__ void __launch_bounds__(Tile<Storage, D>::block, Tile<Storage, D>::bac
 template <typename Storage>
 struct SpectralStreamedMemory {
   using C = compute_type<Storage>;
-  C *x, *b, *y, *previous, *partials;
+  C *x, *b, *y, *previous, *partials, *last, *across_warps;
 
   __host__ __device__ SpectralStreamedMemory(Arena& arena, int64_t d) {
     const int64_t n = StreamedMatrix<Storage>::padded(d);
-    for (C** vector : {&x, &b, &y, &previous}) *vector = arena.take<C>(n);
+    for (C** vector : {&x, &b, &y, &previous, &last}) *vector = arena.take<C>(n);
     partials = arena.take<C>(StreamedMatrix<Storage>::warps * n);
+    across_warps = arena.take<C>(2 * StreamedMatrix<Storage>::warps * 2);
   }
 };
 
@@ -293,7 +316,8 @@ __device__ void rotate(const M& matrix, const C* from, C* partials, C* to) {
 template <typename Storage>
 __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
     momentum_spectral_streamed_kernel(const __grid_constant__ MomentumForward<Storage> p,
-                                      const __grid_constant__ StreamedPlan plan) {
+                                      const __grid_constant__ StreamedPlan plan,
+                                      const __grid_constant__ Stopping<compute_type<Storage>> stopping) {
   using M = StreamedMatrix<Storage>;
   using C = typename M::C;
   Arena shared(dynamic_shared_memory()), slot(plan.slots + blockIdx.x * plan.slot_bytes);
@@ -327,12 +351,22 @@ __global__ void __launch_bounds__(StreamedMatrix<Storage>::block)
         v.y[e] = advance(s, momentum, y, v.previous[e], to_compute(eigenvalues[e]) * z + v.b[e]);
         v.previous[e] = y;
       }
-      if (!p.trajectory && t + 1 < p.k) continue;
+      if (!p.trajectory && t + 1 < p.k && !stopping.taken) continue;
       __syncthreads();
       matrix.product(v.y, v.x);
       __syncthreads();
       Storage* to = p.trajectory ? out + (t + 1) * p.B * p.d : out;
       for (int64_t e = threadIdx.x; e < p.d; e += M::block) to[e] = to_storage<Storage>(v.x[e]);
+      if (!stopping.taken) continue;
+      StepSize<C> size;
+      for (int64_t e = threadIdx.x; e < p.d; e += M::block) {
+        size.add(v.x[e], t > 0 ? v.last[e] : y0 ? to_compute(y0[e]) : C(0));
+        v.last[e] = v.x[e];
+      }
+      size.template over_threads<M::block>(v.across_warps, t);
+      if (t + 1 < p.k && !size.is_small(stopping.tolerance)) continue;
+      if (threadIdx.x == 0) store_stop(stopping, sample, t, size.change());
+      break;
     }
   }
 }
@@ -453,22 +487,23 @@ const char* momentum_spectral(const MomentumForward<Storage>& p, void* workspace
     if constexpr (D > 0) {
       if (size) return nullptr;
       using T = Tile<Storage, D>;
-      return with_momentum(p, [&](auto momentum) {
-        const auto kernel = momentum_spectral_kernel<Storage, D, momentum>;
+      return with_forward_method(p, [&](auto momentum, auto, auto stops) {
+        const auto kernel = momentum_spectral_kernel<Storage, D, momentum, stops>;
         const auto plan = plan_tiles<T, TileMemory<T, Storage>, momentum>(device, kernel, p, 0);
-        return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan);
+        return launch(kernel, plan.grid, plan.teams * T::team, plan.shared_bytes(), stream, p, plan, stopping_of(p));
       });
     } else {
       const auto kernel = momentum_spectral_streamed_kernel<Storage>;
       constexpr int threads = StreamedMatrix<Storage>::block;
       StreamedPlan plan = plan_streamed<SpectralStreamedMemory<Storage>>(
-          device, kernel, p, threads, p.trajectory ? streamed_matrix_bytes<Storage>(p.d) : 0, 0, INT64_MAX);
+          device, kernel, p, threads, p.trajectory || p.stopping ? streamed_matrix_bytes<Storage>(p.d) : 0, 0,
+          INT64_MAX);
       if (size) {
         *size = static_cast<size_t>(plan.grid * plan.slot_bytes);
         return nullptr;
       }
       plan.slots = static_cast<unsigned char*>(workspace);
-      return launch(kernel, plan.grid, threads, plan.shared_bytes, stream, p, plan);
+      return launch(kernel, plan.grid, threads, plan.shared_bytes, stream, p, plan, stopping_of(p));
     }
   });
 }

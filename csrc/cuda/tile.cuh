@@ -35,10 +35,11 @@ struct Tile {
   static constexpr int problems = team / threads, warps = team / 32;
   static constexpr int block = team < 64 ? 64 : team;
   // blocks that a multiprocessor is to hold, which bounds the registers of a thread: to 255 for 8 warps, 168 for 12, 128
-  // for 16, 96 for 20; a proximal map takes some of its own
+  // for 16, 96 for 20; a proximal map and a test for stopping take some of their own
   static constexpr int registers = rows * columns * static_cast<int>(sizeof(C)) / 4;
-  static constexpr int forward_blocks(bool proximal = false) {
-    return (registers > 64 ? 8 : D == 8 || (D == 16 && proximal) ? 12 : registers > 32 ? 16 : 20) * 32 / block;
+  static constexpr int forward_blocks(bool proximal = false, bool stops = false) {
+    const bool more = D == 8 || (D == 16 && proximal) || (D <= 32 && stops);
+    return (registers > 64 || (D == 8 && stops) ? 8 : more ? 12 : registers > 32 ? 16 : 20) * 32 / block;
   }
   static constexpr int backward_blocks(bool proximal = false) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

@@ -368,6 +368,10 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   return cuda_on_cpu::shuffle_xor(mask, value, lanes, line);
 }
+inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) predicate |= cuda_on_cpu::shuffle_xor(mask, predicate, lanes, line);
+  return predicate;
+}
 template <typename T>
 T __ldg(const T* p) {
   return *p;

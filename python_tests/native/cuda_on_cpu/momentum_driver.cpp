@@ -2,9 +2,9 @@
 //
 //     structure, backward, dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
 //     B, d, k, trajectory, strides of matrix, diagonal, b, y0, observed, then (batch, step) of phi, beta, gamma,
-//     threshold, and (batch, entry) of lower, upper, weight
-//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, lower, upper, weight, iterates, then of y,
-//     or of grad_y and the gradients in the order of MomentumBackward; -1: nullptr. Then their contents, in that order.
+//     threshold, and (batch, entry) of lower, upper, weight, the bits of a tolerance
+//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, lower, upper, weight, iterates, then of y
+//     and what Stopping writes, or of grad_y and the gradients in the order of MomentumBackward; -1: nullptr. Then their contents, in that order.
 //
 // CUDA_ON_CPU_KEPT_BYTES: that the iterates of a shared Q may take in backward.
 //
@@ -20,7 +20,9 @@ namespace {
 
 constexpr int arrays = 25, schedule = 5, bounds = 9, kept = 12, first_output = 13, schedule_output = 18;
 struct Header {
-  int64_t structure, backward, dtype, shift, sizes[23], bytes[arrays];
+  int64_t structure, backward, dtype, shift, sizes[23];
+  double tolerance;
+  int64_t bytes[arrays];
 };
 
 // what a library does on a GPU
@@ -93,6 +95,8 @@ const char* run(const Header& h, void* const* pointers) {
     MomentumForward<Storage> p{};
     static_cast<MomentumInputs<Storage>&>(p) = in;
     p.y = storage(first_output);
+    const Stopping<C> stopping{static_cast<C>(h.tolerance), static_cast<int64_t*>(pointers[14]), compute(15)};
+    if (stopping.taken) p.stopping = &stopping;
     return run(h.structure, p);
   }
   MomentumBackward<Storage> p{};

@@ -21,7 +21,7 @@ from unrolled_kernels.ops.common import Function
 from unrolled_kernels.ops.momentum import manual, native, reference, triton_ops
 
 # each with a forward and a backward; "manual", the derivation that the kernels implement, is for tests
-_LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native.Cuda, "triton": triton_ops}
+LAUNCHERS = {"manual": manual, "cpu": native, "cuda": native.Cuda, "triton": triton_ops}
 
 
 def momentum(
@@ -60,7 +60,7 @@ def momentum(
         return KeptMomentumFunction.apply(backend, *tensors, *prox, num_steps, True)[0]
     if torch.compiler.is_compiling():
         # the op and its own gradients: of a Function the compiler does not see that what it saved is written into
-        return _LAUNCHERS[backend].forward(*arguments)
+        return LAUNCHERS[backend].forward(*arguments)
     if backend == "cpu":
         y = in_cpp(*arguments)
         if y is not None:
@@ -137,7 +137,7 @@ class MomentumFunction(Function):
         trajectory,
     ):
         tensors = (matrix, diagonal, observed, b, y0, step_sizes, momentum, extrapolation, mu)
-        return _LAUNCHERS[backend].forward(*tensors, lower, upper, weight, threshold, num_steps, trajectory)
+        return LAUNCHERS[backend].forward(*tensors, lower, upper, weight, threshold, num_steps, trajectory)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -187,7 +187,7 @@ def run_backward(backend, *arguments):
     if common.is_differentiated():
         return _differentiable_backward(backend, *arguments[:17])
     # nothing will differentiate this backward: straight to the launcher
-    return _LAUNCHERS[backend].backward(*arguments)
+    return LAUNCHERS[backend].backward(*arguments)
 
 
 class KeptMomentumFunction(MomentumFunction):
@@ -296,7 +296,7 @@ class MomentumBackwardFunction(Function):
     ):
         tensors = (matrix, diagonal, observed, b, y0, step_sizes, momentum, extrapolation, mu)
         prox = (lower, upper, weight, threshold)
-        grads = _LAUNCHERS[backend].backward(grad_y, *tensors, *prox, num_steps, trajectory, needs)
+        grads = LAUNCHERS[backend].backward(grad_y, *tensors, *prox, num_steps, trajectory, needs)
         # a Function's outputs are tensors
         return tuple(b.new_empty(0) if g is None else g for g in grads)
 

@@ -45,6 +45,11 @@ class Cuda:
         return forward(*arguments[:8], None, *arguments[8:])
 
     @staticmethod
+    @reference.with_nesterov
+    def stopping(*arguments):
+        return stopping(*arguments[:8], None, *arguments[8:])
+
+    @staticmethod
     def backward(*arguments):
         # behind `needs` come the iterates, where they were kept
         run = lambda *known: backward(*known[:9], None, *known[9:], *arguments[17:])

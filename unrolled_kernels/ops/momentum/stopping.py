@@ -9,9 +9,8 @@ import torch
 
 from unrolled_kernels import _torch_private
 from unrolled_kernels.ops import common
-from unrolled_kernels.ops.momentum import native
+from unrolled_kernels.ops.momentum.function import LAUNCHERS, of_known_iterate
 from unrolled_kernels.ops.momentum.function import momentum as exact
-from unrolled_kernels.ops.momentum.function import of_known_iterate
 from unrolled_kernels.ops.momentum.gradients import implicit, of_known_minimizer
 from unrolled_kernels.ops.momentum.reference import nesterov_momentum
 
@@ -22,8 +21,9 @@ _Y0, _PHI, _BETA, _GAMMA, _MU, _THRESHOLD = 4, 5, 6, 7, 8, 12
 def run(op, backend, *arguments, tolerance):
     """y of ``op``, one of ``gradients``, the steps that each sample takes, ``[B]`` int64, and the size of the last.
 
-    The kernels of a CPU leave a tile with the last of its samples, and what comes after the last sample of the batch is
-    left out there, which changes no result. Elsewhere y is one of the iterates that a run keeps for a moment.
+    The kernels leave a tile, on a GPU a problem or the few of a team, with the last of its samples. On a CPU backward
+    leaves out what comes after the last sample of the batch, which changes no result. Where there is no such kernel,
+    y is one of the iterates that a run keeps for a moment.
     """
     *tensors, num_steps, trajectory = arguments
     if tolerance is not None and tensors[_MU] is not None:
@@ -32,19 +32,19 @@ def run(op, backend, *arguments, tolerance):
         tensors[_MU] = None
     may_know = _may_know(backend, num_steps, trajectory)
     # where a sample has nothing that moves no kernel looks at it
-    on_cpu = may_know and backend == "cpu" and bool(tensors[_Y0 - 1].shape[1] > 0)
+    launcher = LAUNCHERS[backend] if may_know and bool(tensors[_Y0 - 1].shape[1] > 0) else None
+    found = None
     with torch.no_grad():
-        if on_cpu:
+        if hasattr(launcher, "stopping"):
             never = -1.0
-            y, taken, residual = native.stopping(*tensors, num_steps, never if tolerance is None else tolerance)
-        else:
-            y, taken, residual = measure(backend, *tensors, num_steps, tolerance=tolerance)
+            found = launcher.stopping(*tensors, num_steps, never if tolerance is None else tolerance)
+        y, taken, residual = found or measure(backend, *tensors, num_steps, tolerance=tolerance)
     if may_know and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
         return y, taken, residual
     if tolerance is not None:
         tensors = stopped(tensors, taken, num_steps)
-        # a number of steps that a trace or a fake tensor would not have
-        if on_cpu and type(taken) is torch.Tensor and not torch.jit.is_tracing() and len(taken) > 0:
+        # a number of steps that a trace or a fake tensor would not have, and for which a GPU would be waited for
+        if found and backend == "cpu" and type(taken) is torch.Tensor and not torch.jit.is_tracing() and len(taken) > 0:
             tensors, num_steps = _first_steps(tensors, num_steps, int(taken.max()))
     if op is exact and may_know:
         y = of_known_iterate(y, backend, *tensors, num_steps)
