@@ -58,6 +58,7 @@ def call(
     dtype=torch.float32,
     num_steps=K,
     prox=None,
+    **options,
 ):
     """A call of a public function as users write it, and its backward pass for the gradients that are ``wanted``."""
     leaves, make_Q, b = random_quadratic(structure, (B,), d, shared=shared, dtype=dtype)
@@ -80,7 +81,6 @@ def call(
             for shape in weight_shapes(coefficients, d)
         )
         rest = [(W1, W2, inner, V)]
-    options = {}
     if prox is not None:
         bound = lambda: torch.zeros(B, d, dtype=compute, requires_grad="prox" in wanted)
         threshold = torch.zeros(SHAPES.get(coefficients, ()), dtype=compute, requires_grad="prox" in wanted)
@@ -319,6 +319,27 @@ def test_proximal_steps_compile_without_spills(structure, d):
             wanted=wanted,
         )
     check(found, 90)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("structure", "d"),
+    [
+        *(("dense", d) for d in (5, 16, 32, 64, 128, 150)),
+        *(("spectral", d) for d in (16, 32, 128)),
+        ("diagonal", 5),
+        ("tikhonov", 300),
+        ("diagonal", 8192),
+    ],
+)
+def test_kernels_of_samples_that_stop_compile_without_spills(structure, d):
+    with launches() as found:
+        for shared in (False, True) if structure in ("dense", "spectral") else (False,):
+            options = {"wanted": (), "shared": shared, "tolerance": 1e-3}
+            call(structure, d, **options)
+            options["prox"] = "box" if structure != "spectral" else None
+            call(structure, d, method="nesterov", coefficients="step", **options)
+    check([launch for launch in found if "momentum" in launch.name], 90)
 
 
 @compiles

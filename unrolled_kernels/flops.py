@@ -97,6 +97,7 @@ for name, formula in {
     "momentum_backward": _momentum_backward,
     "momentum_second_order": _momentum_second_order,
     "momentum_triton": _momentum,
+    "momentum_triton_stopping": _momentum_stopping,
     "momentum_triton_backward": _momentum_backward,
     "rnn": _rnn,
     "rnn_backward": _rnn_backward,

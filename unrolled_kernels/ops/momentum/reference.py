@@ -28,10 +28,10 @@ NO_PROX = Prox()
 def with_nesterov(forward):
     """A forward that takes μ too, beside one that takes β and γ only."""
 
-    def run(matrix, diagonal, observed, b, y0, phi, beta, gamma, mu, *rest):
+    def run(matrix, diagonal, observed, b, y0, phi, beta, gamma, mu, *rest, **options):
         if mu is not None:
             beta = gamma = nesterov_momentum(phi, mu)
-        return forward(matrix, diagonal, observed, b, y0, phi, beta, gamma, *rest)
+        return forward(matrix, diagonal, observed, b, y0, phi, beta, gamma, *rest, **options)
 
     return run
 

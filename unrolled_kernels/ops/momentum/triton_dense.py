@@ -14,6 +14,7 @@ from unrolled_kernels.ops.triton.launch import (
     DENSE_BACKWARD,
     DENSE_BACKWARD_SHARED,
     DENSE_FORWARD,
+    NO_STOPPING,
     BoundGradients,
     Bounds,
     Matrices,
@@ -40,6 +41,7 @@ from unrolled_kernels.ops.triton.tile import (
     product,
     proximal_adjoint,
     proximal_map,
+    stop_rows,
     store_bounds,
     store_schedule_of_program,
     store_schedule_of_samples,
@@ -71,6 +73,7 @@ def advance(
 def momentum_dense_kernel(
     Q, b, y0, schedule, bounds,
     y,              # [B, d], or [num_steps + 1, B, d]
+    stopping,
     column_stride, B, num_steps,
     d: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BB: tl.constexpr,
     SHARED: tl.constexpr, TRAJECTORY: tl.constexpr,
@@ -93,13 +96,23 @@ def momentum_dense_kernel(
         target = y + s.to(tl.int64) * d + i
         if TRAJECTORY:
             tl.store(target, x, mask=inside)
-        for t in range(num_steps):
-            x, previous, _ = advance(q, b_, x, previous, schedule, bounds, lower, upper, sample, t, real, n, BB, W)
-            if TRAJECTORY:
-                target += tl.cast(B, tl.int64) * d
+        if stopping.taken is None:
+            for t in range(num_steps):
+                x, previous, _ = advance(q, b_, x, previous, schedule, bounds, lower, upper, sample, t, real, n, BB, W)
+                if TRAJECTORY:
+                    target += tl.cast(B, tl.int64) * d
+                    tl.store(target, x, mask=inside)
+            if not TRAJECTORY:
                 tl.store(target, x, mask=inside)
-        if not TRAJECTORY:
-            tl.store(target, x, mask=inside)
+        else:
+            moves = real.to(tl.int32)
+            t = block * 0
+            while tl.max(moves, 0) > 0:
+                x, previous, _ = advance(q, b_, x, previous, schedule, bounds, lower, upper, sample, t, real, n, BB, W)
+                stops = stop_rows(stopping, moves, x, previous, sample, t, num_steps, 0)
+                tl.store(target, x, mask=inside & (stops > 0)[None, :])
+                moves -= stops
+                t += 1
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -242,22 +255,22 @@ def momentum_dense_backward_kernel(
         store_schedule_of_program(d_schedule, sums, ROWS, STEPS)
 
 
-def forward(matrix, b, y0, schedule, bounds, num_steps, trajectory):
-    """y of ``momentum_dense_kernel``."""
+def forward(matrix, b, y0, schedule, bounds, num_steps, trajectory, stopping=NO_STOPPING):
+    """y of ``momentum_dense_kernel``; of one step or more without a trajectory, what ``stopping`` has, too."""
     B, d = b.shape
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
         return y
     tile = Tile.find(DENSE_FORWARD, d, b.dtype, schedule[0].dtype)
     if tile is None:
-        return triton_streamed.forward(matrix, b, y0, schedule, bounds, num_steps, trajectory)
+        return triton_streamed.forward(matrix, b, y0, schedule, bounds, num_steps, trajectory, stopping)
     shared = matrix.shape[0] < B
     blocks = triton.cdiv(B, tile.samples)
     programs = resident_programs(b.device, blocks, tile.num_warps) if shared else blocks
     launch(
         momentum_dense_kernel, b.device, programs,
         Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(schedule), Bounds.of(bounds),
-        y, 1, B, num_steps,
+        y, stopping, 1, B, num_steps,
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, num_warps=tile.num_warps,
     )  # fmt: skip
     return y

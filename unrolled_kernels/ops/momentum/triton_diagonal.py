@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from unrolled_kernels.ops.triton.launch import (
+    NO_STOPPING,
     BoundGradients,
     Bounds,
     Schedule,
@@ -31,6 +32,7 @@ from unrolled_kernels.ops.triton.tile import (
     load_vector,
     proximal_adjoint,
     proximal_map,
+    stop_rows,
     store_bounds,
     store_schedule_of_program,
     store_schedule_of_samples,
@@ -73,6 +75,7 @@ def load_columns(schedule, sample, t, inside, num_steps, TAIL: tl.constexpr):
 def momentum_diagonal_kernel(
     diagonal, observed, b, y0, schedule, bounds,
     y,              # [B, d], or [num_steps + 1, B, d]
+    stopping,       # then CB ≥ d
     B, num_steps, d,
     RB: tl.constexpr, CB: tl.constexpr, TRAJECTORY: tl.constexpr,
 ):  # fmt: skip
@@ -90,16 +93,29 @@ def momentum_diagonal_kernel(
     target = y + s.to(tl.int64) * d + entry
     if TRAJECTORY:
         tl.store(target, x, mask=inside)
-    for t in range(num_steps):
-        phi_t, beta_t, gamma_t, threshold_t = load_columns(schedule, sample, t, real, num_steps, False)
-        v = diagonal_step(q, rhs, x, previous, phi_t, beta_t, gamma_t, MOMENTUM)
-        previous = x
-        x = proximal_map(schedule, bounds, lower, upper, phi_t, threshold_t, v)
-        if TRAJECTORY:
-            target += tl.cast(B, tl.int64) * d
+    if stopping.taken is None:
+        for t in range(num_steps):
+            phi_t, beta_t, gamma_t, threshold_t = load_columns(schedule, sample, t, real, num_steps, False)
+            v = diagonal_step(q, rhs, x, previous, phi_t, beta_t, gamma_t, MOMENTUM)
+            previous = x
+            x = proximal_map(schedule, bounds, lower, upper, phi_t, threshold_t, v)
+            if TRAJECTORY:
+                target += tl.cast(B, tl.int64) * d
+                tl.store(target, x, mask=inside)
+        if not TRAJECTORY:
             tl.store(target, x, mask=inside)
-    if not TRAJECTORY:
-        tl.store(target, x, mask=inside)
+    else:
+        moves = real.to(tl.int32)
+        t = tl.program_id(0) * 0
+        while tl.max(moves, 0) > 0:
+            phi_t, beta_t, gamma_t, threshold_t = load_columns(schedule, sample, t, real, num_steps, False)
+            v = diagonal_step(q, rhs, x, previous, phi_t, beta_t, gamma_t, MOMENTUM)
+            previous = x
+            x = proximal_map(schedule, bounds, lower, upper, phi_t, threshold_t, v)
+            stops = stop_rows(stopping, moves, x, previous, sample, t, num_steps, 1)
+            tl.store(target, x, mask=inside & (stops > 0)[:, None])
+            moves -= stops
+            t += 1
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -246,20 +262,29 @@ def _flat(schedule, *vectors):
     return one_schedule and all(v.pointer is None or v.pointer.is_contiguous() or one_number(v) for v in vectors)
 
 
-def forward(diagonal, b, y0, schedule, bounds, num_steps, trajectory, observed=None):
-    """y of ``momentum_diagonal_kernel``."""
+# entries of a sample in the registers of 16 warps
+LONGEST_THAT_STOPS = 8192
+
+
+def forward(diagonal, b, y0, schedule, bounds, num_steps, trajectory, observed=None, stopping=NO_STOPPING):
+    """y of ``momentum_diagonal_kernel``; of one step or more without a trajectory, what ``stopping`` has, too."""
     B, d = b.shape
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
         return y
     vectors, bounds = [Vectors.rows(x) for x in (diagonal, observed, b, y0)], Bounds.of(bounds)
-    if _flat(schedule, *vectors, *bounds):
-        B, d = 1, B * d
     # one 16-byte vector of the storage dtype a lane
-    RB, CB, blocks = _blocks(B, d, 32 * _WARPS * (16 // b.dtype.itemsize))
+    elements, warps = 32 * _WARPS * (16 // b.dtype.itemsize), _WARPS
+    if stopping.taken is not None:
+        # a sample is in one program
+        if d > elements:
+            elements, warps = triton.next_power_of_2(d), 16
+    elif _flat(schedule, *vectors, *bounds):
+        B, d = 1, B * d
+    RB, CB, blocks = _blocks(B, d, elements)
     launch(
-        momentum_diagonal_kernel, b.device, blocks, *vectors, Schedule.of(schedule), bounds, y, B, num_steps, d,
-        RB=RB, CB=CB, TRAJECTORY=trajectory, num_warps=_WARPS,
+        momentum_diagonal_kernel, b.device, blocks, *vectors, Schedule.of(schedule), bounds, y, stopping,
+        B, num_steps, d, RB=RB, CB=CB, TRAJECTORY=trajectory, num_warps=warps,
     )  # fmt: skip
     return y
 

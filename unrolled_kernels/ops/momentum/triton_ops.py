@@ -7,6 +7,7 @@ import torch
 
 from unrolled_kernels.ops import common
 from unrolled_kernels.ops.momentum import manual, native, reference
+from unrolled_kernels.ops.triton.launch import Stopping
 
 # the schemas of csrc/momentum.cpp; CompositeExplicitAutograd is CUDA, and the CPU for Triton's interpreter
 _library = torch.library.Library("unrolled_kernels", "FRAGMENT")
@@ -14,6 +15,11 @@ _library.define(
     "momentum_triton(Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, Tensor step_sizes, "
     "Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, Tensor? weight, "
     "Tensor? threshold, SymInt num_steps, bool trajectory) -> Tensor"
+)
+_library.define(
+    "momentum_triton_stopping(Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, Tensor? y0, "
+    "Tensor step_sizes, Tensor? momentum, Tensor? extrapolation, Tensor? mu, Tensor? lower, Tensor? upper, "
+    "Tensor? weight, Tensor? threshold, SymInt num_steps, float tolerance) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "momentum_triton_backward(Tensor grad_y, Tensor? matrix, Tensor? diagonal, Tensor? observed, Tensor b, "
@@ -42,14 +48,32 @@ def _forward(*arguments):
 
 
 @reference.with_nesterov
-def _steps(matrix, diagonal, observed, b, *rest):
+def _steps(matrix, diagonal, observed, b, *rest, **stopping):
     rest = _arguments(rest)
     if diagonal is None:
-        return _kernels("dense").forward(matrix, b, *rest)
+        return _kernels("dense").forward(matrix, b, *rest, **stopping)
     if matrix is None:
-        return _kernels("diagonal").forward(diagonal, b, *rest, observed=observed)
+        return _kernels("diagonal").forward(diagonal, b, *rest, observed=observed, **stopping)
     y0, schedule, _, *constants = rest
-    return _kernels("spectral").forward(diagonal, matrix, b, y0, schedule, *constants)
+    return _kernels("spectral").forward(diagonal, matrix, b, y0, schedule, *constants, **stopping)
+
+
+def _stopping_steps(*arguments):
+    *arguments, tolerance = arguments
+    b, phi = arguments[3], arguments[5]
+    outputs = Stopping.allocate(b, phi.dtype, tolerance)
+    y = _steps(*arguments, False, stopping=outputs)
+    return y, outputs.taken, outputs.residual
+
+
+def stopping(*arguments):
+    """y where each sample stops, and what is said of it, of one step and one entry or more; None without a kernel."""
+    matrix, diagonal, _, b, _, phi = arguments[:6]
+    if matrix is not None and diagonal is not None:
+        has_kernel = _kernels("spectral").stops_by_itself(b, phi.dtype)
+    else:
+        has_kernel = matrix is not None or b.shape[1] <= _kernels("diagonal").LONGEST_THAT_STOPS
+    return _stopping(*arguments) if has_kernel else None
 
 
 @manual.with_no_steps
@@ -102,7 +126,9 @@ def _fake_backward(grad_y, *arguments):
     return tuple(like.new_empty(0) if g is None else g for g, like in zip(grads, likes, strict=True))
 
 
+_library.impl("momentum_triton_stopping", _stopping_steps, "CompositeExplicitAutograd")
 _library.impl("momentum_triton", _forward, "CompositeExplicitAutograd")
 _library.impl("momentum_triton_backward", _backward, "CompositeExplicitAutograd")
+_stopping = common.register("momentum_triton_stopping", native.fake_stopping)
 backward = common.register("momentum_triton_backward", _fake_backward)
 forward = common.register("momentum_triton", native.fake_forward, backward, manual.backward)

@@ -12,6 +12,7 @@ import triton.language as tl
 from unrolled_kernels.ops.common import matvec
 from unrolled_kernels.ops.momentum import triton_diagonal
 from unrolled_kernels.ops.triton.launch import (
+    NO_STOPPING,
     SPECTRAL_BACKWARD,
     SPECTRAL_FORWARD,
     Matrices,
@@ -33,6 +34,7 @@ from unrolled_kernels.ops.triton.tile import (
     load_vector,
     outer,
     product,
+    stop_rows,
     store_schedule_of_program,
     store_schedule_of_samples,
     store_tile,
@@ -54,6 +56,7 @@ def advance(q, b_hat, x, previous, schedule, sample, t, real):
 def momentum_spectral_kernel(
     eigenvalues, R, b, y0, schedule,
     y,              # [B, d], or [num_steps + 1, B, d]
+    stopping,
     column_stride, B, num_steps,
     d: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BB: tl.constexpr,
     SHARED: tl.constexpr, TRAJECTORY: tl.constexpr,
@@ -81,13 +84,26 @@ def momentum_spectral_kernel(
         if TRAJECTORY:
             tl.store(target, start, mask=inside)
         previous = x
-        for t in range(num_steps):
-            x, previous = advance(q, b_hat, x, previous, schedule, sample, t, real)
-            if TRAJECTORY:
-                target += tl.cast(B, tl.int64) * d
+        if stopping.taken is None:
+            for t in range(num_steps):
+                x, previous = advance(q, b_hat, x, previous, schedule, sample, t, real)
+                if TRAJECTORY:
+                    target += tl.cast(B, tl.int64) * d
+                    tl.store(target, product(r, x), mask=inside)
+            if not TRAJECTORY:
                 tl.store(target, product(r, x), mask=inside)
-        if not TRAJECTORY:
-            tl.store(target, product(r, x), mask=inside)
+        else:
+            rotated = start
+            moves = real.to(tl.int32)
+            t = block * 0
+            while tl.max(moves, 0) > 0:
+                x, previous = advance(q, b_hat, x, previous, schedule, sample, t, real)
+                before = rotated
+                rotated = product(r, x)
+                stops = stop_rows(stopping, moves, rotated, before, sample, t, num_steps, 0)
+                tl.store(target, rotated, mask=inside & (stops > 0)[None, :])
+                moves -= stops
+                t += 1
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -199,8 +215,13 @@ def momentum_spectral_backward_kernel(
         store_schedule_of_program(d_schedule, sums, ROWS, STEPS)
 
 
-def forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory):
-    """y of ``momentum_spectral_kernel``."""
+def stops_by_itself(b, compute):
+    """Whether ``forward`` takes ``stopping``."""
+    return Tile.find(SPECTRAL_FORWARD, b.shape[1], b.dtype, compute) is not None
+
+
+def forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory, stopping=NO_STOPPING):
+    """y of ``momentum_spectral_kernel``; of one step or more without a trajectory, what ``stopping`` has, too."""
     B, d = b.shape
     y = b.new_empty((num_steps + 1, B, d) if trajectory else (B, d))
     if y.numel() == 0:
@@ -214,7 +235,7 @@ def forward(eigenvalues, matrix, b, y0, schedule, num_steps, trajectory):
     launch(
         momentum_spectral_kernel, b.device, programs,
         Vectors.rows(eigenvalues), Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(schedule), y,
-        1, B, num_steps,
+        stopping, 1, B, num_steps,
         **tile.constants(), SHARED=shared, TRAJECTORY=trajectory, num_warps=tile.num_warps,
     )  # fmt: skip
     return y

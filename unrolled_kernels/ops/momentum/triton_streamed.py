@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from unrolled_kernels.ops.triton.launch import (
+    NO_STOPPING,
     BoundGradients,
     Bounds,
     Matrices,
@@ -26,6 +27,7 @@ from unrolled_kernels.ops.triton.tile import (
     UNSPECIALIZED,
     accumulate_schedule,
     adjoint_step,
+    largest_of,
     load_bounds,
     load_gamma,
     load_phi,
@@ -34,6 +36,7 @@ from unrolled_kernels.ops.triton.tile import (
     load_vector,
     proximal_adjoint,
     proximal_map,
+    stop_samples,
     store_schedule_of_program,
     store_schedule_of_samples,
 )
@@ -117,6 +120,7 @@ def momentum_dense_streamed_kernel(
     Q, b, y0, schedule, bounds,
     y,              # [B, d], or [num_steps + 1, B, d]
     states,         # [programs, 3, S, d]: y_t stands in slot t mod 3
+    stopping,
     B, num_steps, d,
     S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, TRAJECTORY: tl.constexpr,
 ):  # fmt: skip
@@ -137,8 +141,35 @@ def momentum_dense_streamed_kernel(
             if TRAJECTORY:
                 tl.store(y + s.to(tl.int64) * d + i, x, mask=inside)
         tl.debug_barrier()
+        if stopping.taken is not None:
+            moves = real.to(tl.int32)
+            t = block * 0
+            while tl.max(moves, 0) > 0:
+                current, previous = states + (t % 3) * slot, states + (tl.maximum(t - 1, 0) % 3) * slot
+                following = states + ((t + 1) % 3) * slot
+                streamed_step(
+                    Q_block, b, schedule, bounds, sample, t, real, current, previous, following, None, d, S, R, C
+                )
+                change = tl.zeros([S], dtype)
+                large = tl.zeros([S], dtype)
+                has_nan = tl.zeros([S], tl.int32)
+                for first in range(0, d, R):
+                    i = (first + tl.arange(0, R))[:, None]
+                    x = load_state(following, i, S, d)
+                    moved, unordered = largest_of(x - load_state(current, i, S, d), 0)
+                    magnitude, _ = largest_of(x, 0)
+                    change = tl.maximum(change, moved)
+                    large = tl.maximum(large, magnitude)
+                    has_nan = tl.maximum(has_nan, unordered)
+                stops = stop_samples(stopping, moves, change, has_nan, large, sample, t, num_steps)
+                for first in range(0, d, R):
+                    i = (first + tl.arange(0, R))[:, None]
+                    x = load_state(following, i, S, d)
+                    tl.store(y + s.to(tl.int64) * d + i, x, mask=(i < d) & (stops > 0)[None, :])
+                moves -= stops
+                t += 1
         target = y
-        for t in range(num_steps):
+        for t in range(num_steps if stopping.taken is None else 0):
             current, previous = states + (t % 3) * slot, states + (tl.maximum(t - 1, 0) % 3) * slot
             following = states + ((t + 1) % 3) * slot
             streamed_step(Q_block, b, schedule, bounds, sample, t, real, current, previous, following, None, d, S, R, C)
@@ -148,7 +179,7 @@ def momentum_dense_streamed_kernel(
                     i = (first + tl.arange(0, R))[:, None]
                     x = load_state(following, i, S, d)
                     tl.store(target + s.to(tl.int64) * d + i, x, mask=(i < d) & real[None, :])
-        if not TRAJECTORY:
+        if not TRAJECTORY and stopping.taken is None:
             for first in range(0, d, R):
                 i = (first + tl.arange(0, R))[:, None]
                 x = load_state(states + (num_steps % 3) * slot, i, S, d)
@@ -309,7 +340,7 @@ def _constants(matrix, B, compute):
     return tile | {"num_warps": _WARPS, "maxnreg": 128 if compute == torch.float32 else None}
 
 
-def forward(matrix, b, y0, schedule, bounds, num_steps, trajectory):
+def forward(matrix, b, y0, schedule, bounds, num_steps, trajectory, stopping=NO_STOPPING):
     """y of ``momentum_dense_streamed_kernel``, for a batch that is not empty."""
     B, d = b.shape
     constants = _constants(matrix, B, schedule[0].dtype)
@@ -319,7 +350,7 @@ def forward(matrix, b, y0, schedule, bounds, num_steps, trajectory):
     launch(
         momentum_dense_streamed_kernel, b.device, programs,
         Matrices.of(matrix), Vectors.rows(b), Vectors.rows(y0), Schedule.of(schedule), Bounds.of(bounds),
-        y, states, B, num_steps, d, **constants, TRAJECTORY=trajectory,
+        y, states, stopping, B, num_steps, d, **constants, TRAJECTORY=trajectory,
     )  # fmt: skip
     return y
 

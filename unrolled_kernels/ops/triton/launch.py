@@ -141,6 +141,26 @@ class Bounds(NamedTuple):
         return cls(*map(Vectors.strided, bounds))
 
 
+class Stopping(NamedTuple):
+    """Samples that stop by themselves as one argument of a kernel; none do without the tensors."""
+
+    tolerance: torch.Tensor | None = None  # one number in the compute dtype
+    taken: torch.Tensor | None = None  # outputs [B]: the steps that a sample takes, and how large the last of them was
+    residual: torch.Tensor | None = None
+
+    @classmethod
+    def allocate(cls, b, compute, tolerance):
+        batch = b.shape[0]
+        return cls(
+            b.new_full((), tolerance, dtype=compute),
+            b.new_empty(batch, dtype=torch.int64),
+            b.new_empty(batch, dtype=compute),
+        )
+
+
+NO_STOPPING = Stopping()
+
+
 class BoundGradients(NamedTuple):
     """Where the kernels add up their gradients, ``[B, d]``; None where not needed."""
 

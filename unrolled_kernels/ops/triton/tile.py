@@ -173,6 +173,32 @@ def adjoint_step(a, carry, w, phi_t, beta_t, gamma_t, MOMENTUM: tl.constexpr):
 
 
 @triton.jit
+def largest_of(x, AXIS: tl.constexpr):
+    """max |x| of each sample, over all dimensions but its own, and whether any x is a NaN, which counts as zero."""
+    unordered = x != x
+    return tl.max(tl.where(unordered, 0.0, tl.abs(x)), AXIS), tl.max(unordered.to(tl.int32), AXIS)
+
+
+@triton.jit
+def stop_samples(stopping, moves, change, has_nan, large, sample, t, num_steps):
+    """Which of the samples that move stop after step t, as integers: they leave in ``Stopping`` what it is to say."""
+    limit = tl.load(stopping.tolerance) * tl.maximum(large, 1.0)
+    steps = tl.full(sample.shape, t + 1, tl.int64)
+    stops = (moves > 0) & (((change <= limit) & (has_nan == 0)) | (steps == num_steps))
+    tl.store(stopping.taken + sample, steps, mask=stops)
+    tl.store(stopping.residual + sample, tl.where(has_nan > 0, float("nan"), change), mask=stops)
+    return stops.to(tl.int32)
+
+
+@triton.jit
+def stop_rows(stopping, moves, x, previous, sample, t, num_steps, AXIS: tl.constexpr):
+    """The same of y_{t+1} = x and y_t = previous, with the entries of a sample along ``AXIS``."""
+    change, has_nan = largest_of(x - previous, AXIS)
+    large, _ = largest_of(x, AXIS)
+    return stop_samples(stopping, moves, change, has_nan, large, sample, t, num_steps)
+
+
+@triton.jit
 def load_tile(matrices, sample, column_stride, B, d: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """``Matrices`` of the samples as a tile ``[n, D, BB, W]``."""
     s, i, j = _tile_indices(sample, D, W)
