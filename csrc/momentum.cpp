@@ -497,11 +497,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     p.dgamma = mutable_data<Compute>(gamma_grad);
     launch_with_mu(args, p, mutable_data<Compute>(mu_grad));
   };
-  if (args.storage == ScalarType::Double) {
-    run(double());
-  } else {
-    run(float());
-  }
+  with_scratch([&] { args.storage == ScalarType::Double ? run(double()) : run(float()); });
   return {y_tangent, matrix_grad, diagonal_grad, b_grad, y0_grad, phi_grad, beta_grad, gamma_grad, mu_grad};
 }
 

@@ -339,8 +339,23 @@ def _out_of_memory():
         if keeps_the_text:
             assert str(error.value) == str(of_torch.value)
     # of the scratch of a kernel
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
-        F.momentum(Q, b, torch.ones(()).expand(k), 0.1, 0.1, k)
+    phi, g = torch.ones(()), b.detach().unsqueeze(0)
+    second_order = lambda *Q: torch.ops.unrolled_kernels.momentum_second_order(
+        g, *Q, g, None, phi, *[None] * 5, g, *[None] * 4, k, False, 511
+    )
+    backward = lambda *Q: torch.ops.unrolled_kernels.momentum_backward(
+        g, *Q, None, g, None, phi, *[None] * 7, k, False, 1023, None, 0, None, None, None
+    )
+    calls = [
+        lambda: F.momentum(Q, b, phi.expand(k), 0.1, 0.1, k),
+        lambda: backward(Q.unsqueeze(0), None),
+        lambda: backward(None, Q),
+        lambda: second_order(Q.unsqueeze(0), None),
+        lambda: second_order(None, Q),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
+            call()
 
 
 @needs_extension

@@ -25,10 +25,22 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Calls f(Storage()) for the storage type of a tensor.
+// Calls f(), which runs a kernel. What it says where there is no memory for scratch is in the words of torch's own
+// allocator, which programs look for.
+template <typename F>
+void with_scratch(const F& f) {
+  try {
+    f();
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error(
+        "DefaultCPUAllocator: can't allocate memory: there is too little for the kernel's scratch");
+  }
+}
+
+// Calls f(Storage()) for the storage type of a tensor, as with_scratch does.
 template <typename F>
 void dispatch_storage(ScalarType type, F f) {
-  try {
+  with_scratch([&] {
     switch (type) {
       case ScalarType::Float: return f(float());
       case ScalarType::Double: return f(double());
@@ -36,11 +48,7 @@ void dispatch_storage(ScalarType type, F f) {
       case ScalarType::BFloat16: return f(bfloat16());
       default: STD_TORCH_CHECK(false, "unrolled_kernels: no kernels for dtype ", torch::headeronly::toString(type));
     }
-  } catch (const std::bad_alloc&) {
-    // of scratch; in the words of torch's own allocator, which programs look for
-    throw std::runtime_error(
-        "DefaultCPUAllocator: can't allocate memory: there is too little for the kernel's scratch");
-  }
+  });
 }
 
 inline size_t element_size(ScalarType type) {

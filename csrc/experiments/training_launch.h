@@ -55,7 +55,7 @@ struct TrainingTensors {
   // f(C()) for the dtype C
   template <typename F>
   void dispatch(const F& f) const {
-    type() == ScalarType::Float ? f(float()) : f(double());
+    with_scratch([&] { type() == ScalarType::Float ? f(float()) : f(double()); });
   }
 
   template <typename C>
