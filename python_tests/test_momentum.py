@@ -626,6 +626,37 @@ def test_diverging_steps_overflow_as_eager_does(backend, structure):
 
 
 @backends
+@structures
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_step_that_overflows_gives_no_wrong_number(backend, structure, k):
+    """Of entry 1 of sample 1 Q φ is above float32's largest: y is right or not finite, and other samples never know."""
+    device = device_of(backend)
+    q = torch.full((3, 2), 0.5)
+    q[1, 1] = 2.0**127
+    y, usual = [], torch.full_like(q, 0.5)
+    for values, dtype in ((q, torch.float32), (usual, torch.float32), (q, torch.float64)):
+        values, eye = values.to(device, dtype), torch.eye(2, dtype=dtype, device=device).repeat(3, 1, 1)
+        f = torch.where(values > 1, 2.0**100, values)
+        parts = {
+            "dense": (torch.diag_embed(values),),
+            "diagonal": (values,),
+            "spectral": (values, eye),
+            "tikhonov": (f, torch.zeros_like(f)),
+        }[structure]
+        b = torch.ones(3, 2, dtype=dtype, device=device)
+        name = "eager" if backend == "manual" or dtype == torch.float64 else backend
+        y.append(F.gradient_descent(STRUCTURES[structure](*parts), b, 8.0, k, backend=name))
+    actual, beside, exact = y
+    assert torch.equal(actual[[0, 2]], beside[[0, 2]])
+    right = actual[1].double() == exact[1]
+    assert (right | ~actual[1].isfinite()).all()
+    assert right[0] or structure in ("dense", "spectral")  # which multiply every entry with those of the others
+    # as the page on interoperability says: 1 - φq is formed, and meets y_0 = 0
+    if backend == "cpu" and structure != "dense":
+        assert actual[1, 1].isnan()
+
+
+@backends
 @pytest.mark.parametrize("trajectory", [False, True], ids=["last", "trajectory"])
 def test_zero_stays_zero_where_its_neighbours_diverge(backend, trajectory):
     """No power of 1 - φq is formed on its own: it overflows, and 0 times that would be NaN."""
