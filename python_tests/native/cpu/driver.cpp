@@ -17,6 +17,7 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include <sys/mman.h>
@@ -261,6 +262,101 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
     if (in.weight.data && flip()) outputs.add(p.d_weight, B * d);
     momentum_cpu(structure, p);
   });
+  if (structure == Structure::spectral || k == 0) return;
+
+  // gradients of other kinds, which spectral kernels have none of: of the last steps alone, of a minimizer, with iterates
+  // that were kept, and second order
+  const auto add_gradients = [&](Outputs& outputs, MomentumBackward<Storage>& p) {
+    if (dense) outputs.add(p.d_matrix, (in.separate ? B : matrices) * d * d);
+    if (!dense) outputs.add(p.d_diagonal, B * d);
+    outputs.add(p.db, B * d);
+  };
+  const auto add_schedule = [&](Outputs& outputs, MomentumBackward<Storage>& p) {
+    const int64_t size = (per_sample ? B : 1) * (per_step ? p.k : 1);
+    outputs.add(p.dphi, size);
+    if (in.beta.data) outputs.add(p.dbeta, size), outputs.add(p.dgamma, size);
+    if (in.threshold.data) outputs.add(p.d_threshold, size);
+  };
+  if (k > 1 && !(dense && in.trajectory)) {
+    const int64_t first = 1 + static_cast<int64_t>(draw(k - 1));
+    check("momentum, last steps", B, d, k, [&](Outputs& outputs) {
+      MomentumBackward<Storage> p{};
+      static_cast<MomentumInputs<Storage>&>(p) = in;
+      p.grad_y = grad_y.data();
+      const Array<Storage> y(y_size), y_begun(B * d), m_begun(B * d);
+      if (dense) {
+        MomentumForward<Storage> forward{};
+        static_cast<MomentumInputs<Storage>&>(forward) = in;
+        forward.y = y.data(), forward.begun = first, forward.y_begun = y_begun.data();
+        if (in.beta.data) forward.m_begun = m_begun.data();
+        momentum_cpu(structure, forward);
+        p.y0 = y_begun.data(), p.y0_stride = d, p.k = k - first;
+        if (in.beta.data) p.m0 = m_begun.data();
+        for (Coefficient<C>* c : {&p.phi, &p.beta, &p.gamma, &p.threshold}) {
+          if (c->data) c->data += first * c->step_stride;
+        }
+      } else {
+        p.first = first;
+      }
+      add_gradients(outputs, p), add_schedule(outputs, p);
+      momentum_cpu(structure, p);
+    });
+  }
+  if (in.prox == Prox::none && !in.trajectory) {
+    const Array<Storage> minimizer(B * d, -1, 1);
+    check("momentum, minimizer", B, d, k, [&](Outputs& outputs) {
+      MomentumBackward<Storage> p{};
+      static_cast<MomentumInputs<Storage>&>(p) = in;
+      p.grad_y = grad_y.data(), p.minimizer = minimizer.data();
+      add_gradients(outputs, p);
+      momentum_cpu(structure, p);
+    });
+  }
+  if constexpr (std::is_same_v<Storage, C>) {
+    if (kind == Kind::shared_dense && in.prox != Prox::box) {
+      check("momentum, kept iterates", B, d, k, [&](Outputs& outputs) {
+        const Array<Storage> iterates((k + 1) * B * d);
+        MomentumForward<Storage> forward{};
+        static_cast<MomentumInputs<Storage>&>(forward) = in;
+        forward.trajectory = true, forward.y = iterates.data();
+        momentum_cpu(structure, forward);
+        MomentumBackward<Storage> p{};
+        static_cast<MomentumInputs<Storage>&>(p) = in;
+        p.grad_y = grad_y.data(), p.iterates = iterates.data();
+        add_gradients(outputs, p), add_schedule(outputs, p);
+        outputs.add(p.dy0, B * d);
+        momentum_cpu(structure, p);
+      });
+    }
+    if (in.prox != Prox::none || in.observed) return;
+    MomentumTangents<Storage> tangents{};
+    std::vector<Array<Storage>> directions;
+    const auto add_direction = [&](const Storage*& data, int64_t size) {
+      if (flip()) return;
+      directions.emplace_back(size, -1, 1);
+      data = directions.back().data();
+    };
+    const int64_t own = in.separate ? B : matrices;
+    if (dense) add_direction(tangents.matrix, own * d * d), tangents.matrix_stride = own > 1 ? d * d : 0;
+    if (!dense) add_direction(tangents.diagonal, B * d);
+    add_direction(tangents.b, B * d);
+    add_direction(tangents.y0, B * d);
+    if (flip()) {
+      add_coefficient(tangents.phi);
+      if (in.beta.data) add_coefficient(tangents.beta), add_coefficient(tangents.gamma);
+    }
+    const bool wants_y = flip();
+    check("momentum, second order", B, d, k, [&](Outputs& outputs) {
+      MomentumTangents<Storage> along = tangents;
+      if (wants_y) outputs.add(along.y, y_size);
+      MomentumBackward<Storage> p{};
+      static_cast<MomentumInputs<Storage>&>(p) = in;
+      p.grad_y = grad_y.data(), p.tangents = &along;
+      add_gradients(outputs, p), add_schedule(outputs, p);
+      outputs.add(p.dy0, B * d);
+      momentum_cpu(structure, p);
+    });
+  }
 }
 
 template <typename Storage>
