@@ -55,9 +55,11 @@ def command_script(folder, end="sys.exit(main())\n"):
         (["unrolled-kernels", "info"], False),
         (["-m", "unrolled_kernels.info"], False),
         (["-m", "unrolled_kernels.experiments.denoising", "--help"], False),
+        (["-B", "-u", "-X", "utf8", "-m", "unrolled_kernels.info"], False),
         (["-c", "import unrolled_kernels"], True),
+        (["-c", "import unrolled_kernels", "unrolled_kernels.info"], True),
     ],
-    ids=["script", "module", "torchrun's module", "import"],
+    ids=["script", "module", "torchrun's module", "options", "import", "argument"],
 )
 def test_threads_of_the_commands_sleep_while_they_wait(tmp_path, command, spins):
     """As OpenMP read it when it was loaded; a program that imports the package decides for itself."""

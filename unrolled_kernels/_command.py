@@ -9,7 +9,9 @@ from pathlib import Path
 def is_running():
     """Whether this process is one of this package's commands, and torch is not there yet."""
     script = Path(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
-    own = script == "unrolled-kernels" or any(word.startswith("unrolled_kernels.") for word in sys.orig_argv[1:4])
+    # of the interpreter, not of a program: options, -m and the module's name
+    words = sys.orig_argv[1 : len(sys.orig_argv) - len(getattr(sys, "argv", [])) + 1]
+    own = script == "unrolled-kernels" or any(word.startswith("unrolled_kernels.") for word in words)
     return own and "torch" not in sys.modules
 
 
