@@ -11,7 +11,6 @@ import itertools
 import os
 import pickle
 import runpy
-import socket
 from pathlib import Path
 
 import pytest
@@ -499,11 +498,11 @@ def samples():
     return torch.randn(8, 5, generator=torch.Generator().manual_seed(4))
 
 
-def train_in_a_process(rank, port, file):
+def train_in_a_process(rank, folder):
     """DDP and FSDP2 on half of the samples; rank 0 writes the gradients and what FSDP2 says of a scalar."""
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    # no port, which another process might take first
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     from torch.distributed.fsdp import fully_shard
 
     share = samples()[4 * rank : 4 * rank + 4]
@@ -518,18 +517,17 @@ def train_in_a_process(rank, port, file):
     with pytest.raises(ValueError, match="doesn't support scalar parameters") as refused:
         fully_shard(scalar)
     if rank == 0:
-        torch.save(gradients | {"refused": str(refused.value)}, file)
+        torch.save(gradients | {"refused": str(refused.value)}, folder / "gradients.pt")
     dist.destroy_process_group()
+    # without a shutdown of the interpreter, which gloo's threads may abort (pytorch/pytorch#179291)
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def distributed_gradients(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    file = tmp_path_factory.mktemp("distributed") / "gradients.pt"
-    torch.multiprocessing.spawn(train_in_a_process, (port, file), nprocs=2)
-    return torch.load(file, weights_only=True)
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.multiprocessing.spawn(train_in_a_process, (folder,), nprocs=2)
+    return torch.load(folder / "gradients.pt", weights_only=True)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
