@@ -5,7 +5,9 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import signal
 import sys
+import threading
 
 import unrolled_kernels
 
@@ -59,6 +61,7 @@ def main(argv=None):
         importlib.import_module(_SUBCOMMANDS[called][1]).add_arguments(parsers[called])
     arguments = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_interrupts_that_come_again())
         if arguments.quiet:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
@@ -69,6 +72,25 @@ def main(argv=None):
         except KeyboardInterrupt:
             print("interrupted; the same command continues from here", file=sys.stderr)
             return 130
+
+
+@contextlib.contextmanager
+def _interrupts_that_come_again():
+    """Where one falls into a callback, of a weak reference for instance, the interpreter only prints it."""
+
+    def hook(unraisable):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            previous(unraisable)
+        else:
+            # when the callback is over
+            main = threading.main_thread().ident
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+
+    previous, sys.unraisablehook = sys.unraisablehook, hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 def _require_extra():
