@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from unrolled_kernels import info
 from unrolled_kernels.experiments import cli
 from unrolled_kernels.experiments.denoising.images import photographs
 from unrolled_kernels.experiments.pool import run_jobs
@@ -185,6 +186,37 @@ def test_an_interrupt_that_a_callback_swallows_comes_again(capfd):
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         list(run_jobs([0, 1], workers=2, prepare=_nothing, work=_interrupt_in_a_callback, bar=None))
+    assert time.monotonic() - began < 100
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def _interrupted_command(log):
+    info.main = lambda: _interrupt_in_a_callback(None, None, None)
+    _run(["info"], log, None)
+
+
+def test_an_interrupt_of_a_command_that_a_callback_swallows_comes_again(tmp_path):
+    process = _context.Process(target=_interrupted_command, args=(str(tmp_path / "log"),))
+    process.start()
+    assert finish(process, 100) == 130
+    assert (tmp_path / "log").read_text() == "interrupted; the same command continues from here\n"
+
+
+class _InterruptedJobs:
+    def __iter__(self):
+        yield 0
+        signal.raise_signal(signal.SIGINT)
+        yield 1
+
+
+def _sleep(shared, job, on_progress):
+    time.sleep(200)
+
+
+def test_an_interrupt_while_workers_start_is_kept(capfd):
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_jobs(_InterruptedJobs(), workers=2, prepare=_nothing, work=_sleep, bar=None))
     assert time.monotonic() - began < 100
     assert "Traceback" not in capfd.readouterr().err
 

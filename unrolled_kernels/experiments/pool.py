@@ -48,10 +48,10 @@ def run_jobs(jobs, *, workers, prepare, work, bar):
     progress, stop = context.SimpleQueue(), context.Event()
     start = prepare, work, progress, stop
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
-        with _interrupts_ignored():
-            job_of = {pool.submit(_work, job): job for job in jobs}
-        pending = set(job_of)
         try:
+            with _interrupts_held():
+                job_of = {pool.submit(_work, job): job for job in jobs}
+            pending = set(job_of)
             while pending:
                 finished, pending = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
                 while not progress.empty():
@@ -71,20 +71,26 @@ def run_jobs(jobs, *, workers, prepare, work, bar):
 
 
 @contextlib.contextmanager
-def _interrupts_ignored():
-    """For the processes that start in the block, until they choose otherwise."""
+def _interrupts_held():
+    """Until the block is left; for the processes that start in it, until they have a handler of their own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came = []
+    previous = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    # what starts inherits the mask, and no handler
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, previous)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
-# whether a job is at work, and whether it was interrupted
-_working = _interrupted = False
+# whether a job is at work, whether it was interrupted, and whether no other is to begin
+_working = _interrupted = _stopped = False
 
 
 def _start_worker(prepare, work, progress, stop):
@@ -93,9 +99,10 @@ def _start_worker(prepare, work, progress, stop):
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     threading.Thread(target=_interrupt_when_set, args=(stop,), daemon=True).start()
     signal.signal(signal.SIGINT, _interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.unraisablehook = _interrupt_again
     torch.set_num_threads(1)
-    _worker = prepare(), work, progress, stop
+    _worker = prepare(), work, progress
 
 
 def _exit_with_parent():
@@ -104,7 +111,9 @@ def _exit_with_parent():
 
 
 def _interrupt_when_set(stop):
+    global _stopped
     stop.wait()
+    _stopped = True
     _wake()
 
 
@@ -138,11 +147,11 @@ def _interrupt_again(unraisable):
 
 def _work(job):
     global _working, _interrupted
-    shared, work, progress, stop = _worker
+    shared, work, progress = _worker
     _working, _interrupted = True, False
     try:
-        # the pool hands out one job more than there are workers
-        if stop.is_set():
+        # the pool hands out one job more than there are workers. Not stop.is_set(): an interrupt in it keeps its lock
+        if _stopped:
             raise KeyboardInterrupt
         return work(shared, job, lambda count, **shown: progress.put((count, shown)))
     except Exception:
