@@ -28,16 +28,21 @@ namespace unrolled_kernels {
 namespace UNROLLED_KERNELS_NAMESPACE {
 namespace {
 
+// samples in lanes with a matrix each: up to here d is known to the compiler
+constexpr int64_t max_static_d = 8;
+
 // Q of one tile: multiply(Q, x, backwards, end) and multiply_transposed hand every vector of Q x, Q'x to end(n, vector).
 
+template <int E>
+constexpr int least_dynamic = E == 1 && !is_fallback ? max_static_d + 1 : 1;
 template <int E, typename M, typename C, typename End>
 UNROLLED_KERNELS_INLINE void multiply(const TileView<E, M, C>& Q, const C* x, bool backwards, const End& end) {
-  row_products(Q, x, backwards, end);
+  row_products<1, least_dynamic<E>>(Q, x, 0, backwards, [&](int, int64_t n, Vector<C> v) { end(n, v); });
 }
 template <int E, typename M, typename C, typename End>
 UNROLLED_KERNELS_INLINE void multiply_transposed(const TileView<E, M, C>& Q, const C* x, bool backwards,
                                                  const End& end) {
-  column_products(Q, x, backwards, end);
+  column_products<1, least_dynamic<E>>(Q, x, 0, backwards, [&](int, int64_t n, Vector<C> v) { end(n, v); });
 }
 
 // samples in lanes, d known to the compiler: the product stays in registers
@@ -652,7 +657,6 @@ class DenseTile {
 // Tiles that take turns in every step, where d is known to the compiler: with few rows one tile alone would wait for its
 // own results.
 constexpr int max_groups = 2;
-constexpr int64_t max_static_d = 8;
 constexpr int groups_for(int64_t d) { return d <= max_static_d ? max_groups : 1; }
 
 template <typename C, typename F>

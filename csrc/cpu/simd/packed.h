@@ -133,7 +133,7 @@ UNROLLED_KERNELS_NOINLINE void outer_sums(Panels<const C> a, Panels<const C> z, 
       const Panels<const C> columns{z.at(n, column), z.plane};
       for (int64_t p = begin; p < end; ++p) {
         for (int64_t i = 0; i < W && p * W + i < d; i += I) {
-          with_constant<I>(d - p * W - i, [&](auto size) {
+          with_constant<I, 1>(d - p * W - i, [&](auto size) {
             outer_sums_block<decltype(size)::value, decltype(J)::value, C>(
                 a.at(n, p) + i, columns, count, accumulate || n > 0, out + (p * W + i) * row + column * W, row);
           });

@@ -37,6 +37,9 @@ UNROLLED_KERNELS_INLINE Vector<C> element(const C* x, int64_t first, int e) {
 // how many elements are taken at a time
 template <int E>
 constexpr int elements_at_once = E == 1 || E > 4 ? 4 : E;
+// Vectors of a state, at least: quads hold states that a single vector would not (with_layout of tile_matrix.h).
+template <int E, typename C>
+constexpr int least_groups = 1 < E && E < lanes<C> ? lanes<C> / E + 1 : 1;
 
 // A matrix of a tile: entry (i, j) is the operand at data + i row + j M::width.
 template <int E_, typename M_, typename C>
@@ -78,15 +81,15 @@ UNROLLED_KERNELS_INLINE void row_block(const TileView<E, M, C>& m, int64_t group
 }
 
 // `backwards`: from the last row to the first. A matrix larger than the first-level cache that is read in turns finds
-// what was read last still there.
-template <int V, int E, typename M, typename C, typename End>
+// what was read last still there. `least`: groups that the caller never has fewer of.
+template <int V, int least = 1, int E, typename M, typename C, typename End>
 UNROLLED_KERNELS_INLINE void row_products(const TileView<E, M, C>& m, const C* x, int64_t step, bool backwards,
                                           const End& end) {
   constexpr int G = E >= 8 ? 1 : 8 / E;
   if constexpr (G == 1) {
     for (int64_t g = 0; g < m.groups; ++g) row_block<1, V>(m, backwards ? m.groups - 1 - g : g, x, step, end);
   } else {
-    for_constant_blocks<G>(
+    for_constant_blocks<G, max(least, least_groups<E, C>)>(
         m.groups, [&](int64_t group, auto size) { row_block<decltype(size)::value, V>(m, group, x, step, end); });
   }
 }
@@ -138,10 +141,11 @@ UNROLLED_KERNELS_INLINE void column_block(const TileView<E, M, C>& m, int64_t gr
   }
 }
 
-template <int V, int E, typename M, typename C, typename End>
+template <int V, int least = 1, int E, typename M, typename C, typename End>
 UNROLLED_KERNELS_INLINE void column_products(const TileView<E, M, C>& m, const C* x, int64_t step, bool backwards,
                                              const End& end) {
-  for_constant_blocks<V == 1 || vector_bytes == 64 ? 8 : 4>(m.groups, [&](int64_t group, auto size) {
+  constexpr int limit = V == 1 || vector_bytes == 64 ? 8 : 4;
+  for_constant_blocks<limit, max(least, least_groups<E, C>)>(m.groups, [&](int64_t group, auto size) {
     column_block<decltype(size)::value, V>(m, group, x, step, backwards, end);
   });
 }
@@ -209,13 +213,16 @@ UNROLLED_KERNELS_NOINLINE Vector<C> outer_products(const OuterProducts<E, M, C>&
   constexpr int rows = E == 1 && vector_bytes == 64 ? 5 : elements_at_once<E>, columns = vector_bytes == 64 ? 5 : 3;
   Vector<C> inner{};
   Poll poll;
-  for_constant_blocks<columns>(o.m.groups, [&](int64_t j0, auto J) {
+  for_constant_blocks<columns, least_groups<E, C>>(o.m.groups, [&](int64_t j0, auto J) {
+    constexpr int width = decltype(J)::value;
     const auto block = [&](int64_t i0, auto I) {
-      outer_block<decltype(I)::value, decltype(J)::value>(o, i0, j0, inner);
+      outer_block<decltype(I)::value, width>(o, i0, j0, inner);
       poll.after(o.steps * (I * J));
     };
-    if constexpr (E == 1) {
-      for_constant_blocks<rows>(o.m.groups, block);
+    if constexpr (E == 1 && width < (columns + 1) / 2) {
+      block(0, J);  // narrower than every one of several: all there is
+    } else if constexpr (E == 1) {
+      for_constant_blocks<rows, width>(o.m.groups, block);
     } else {
       for (int64_t i0 = 0; i0 < o.m.groups * E; i0 += rows) block(i0, std::integral_constant<int, rows>());
     }

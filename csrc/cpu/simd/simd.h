@@ -283,20 +283,21 @@ UNROLLED_KERNELS_INLINE Vector<C> sum_groups(Vector<C>* v) {
   return v[0];
 }
 
-// Calls f(begin, size) for blocks of at most `limit` whose sizes differ by one at most, `size` a constant.
-template <int n, typename F>
+// Calls f(begin, size) for blocks of at most `limit` whose sizes differ by one at most, `size` a constant. Sizes that
+// `least` or more of them never come to are not compiled: several blocks are each half the limit or larger.
+template <int n, int smallest, typename F>
 UNROLLED_KERNELS_INLINE void with_constant(int64_t size, const F& f) {
-  if constexpr (n > 1) {
-    if (size < n) return with_constant<n - 1>(size, f);
+  if constexpr (n > smallest) {
+    if (size < n) return with_constant<n - 1, smallest>(size, f);
   }
   f(std::integral_constant<int, n>());
 }
-template <int limit, typename F>
+template <int limit, int least = 1, typename F>
 UNROLLED_KERNELS_INLINE void for_constant_blocks(int64_t n, const F& f) {
   const int64_t blocks = ceil_div(n, limit);
   for (int64_t b = 0, begin = 0; b < blocks; ++b) {
     const int64_t size = (n - begin) / (blocks - b);
-    with_constant<limit>(size, [&](auto constant) { f(begin, constant); });
+    with_constant<limit, min(least, (limit + 1) / 2)>(size, [&](auto constant) { f(begin, constant); });
     begin += size;
   }
 }

@@ -149,6 +149,7 @@ void with_layout(const MomentumInputs<Storage>& p, F f) {
   // vectors of 16 bytes hold one quad
   if constexpr (QuadLanes<C>::samples > 1) {
     using Quads = Tiles<Storage, QuadLanes, VectorOperand>;
+    static_assert(Samples::max_d >= W, "least_groups: what fits a vector and is not one sample has samples in lanes");
     if (!shared && p.d <= Quads::max_d && p.B > 1) return f(Type<Quads>());
   }
   f(Type<Tiles<Storage, RowLanes, VectorOperand>>());
