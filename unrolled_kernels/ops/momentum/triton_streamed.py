@@ -115,6 +115,12 @@ def streamed_step(
     tl.debug_barrier()
 
 
+@triton.jit
+def slots_of_step(states, t, slot):
+    """Where y_t, y_{t-1} and y_{t+1} stand."""
+    return states + (t % 3) * slot, states + (tl.maximum(t - 1, 0) % 3) * slot, states + ((t + 1) % 3) * slot
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def momentum_dense_streamed_kernel(
     Q, b, y0, schedule, bounds,
@@ -145,8 +151,7 @@ def momentum_dense_streamed_kernel(
             moves = real.to(tl.int32)
             t = block * 0
             while tl.max(moves, 0) > 0:
-                current, previous = states + (t % 3) * slot, states + (tl.maximum(t - 1, 0) % 3) * slot
-                following = states + ((t + 1) % 3) * slot
+                current, previous, following = slots_of_step(states, t, slot)
                 streamed_step(
                     Q_block, b, schedule, bounds, sample, t, real, current, previous, following, None, d, S, R, C
                 )
@@ -170,8 +175,7 @@ def momentum_dense_streamed_kernel(
                 t += 1
         target = y
         for t in range(num_steps if stopping.taken is None else 0):
-            current, previous = states + (t % 3) * slot, states + (tl.maximum(t - 1, 0) % 3) * slot
-            following = states + ((t + 1) % 3) * slot
+            current, previous, following = slots_of_step(states, t, slot)
             streamed_step(Q_block, b, schedule, bounds, sample, t, real, current, previous, following, None, d, S, R, C)
             if TRAJECTORY:
                 target += tl.cast(B, tl.int64) * d
