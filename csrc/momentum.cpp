@@ -317,9 +317,9 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   STD_TORCH_CHECK(y_begun.has_value() == (dense && first > 0) && !(dense && first > 0 && trajectory) &&
                       m_begun.has_value() == (y_begun && (momentum || mu)),
                   "y_begun, m_begun: expected for a dense Q with first > 0, the second where there is momentum");
-  STD_TORCH_CHECK(!minimizer || (b.is_cpu() && args.structure != Structure::spectral && args.prox == Prox::none &&
-                                 first == 0 && !trajectory),
-                  "minimizer: expected no spectral Q, no proximal map, no trajectory and no GPU beside it");
+  STD_TORCH_CHECK(!minimizer || (b.is_cpu() && args.structure != Structure::spectral &&
+                                 !(needs & (need_lower | need_upper)) && first == 0 && !trajectory),
+                  "minimizer: expected no spectral Q, no gradient of a bound, no trajectory and no GPU beside it");
   // where a diagonal Q begins is computed again, in registers
   if (y_begun) args.y0 = y_begun, args.skipped = first;
 

@@ -122,7 +122,7 @@ struct MomentumBackward : MomentumInputs<Storage> {
   const Storage* iterates;
   // CPU only, rows [d], contiguous:
   const Storage* m0;         // of a dense Q, beside y0 and beta: where the first step comes from; nullptr: m_0 = 0
-  const Storage* minimizer;  // y: dQ is db y' instead, without a proximal map; nullptr: that of the steps
+  const Storage* minimizer;  // y: dQ is db y' instead, no gradient of a bound; nullptr: that of the steps
   // CPU only, of a diagonal Q: y_t is a constant up to t = first, and so are dy0 and the coefficients' gradients zero
   int64_t first;
   // The outputs are the gradients of <grad_y, derivative of y along these>: where these are cotangents of backward's

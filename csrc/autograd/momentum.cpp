@@ -28,7 +28,7 @@ using torch::autograd::variable_list;
 
 constexpr int64_t num_tensors = MomentumOps::num_tensors;
 // places among the tensors
-enum { matrix = 0, diagonal = 1, observed = 2, b = 3, step_sizes = 5, lower = 9 };
+enum { matrix = 0, diagonal = 1, observed = 2, b = 3, step_sizes = 5, lower = 9, upper = 10 };
 constexpr int64_t coefficients = 0b1111 << step_sizes;
 
 // What is differentiated, as an argument: these, or how many of the last steps.
@@ -72,7 +72,8 @@ struct Call {
     if (has(matrix) && has(diagonal)) return false;
     if (differentiated > 0 && has(diagonal)) return true;
     if (trajectory || at(b).scalar_type() != at(step_sizes).scalar_type()) return false;
-    return differentiated > 0 || present >> lower == 0;
+    const auto is_differentiated = [&](int64_t i) { return has(i) && at(i).requires_grad(); };
+    return differentiated > 0 || !(is_differentiated(lower) || is_differentiated(upper));
   }
   // Whether the ops have the VJP of the gradients `needs`, and torch's products of matrices are not the faster ones.
   bool has_second_order(int64_t needs) const {

@@ -464,7 +464,7 @@ class DenseTile {
     map_.rows = {lower_, upper_, weight_};
     if (!backward) return;
     map_.sums = {take(backward->d_lower), take(backward->d_upper), take(backward->d_weight)};
-    map_.v = states(arena, keep_all);
+    map_.v = states(arena, backward->minimizer ? keep_one : keep_all);
   }
 
   UNROLLED_KERNELS_NOINLINE void stage(int64_t index, bool first_of_chunk) {
@@ -551,6 +551,10 @@ class DenseTile {
     for (C* sums : {map_.sums.lower, map_.sums.upper, map_.sums.weight}) {
       if (sums) fill_zero(sums, row_);
     }
+    if (!p.minimizer || p.prox == Prox::none) return;
+    C* const v = map_.v.data;
+    tile_.load_state(p.minimizer, p.d, v);
+    for (int64_t n = 0; n < row_; n += W) store(v + n, side_of<C>(p.prox, map_.rows, n, load(v + n)));
   }
 
   UNROLLED_KERNELS_NOINLINE void store_backward(const MomentumBackward<Storage>& p, bool per_step) {

@@ -295,6 +295,21 @@ class DiagonalTiles {
     }
   }
 
+  // The map of e becomes a box that holds at zero what its own holds of the fixed point y.
+  template <typename Part>
+  void hold(const Part& part, const C* y, ElementwiseForward<C>& e) const {
+    set_prox(part, e);
+    const Vector<C> zero{}, infinity = broadcast(std::numeric_limits<C>::infinity());
+    for (int64_t i = 0; i < part.size() * W; i += W) {
+      const Vector<C> side = side_of<C>(e.prox, e.map, i, load(y + i));
+      const auto held = e.prox == Prox::box ? (side == infinity) | (side == -infinity) : side == zero;
+      store(bounds_[0] + i, held ? zero : -infinity);
+      store(bounds_[1] + i, held ? zero : infinity);
+    }
+    e.prox = Prox::box;
+    e.map = {bounds_[0], bounds_[1], nullptr};
+  }
+
   // db is what the same steps make of grad y for b
   template <typename Part>
   void implicit_part(const MomentumBackward<Storage>& p, const Part& part) {
@@ -302,11 +317,19 @@ class DiagonalTiles {
     set_lambda(part, e);
     e.b = input(part, p.grad_y, p.d, y_);
     C* const db = e.y = p.db ? output(part, p.db, db_) : db_;
-    run_elementwise<false>(e, part.size());
+    const C* const y = input(part, p.minimizer, p.d, y0_);
+    if (p.prox != Prox::none) hold(part, y, e);
+    run_elementwise<true>(e, part.size());
     finish(part, db_, p.db);
+    if (p.d_weight) {
+      for (int64_t i = 0; i < part.size() * W; i += W) {
+        const Vector<C> zero{}, y_i = load(y + i), db_i = load(db + i), signed_db = y_i < zero ? -db_i : db_i;
+        store(bound_sums_[2] + i, (load(bounds_[2] + i) >= zero) & (y_i != zero) ? signed_db : zero);
+      }
+      part.store_state(bound_sums_[2], p.d_weight);
+    }
     C* const dq = output(part, p.d_diagonal, dq_);
     if (!dq) return;
-    const C* const y = input(part, p.minimizer, p.d, y0_);
     for (int64_t i = 0; i < part.size() * W; i += W) store(dq + i, load(db + i) * load(y + i));
     finish_tikhonov(part, dq);
     finish(part, dq_, p.d_diagonal);

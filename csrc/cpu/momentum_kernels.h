@@ -91,7 +91,7 @@ bool is_shared(Structure structure, const MomentumInputs<Storage>& p) {
 // Whether backward reads more than the adjoints of the steps: db and dy0 alone do not ask where they were.
 template <typename Storage>
 bool needs_iterates(const MomentumBackward<Storage>& p) {
-  return (p.d_matrix && !p.minimizer) || p.dphi || p.prox != Prox::none;
+  return !p.minimizer && (p.d_matrix || p.dphi || p.prox != Prox::none);
 }
 
 #define UNROLLED_KERNELS_DECLARE(isa)                        \

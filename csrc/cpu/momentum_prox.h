@@ -1,6 +1,8 @@
 // The proximal map that may end a step, y_{t+1} = p_t(v_t), and its adjoint, on vectors.
 #pragma once
 
+#include <limits>
+
 #include "cpu/momentum_schedule.h"
 
 namespace unrolled_kernels {
@@ -87,6 +89,18 @@ UNROLLED_KERNELS_INLINE Vector<C> proximal_adjoint(const ProxRows<C>& p, const P
     }
   }
   return s;
+}
+
+// What the adjoint of a map asks of v_t where y = p(v_t) is all that is known, the fixed point of the steps: an infinity on
+// the side where a bound holds it, or where a soft threshold does not.
+template <typename C>
+UNROLLED_KERNELS_INLINE Vector<C> side_of(Prox prox, const ProxRows<C>& p, int64_t n, Vector<C> y) {
+  const Vector<C> zero{}, infinity = broadcast(std::numeric_limits<C>::infinity());
+  if (prox != Prox::box) return y > zero ? infinity : y < zero ? -infinity : y;
+  Vector<C> v = y;
+  if (p.lower) v = y <= load(p.lower + n) ? -infinity : v;
+  if (p.upper) v = y >= load(p.upper + n) ? infinity : v;
+  return v;
 }
 
 // Calls f(integral_constant<Prox, prox>).

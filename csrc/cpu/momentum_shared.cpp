@@ -47,7 +47,8 @@ class DenseRows {
     const auto take = [&](bool present) { return present ? arena_.take<C>(size_) : nullptr; };
     map_ = {take(p.lower.data), take(p.upper.data), take(p.weight.data)};
     if (!backward) return;
-    v_ = arena_.take<C>(size_ * p.k);
+    v_size_ = backward->minimizer ? 0 : size_;
+    v_ = arena_.take<C>(backward->minimizer ? size_ : size_ * p.k);
     map_sums_ = {take(backward->d_lower), take(backward->d_upper), take(backward->d_weight)};
   }
 
@@ -87,7 +88,7 @@ class DenseRows {
     // y_{t+1} does not tell whether v_t was on a bound or beyond
     if (p.iterates && p.prox != Prox::box && std::is_same_v<Storage, C>) {
       for (int64_t t = 1; t < replayed; ++t) load_iterate(p, t, z.from(t * count_));
-      for (int64_t t = 0; v_ && t < replayed; ++t) load_side(p, t);
+      for (int64_t t = 0; v_ && t < replayed; ++t) load_side(p.iterates + (t + 1) * p.B * p.d, v(t));
     } else {
       // the last step is taken for v_(k-1) alone
       for (int64_t t = 0; t + 1 < replayed || (t < replayed && v_); ++t) {
@@ -96,6 +97,7 @@ class DenseRows {
         poll.after(work());
       }
     }
+    if (v_ && p.minimizer) load_side(p.minimizer, v_);
     load_rows(p.grad_y + (p.trajectory ? k * p.B * p.d : 0), p.d, s(k));
     copy_vectors(s(k).data, count_ * panels_ * W, ybar_);
     fill_zero(db_, count_ * panels_ * W);
@@ -139,7 +141,7 @@ class DenseRows {
   Panels<C> y(int64_t t) const { return rows(p_.stopping ? y_ + t % 2 * size_ : y_); }
   Panels<C> s(int64_t t) const { return rows(s_ + t % 2 * size_); }
   Panels<C> m(int64_t t) const { return rows(m_ ? m_ + t * size_ : nullptr); }
-  C* v(int64_t t) const { return v_ ? v_ + t * size_ : nullptr; }
+  C* v(int64_t t) const { return v_ ? v_ + t * v_size_ : nullptr; }
 
   void begin(const SharedMomentumTile<C>& tile) {
     first_ = tile.begin, count_ = tile.end - tile.begin;
@@ -214,14 +216,11 @@ class DenseRows {
     }
   }
 
-  // On which side of a soft threshold v_t was, as an infinity, or 0 within it: what its adjoint asks of v_t.
-  UNROLLED_KERNELS_NOINLINE void load_side(const MomentumBackward<Storage>& p, int64_t t) const {
-    const Vector<C> zero{}, infinity = broadcast(C(__builtin_inf()));
-    load_rows(p.iterates + (t + 1) * p.B * p.d, p.d, rows(v(t)));
-    for (C* side = v(t); side != v(t) + count_ * panels_ * W; side += W) {
-      const Vector<C> y = load(side);
-      store(side, y > zero ? infinity : y < zero ? -infinity : y);
-    }
+  // what y says of v
+  UNROLLED_KERNELS_NOINLINE void load_side(const Storage* y, C* v) const {
+    const ProxRows<C> map{map_.lower, map_.upper, map_.weight};
+    load_rows(y, p_.d, rows(v));
+    for (int64_t n = 0; n < count_ * panels_ * W; n += W) store(v + n, side_of<C>(p_.prox, map, n, load(v + n)));
   }
 
   void step(int64_t t, const C* packed, Panels<C> z, Panels<C> z_next, Panels<C> m, Panels<C> m_next, C* v) const {
@@ -347,8 +346,9 @@ class DenseRows {
   // of samples that stop: where they did
   C* stopped_;
   MovingSamples<W, C>* moving_;
-  // of a proximal map; v_ of every step, backward
+  // of a proximal map; v_ of every step, backward, or of a fixed point
   C* v_ = nullptr;
+  int64_t v_size_ = 0;
   ProxSums<C> map_, map_sums_;
 };
 

@@ -329,7 +329,8 @@ def _backward_of_minimizer(backend, grad_y, *arguments):
     matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
     needed = [bool(needs >> i & 1) for i in range(13)]
     prox = tensors[9:]
-    if backend == "cpu" and prox == [None] * 4 and not common.is_differentiated():
+    # the bounds take one product more
+    if backend == "cpu" and not (needed[9] or needed[10]) and not common.is_differentiated():
         return native.backward(grad_y, *tensors, num_steps, False, needs, None, 0, None, None, y)
     # y_k forgets where it began and how it got there
     others = (torch.zeros_like(x) if wanted else None for x, wanted in zip((y0, *schedule), needed[_Y0:9], strict=True))
