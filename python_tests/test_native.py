@@ -415,15 +415,16 @@ def _interrupt():
     torch.broadcast_shapes((1,), (1, 1))
     late = {name: _seconds_to_interrupt(call, after=0.3) for name, call in calls.items()}
     assert max(late.values()) < 0.4, late  # of two threads
-    # one that goes on, and gets what it would have got
+    # one that goes on, and gets what it would have got: a second or more, on two idle cores
     seen = []
     signal.signal(signal.SIGALRM, lambda *_: seen.append(time.monotonic()))
+    began = time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, 0.1)
-    y = F.gradient_descent(Q, b, 0.3, 2_000)
+    y = F.gradient_descent(Q, b, 0.3, 6_000)
     ended = time.monotonic()
     assert seen
-    assert seen[0] < ended - 0.1
-    assert torch.equal(y, F.gradient_descent(Q, b, 0.3, 2_000))
+    assert seen[0] - began < (ended - began) / 2
+    assert torch.equal(y, F.gradient_descent(Q, b, 0.3, 6_000))
 
 
 @needs_extension
