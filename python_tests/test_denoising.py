@@ -685,9 +685,10 @@ def test_model_that_diverges_says_so_and_the_others_go_on(folder, tmp_path, caps
     assert line.count("–") == 5
 
 
-def test_model_that_explodes_to_a_number_has_diverged(folder, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["fixed", "learned"])
+def test_model_that_explodes_to_a_number_has_diverged(folder, tmp_path, capsys, kind):
     """No two images differ by a squared error of more than 1 a pixel."""
-    assert cli.main(command(folder, tmp_path / "run", "--step-size", "fixed", "--step-size-start", 50)) == 1
+    assert cli.main(command(folder, tmp_path / "run", "--step-size", kind, "--step-size-start", 50)) == 1
     assert "every model with a layer diverged; take a smaller" in capsys.readouterr().err
     results = pd.read_parquet(tmp_path / "run" / "results.parquet").set_index("num_steps")
     assert 1 < results.loc[2, "train_loss"] < np.inf
