@@ -302,13 +302,14 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
       momentum_cpu(structure, p);
     });
   }
-  if (in.prox == Prox::none && !in.trajectory) {
+  if (!in.trajectory) {
     const Array<Storage> minimizer(B * d, -1, 1);
     check("momentum, minimizer", B, d, k, [&](Outputs& outputs) {
       MomentumBackward<Storage> p{};
       static_cast<MomentumInputs<Storage>&>(p) = in;
       p.grad_y = grad_y.data(), p.minimizer = minimizer.data();
       add_gradients(outputs, p);
+      if (in.weight.data && flip()) outputs.add(p.d_weight, B * d);
       momentum_cpu(structure, p);
     });
   }
