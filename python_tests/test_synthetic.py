@@ -742,6 +742,33 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == ["results.txt"]
 
 
+def test_an_interrupt_at_any_moment_of_a_write_leaves_nothing(tmp_path):
+    def interrupted(moment):
+        def trace(*_):
+            nonlocal moment
+            moment -= 1
+            if moment == 0:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with atomic_path(tmp_path / "results.txt") as temporary:
+                temporary.write_text("whole")
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    moment = 1
+    while interrupted(moment):
+        assert not list(tmp_path.glob(".*")), moment
+        moment += 1
+    assert moment > 20
+    assert (tmp_path / "results.txt").read_text() == "whole"
+
+
 def test_results_survive_reopening(tmp_path):
     settings = {"epochs": 3, "depths": (1, 2)}
     RunDirectory(tmp_path, settings).append([{"train": 1.0}])

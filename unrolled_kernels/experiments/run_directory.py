@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import threading
 from pathlib import Path
 
@@ -95,19 +95,14 @@ def atomic_path(file):
     Raises:
         OSError: it cannot be written; the message names ``file``.
     """
-    file, temporary = Path(file), None
+    file = Path(file)
+    # known before it is there, so that an interrupt at any moment leaves nothing behind; the same suffix: writers of
+    # images and tables choose the format by it
+    temporary = file.with_name(f"{_UNFINISHED}{file.stem}-{secrets.token_hex(4)}{file.suffix}")
     try:
-        # the same suffix: writers of images and tables choose the format by it
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{_UNFINISHED}{file.stem}-", suffix=file.suffix)
-        os.close(handle)
-        temporary = Path(temporary)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes files private; these are as readable as any other
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -115,8 +110,8 @@ def atomic_path(file):
             "directory writable, and give the same command again"
         ) from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _read_rows(file, columns):
