@@ -234,7 +234,7 @@ def test_interrupted_run_says_how_to_go_on(undisturbed, tmp_path, kind, workers)
         assert time.monotonic() < deadline
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)
-    assert finish(process, 60) == 130, log.read_text()
+    assert finish(process) == 130, log.read_text()
     text = log.read_text()
     assert text.endswith("interrupted; the same command continues from here\n")
     assert "Traceback" not in text

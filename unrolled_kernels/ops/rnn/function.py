@@ -35,11 +35,13 @@ def rnn(backend, matrix, diagonal, b, y0, weights, num_steps, trajectory, backwa
     if backend == "eager" or common.runs_in_eager():
         return reference.forward(matrix, diagonal, b, y0, weights, num_steps, trajectory)
     tensors = (matrix, diagonal, b, y0, *weights)
-    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if torch.compiler.is_compiling() and (not differentiated or _is_fused(backend, b, weights)):
-        # the op and its own gradients: of a Function the compiler does not see that what it saved is written into, and
-        # where nothing is differentiated torch.compile counts the arguments of forward, and stumbles over *weights
-        return RnnFunction.forward(backend, num_steps, trajectory, *tensors)
+    if torch.compiler.is_compiling():
+        differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        if not differentiated or _is_fused(backend, b, weights):
+            # the op and its own gradients: of a Function the compiler does not see that what it saved is written into,
+            # and where nothing is differentiated torch.compile counts the arguments of forward, and stumbles over
+            # *weights
+            return RnnFunction.forward(backend, num_steps, trajectory, *tensors)
     return RnnFunction.apply(backend, num_steps, trajectory, *tensors)
 
 
