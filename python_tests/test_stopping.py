@@ -65,6 +65,28 @@ def test_counts_results_and_gradients_are_those_of_a_loop(backend, structure, me
 
 
 @backends
+@pytest.mark.parametrize(
+    ("structure", "B", "d", "shared"),
+    [
+        *(("dense", B, d, shared) for B, d in ((5, 20), (20, 150)) for shared in (False, True)),
+        *(("spectral", B, d, shared) for B, d in ((5, 20), (3, 150)) for shared in (False, True)),
+        ("diagonal", 3, 9000, False),
+        ("tikhonov", 5, 700, False),
+    ],
+)
+def test_sizes(backend, structure, B, d, shared):
+    """Where matrices and rows are too large for a program, and where they serve the batch."""
+    device, k = device_of(backend), 16
+    leaves, make_Q, b = random_quadratic(structure, (B,), d, mu=0.3, shared=shared, dtype=torch.float64, device=device)
+    b = b * 2.0 ** -torch.arange(B, dtype=torch.float64, device=device).unsqueeze(-1)
+    run = lambda backend: F.nesterov(make_Q(*leaves), b, 0.5, 0.3, k, tolerance=0.1, return_info=True, backend=backend)
+    (y, info), (expected, stops) = run(backend), run("eager")
+    torch.testing.assert_close((y, info.residual), (expected, stops.residual))
+    assert torch.equal(info.num_steps, stops.num_steps)
+    assert (info.num_steps < k).all()
+
+
+@backends
 def test_the_schedule_with_zeros(backend):
     """To the bit what the op makes of the coefficients with zeros, trajectory, thresholds and all."""
     device, k = device_of(backend), 30
