@@ -1,5 +1,6 @@
 """Import, build and install under what machines lack: a compiler, nvcc, triton, the extension, a GPU."""
 
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -22,6 +23,7 @@ from packaging.requirements import Requirement
 
 import unrolled_kernels as uk
 from unrolled_kernels import _backend, info
+from unrolled_kernels.ops import common
 from unrolled_kernels.ops.momentum import function as momentum_function
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -383,6 +385,28 @@ def test_a_node_of_other_sources_is_refused_in_words(monkeypatch):
     monkeypatch.setattr(momentum_function, "_node", types.SimpleNamespace(set_python_backward=refuse))
     with pytest.raises(RuntimeError, match=r"the compiled autograd node .* other sources than these; build it again"):
         momentum_function.set_python_backward(None, None)
+
+
+def test_an_extension_of_other_sources_is_refused_in_words():
+    with pytest.raises(RuntimeError, match=r"has no op of_tomorrow: it was built from other sources .* build it again"):
+        common.register("of_tomorrow", None)
+
+
+def test_info_tells_an_extension_of_other_sources(tmp_path):
+    assert info._other_sources("any", tmp_path) == []  # an installation has no sources beside it
+    (tmp_path / "module.cpp").write_text("int x;")
+    built_from = hashlib.sha256(b"module.cpp\0int x;").hexdigest()
+    assert info._other_sources(built_from, tmp_path) == []
+    (tmp_path / "module.cpp").write_text("int y;")
+    (line,) = info._other_sources(built_from, tmp_path)
+    assert "built from other sources" in line
+    assert "build it again" in line
+
+
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_info_knows_what_the_extension_was_built_from():
+    # that of the tests is of these sources, else every test is of others
+    assert info._other_sources(_backend.extension().build_info()["csrc_sha256"]) == []
 
 
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")

@@ -1,13 +1,17 @@
 """``python -m unrolled_kernels.info``: versions, and each backend: available, or why not and how to get it."""
 
+import hashlib
 import os
 import platform
 import warnings
+from pathlib import Path
 
 import torch
 
 import unrolled_kernels
 from unrolled_kernels import _backend
+
+_CSRC = Path(__file__).resolve().parents[1] / "csrc"  # of a checkout
 
 
 def report():
@@ -31,6 +35,7 @@ def report():
     else:
         lines += [f"  {name:22s} {value}" for name, value in extension.build_info().items()]
         lines.append(f"  {'autograd node':22s} {_autograd_node()}")
+        lines += _other_sources(extension.build_info()["csrc_sha256"])
         if not extension.build_info()["cuda"]:
             lines.append(f"  without CUDA kernels: {_backend.build_record('cuda_reason')}")
     with warnings.catch_warnings():
@@ -53,6 +58,19 @@ def _autograd_node():
     if built_for != str(torch.__version__):
         return f"Python: the one in C++ was built for torch {built_for}, this is {torch.__version__}; build it again"
     return "Python: the one in C++ cannot be loaded; build it again"
+
+
+def _other_sources(built_from, csrc=_CSRC):
+    """A line where the extension was built in a checkout whose sources are no longer those."""
+    if not (csrc / "module.cpp").exists():
+        return []
+    digest = hashlib.sha256()
+    # as setup.py has it
+    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")):
+        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
+    if digest.hexdigest() == built_from:
+        return []
+    return [f"  built from other sources than those in {csrc}: build it again (`make build`, or `pip install .`)"]
 
 
 def _triton_version():
