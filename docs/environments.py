@@ -1,6 +1,7 @@
 """The tables of docs/environments.md: the package installed into new environments, what happened there, and the wheel.
 
     python docs/environments.py
+    python docs/environments.py --resume          # what an interrupted run has left
 
 It builds the wheel first, from nothing. An environment is made for each pair of Python and torch, below
 build/environments; torch is downloaded where it is not on this disk. What this machine cannot have is left out.
@@ -221,30 +222,47 @@ def describe(wheel, seconds):
     ]
 
 
+def try_rows(rows, wheel, done, keep):
+    """Lines of the table; what is in ``done`` already is not run again, the rest is kept there."""
+    for row in rows:
+        key = " | ".join(row)
+        if key not in done:
+            seconds = ""
+            try:
+                if wheel is None and row.source == "wheel":
+                    raise Unavailable("there is no wheel in dist: make wheel")
+                make_environment(row.python, row.torch, download=True)
+                before = seconds_used()
+                said = try_out(row, wheel)
+                seconds = f"{seconds_used() - before:.0f}"
+            except Unavailable as reason:
+                said = f"left out: {reason}"
+            done[key] = said, seconds
+            keep()
+        yield [*row[:4], row.settings and f"`{row.settings}`", *done[key]]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", help="numbers, separated by commas, of the rows to print; the page stays as it is")
+    parser.add_argument("--resume", action="store_true", help="go on where a run of these sources was interrupted")
     arguments = parser.parse_args()
+    kept = FOLDER / "rows.json"
+    done = json.loads(kept.read_text()) if arguments.resume and kept.exists() else {}
+    keep = lambda: kept.write_text(json.dumps(done, indent=2))
+    wheel = next((ROOT / "dist").glob("*.whl"), None)
     if arguments.rows:
-        wheel = next((ROOT / "dist").glob("*.whl"), None)
-    else:
-        wheel, wheel_seconds = build_wheel()
-    rows = []
-    for row in [ROWS[int(i)] for i in arguments.rows.split(",")] if arguments.rows else ROWS:
-        seconds = ""
-        try:
-            if wheel is None and row.source == "wheel":
-                raise Unavailable("there is no wheel in dist: make wheel")
-            make_environment(row.python, row.torch, download=True)
-            before = seconds_used()
-            said = try_out(row, wheel)
-            seconds = f"{seconds_used() - before:.0f}"
-        except Unavailable as reason:
-            said = f"left out: {reason}"
-        rows.append([*row[:4], row.settings and f"`{row.settings}`", said, seconds])
-        print(*rows[-1], sep=" | ", flush=True)
-    if arguments.rows:
+        for cells in try_rows([ROWS[int(i)] for i in arguments.rows.split(",")], wheel, {}, lambda: None):
+            print(*cells, sep=" | ", flush=True)
         return
+    if "wheel" not in done:
+        wheel, done["wheel"] = build_wheel()
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        keep()
+    rows = []
+    for cells in try_rows(ROWS, wheel, done, keep):
+        rows.append(cells)
+        print(*cells, sep=" | ", flush=True)
     versions = [
         output_of(name, "--version").strip().split("\n")[line]
         for name, line in (("g++", 0), ("clang++", 0), ("nvcc", -2))
@@ -255,7 +273,7 @@ def main():
         "",
         *table(["Python", "torch", "installed", "compilers", "settings", "what happened", "seconds"], rows),
     ]
-    parts = {"environments": environments, "wheel": describe(wheel, wheel_seconds)}
+    parts = {"environments": environments, "wheel": describe(wheel, done["wheel"])}
     fill([PAGE], {name: "\n".join(lines) for name, lines in parts.items()})
 
 
