@@ -168,7 +168,7 @@ INSTRUCTIONS = {
     ("shared", "nag", 64, 5, 30): 145446,
     ("shared", "gd", 64, 32, 20): 3109851,
     ("shared", "gd", 64, 64, 20): 7745555,  # 7591544 before its tiles had sums of their own
-    ("diagonal", "gd", 1, 4096, 12): 96011,  # 94568 before its loops could end with the last moving sample
+    ("diagonal", "gd", 1, 4096, 12): 96011,  # 94568 before its loops could end early, forward 4.5 % fewer
     ("spectral", "gd", 64, 16, 20): 203734,
 }
 
