@@ -309,6 +309,19 @@ START_OVERFLOWS = Problem(
     edits={"f": "large", "observed": "denormal"},
 )
 
+# the derivative by 1 + f², 1e40, is above float32's largest before f, 1e-39, multiplies it: -inf in eager torch too
+F_IS_TOO_SMALL = Problem(
+    method="gd",
+    structure="tikhonov",
+    batch=(),
+    d=1,
+    k=5,
+    dtype="bf16",
+    leaves={n: Leaf((1,), grad=n == "f") for n in ("f", "observed", "b")} | {"phi": Leaf((), grad=False)},
+    gradients={"backward": "implicit"},
+    edits={"phi": "large", "f": "denormal"},
+)
+
 
 # the strategy
 
@@ -519,6 +532,7 @@ def extreme_problems(draw):
 @examples(300)
 @given(problem=extreme_problems())
 @example(problem=START_OVERFLOWS)
+@example(problem=F_IS_TOO_SMALL)
 def test_extreme_values(backend, problem):
     """Right where nothing can overflow, whatever Q and the step sizes are, and not finite where y is too large.
 
@@ -545,7 +559,13 @@ def test_extreme_values(backend, problem):
     # the derivative by a y_0 too, where there is none: 1 - φ Q of a step, which meets zeros
     formed = [*bounds.values(), run_largest(from_start, torch.ones_like(cotangent))["y0"]]
     if problem.structure == "tikhonov":
-        formed.append(1 + values["f"].square())
+        # and the derivative by it, which f multiplies afterwards
+        q, b = 1 + values["f"].square(), abs(values["b"]) + abs(values["observed"])
+        leaves = {n: x for n, x in largest.leaves.items() if n not in ("f", "observed")}
+        leaves |= {"q": Leaf(q.shape), "b": Leaf(b.shape)}
+        of = {n: negated(n, x) for n, x in (values | {"q": q, "b": b}).items() if n in leaves}
+        diagonal = dataclasses.replace(largest, structure="diagonal", leaves=leaves)
+        formed += [q, diagonal.run("eager", torch.float64, of, full=True, cotangent=cotangent)["q"]]
     overflows = any(not (x.abs() < torch.finfo(compute).max / 64).all() for x in formed)
     for name, result in problem.run(backend, dtype, values).items():
         limits = torch.finfo(result.dtype)
