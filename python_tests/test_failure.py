@@ -67,6 +67,9 @@ def _run(argv, log, largest_file):
     for descriptor in (1, 2):
         os.dup2(stream, descriptor)
     if largest_file is not None:
+        # a module first imported here would leave half of its bytecode, which nobody can import after that
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.exit(cli.main(argv))
 
