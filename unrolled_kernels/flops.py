@@ -4,6 +4,7 @@ Products are counted as torch counts its own: two for each multiply-add, those t
 and nothing for what is elementwise. A module of its own because torch's counter imports triton.
 """
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -40,7 +41,7 @@ def _momentum_stopping(*arguments, out_shape=None):
 
 def _momentum_backward(grad_y, matrix, diagonal, observed, b, y0, *rest, out_shape=None):
     *prox, num_steps, trajectory, needs = rest[4:11]
-    iterates, first, y_begun, _, minimizer = (*rest[11:], *(None, 0, None, None, None)[len(rest) - 11 :])
+    iterates, first, y_begun, _, minimizer = rest[11:] + (None, 0, None, None, None)[len(rest) - 11 :]
     if matrix is None or num_steps == 0:
         return 0
     if diagonal is None:
@@ -90,7 +91,7 @@ def _weights(b, weights):
     return 2 * b[0] * sum(prod(shape) for shape in weights)
 
 
-for name, formula in {
+_FORMULAS: dict[str, Callable[..., int]] = {
     "momentum": _momentum,
     "momentum_begun": _momentum_begun,
     "momentum_stopping": _momentum_stopping,
@@ -103,7 +104,8 @@ for name, formula in {
     "rnn_backward": _rnn_backward,
     "rnn_triton": _rnn,
     "rnn_triton_backward": _rnn_backward,
-}.items():
+}
+for name, formula in _FORMULAS.items():
     # without the extension there are only those of Triton
     if hasattr(torch.ops.unrolled_kernels, name):
         register_flop_formula(getattr(torch.ops.unrolled_kernels, name))(formula)

@@ -29,7 +29,7 @@ from unrolled_kernels.ops.momentum.function import dense as _dense_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
 from unrolled_kernels.prox import Prox, SoftThreshold, check_prox
-from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, once, same_shape, smallest_eigenvalue
+from unrolled_kernels.quadratics import Diagonal, Spectral, Structure, Tikhonov, once, same_shape, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
 __all__ = ["Info", "gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
@@ -349,7 +349,8 @@ def rnn(
         Q, b = Q.as_diagonal(b)
     elif isinstance(Q, Spectral):
         Q = once(Q).to_dense()
-    matrix, diagonal = (Q, None) if isinstance(Q, torch.Tensor) else (None, Q.q)
+    matrix = Q if isinstance(Q, torch.Tensor) else None
+    diagonal = Q.q if isinstance(Q, Diagonal) else None
     flat = (math.prod(shape[:-1]), shape[-1])
     diagonal, b, y0 = (_reshape(x, shape, flat) for x in (diagonal, b, y0))
     matrix = None if matrix is None else _flatten_matrix(matrix, shape[:-1])
@@ -384,13 +385,13 @@ def minimize(Q: Quadratic, b: torch.Tensor) -> torch.Tensor:
         Q, b = Q.as_diagonal(b)
     work = torch.promote_types(b.dtype, torch.float32)
     if isinstance(Q, torch.Tensor):
-        Q, rhs = once(Q).to(work), b.to(work).expand(shape)
-        if math.prod(Q.shape[:-2]) == 1:
+        matrix, rhs = once(Q).to(work), b.to(work).expand(shape)
+        if math.prod(matrix.shape[:-2]) == 1:
             # factored once for all of the batch
             rows = rhs.reshape(math.prod(shape[:-1]), shape[-1])
-            y = torch.linalg.solve(Q.reshape(Q.shape[-2:]), rows.mT).mT.reshape(shape)
+            y = torch.linalg.solve(matrix.reshape(matrix.shape[-2:]), rows.mT).mT.reshape(shape)
         else:
-            y = torch.linalg.solve(Q, rhs.unsqueeze(-1)).squeeze(-1)
+            y = torch.linalg.solve(matrix, rhs.unsqueeze(-1)).squeeze(-1)
         return -y.to(b.dtype)
     return -Q.to(work).solve(b.to(work)).to(b.dtype)
 
