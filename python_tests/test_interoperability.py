@@ -700,9 +700,13 @@ def test_copies_are_the_same_layer(name):
     saved.seek(0)
     read = Model(name)
     read.load_state_dict(torch.load(saved, weights_only=True))
-    layer = copy.deepcopy(model)
+    layer, whole = copy.deepcopy(model), copy.deepcopy(model)
     layer.layer = pickle.loads(pickle.dumps(model.layer))
-    for same in (other, read, layer, copy.deepcopy(model)):
+    saved = io.BytesIO()
+    torch.save(model.layer, saved)
+    saved.seek(0)
+    whole.layer = torch.load(saved, weights_only=False)
+    for same in (other, read, layer, whole, copy.deepcopy(model)):
         torch.testing.assert_close(of(same, inputs), expected, rtol=0, atol=0)
         assert repr(same.layer) == repr(model.layer)
 

@@ -1,5 +1,7 @@
 """The structures of Q, handled as tensors are."""
 
+import io
+
 import pytest
 import torch
 
@@ -20,8 +22,51 @@ def _make(structure, batch=(4, 3), d=5, **options):
 def test_shape(structure, batch):
     Q, b = _make(structure, batch)
     assert Q.state_shape == b.shape
-    assert Q.shape == Q.to_dense().shape == (*batch, 5, 5)
+    assert Q.shape == Q.to_dense().shape == Q.size() == (*batch, 5, 5)
+    assert Q.dim() == Q.ndim == Q.to_dense().ndim == len(batch) + 2
+    assert [Q.size(i) for i in range(-Q.ndim, Q.ndim)] == [*Q.shape, *Q.shape]
+    with pytest.raises(IndexError):
+        Q.size(Q.ndim)
     assert (Q.dtype, Q.device) == (torch.float32, torch.device("cpu"))
+
+
+@structured
+def test_len_and_iteration(structure):
+    """Over the first dimension of the batch, as those of the matrices; the batch may be empty, not absent."""
+    for batch in ((4, 3), (1,), (0, 3)):
+        Q, _ = _make(structure, batch)
+        assert len(Q) == len(Q.to_dense()) == len(list(Q)) == batch[0]
+        for sample, matrices in zip(Q, Q.to_dense(), strict=True):
+            assert type(sample) is type(Q)
+            torch.testing.assert_close(sample.to_dense(), matrices)
+        assert [i.shape for i in reversed(Q)] == [x.shape for x in Q.to_dense()]
+        assert Q
+    Q, _ = _make(structure, ())
+    assert Q
+    for of_samples in (len, list):
+        with pytest.raises(TypeError, match=r"Q: a structure without a batch has no len and no samples: .*\[5\]"):
+            of_samples(Q)
+
+
+@structured
+def test_save_and_load(structure):
+    """By torch.save and torch.load, which takes weights alone unless it is told to trust the file."""
+    Q, b = _make(structure, shared=True)
+    saved = io.BytesIO()
+    torch.save({"Q": Q.requires_grad_(), "prox": [prox.Box(0.0, b), prox.NonNegative(), prox.L1(0.1)]}, saved)
+    for options in ({}, {"weights_only": True}, {"mmap": False, "map_location": "meta"}):
+        saved.seek(0)
+        loaded = torch.load(saved, **options)
+        assert type(loaded["Q"]) is type(Q)
+        assert loaded["Q"].requires_grad
+        assert loaded["Q"].shape == Q.shape
+    saved.seek(0)
+    loaded = torch.load(saved)
+    for x, y in zip(loaded["Q"].tensors.values(), Q.tensors.values(), strict=True):
+        assert torch.equal(x, y)
+    y = F.gradient_descent(Q, b, 0.2, 3, prox=prox.Box(0.0, b))
+    assert torch.equal(F.gradient_descent(loaded["Q"], b, 0.2, 3, prox=loaded["prox"][0]), y)
+    assert [type(x) for x in loaded["prox"]] == [prox.Box, prox.NonNegative, prox.L1]
 
 
 @structured

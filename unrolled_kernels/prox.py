@@ -13,6 +13,8 @@ instead of the two there and back.
 
 from dataclasses import dataclass
 
+import torch
+
 from unrolled_kernels import _check
 from unrolled_kernels.annotations import Number
 
@@ -94,6 +96,10 @@ class SoftThreshold(Prox):
     def __post_init__(self) -> None:
         _check.check_number("threshold", self.threshold)
         _check.check_not_negative("threshold", self.threshold)
+
+
+# numbers, tensors and their names: torch.load(weights_only=True) may make one
+torch.serialization.add_safe_globals([Box, NonNegative, L1, SoftThreshold])
 
 
 def check_prox(prox):

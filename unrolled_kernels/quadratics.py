@@ -1,7 +1,7 @@
 """The structures of Q in the energy 1/2 yᵀQy + bᵀy: a plain tensor is dense; the classes here are not."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -23,7 +23,8 @@ def same_shape(shape, other):
 class Structure:
     """What the structures share: they are handled as tensors are.
 
-    ``map``, ``to`` and its relatives, ``detach``, ``clone``, ``pin_memory`` and indexing return a new structure.
+    ``map``, ``to`` and its relatives, ``detach``, ``clone``, ``pin_memory`` and indexing return a new structure. Shapes
+    are those of the matrices, ``[*batch, d, d]``; ``len``, iteration and indexing go over the batch.
     """
 
     # the dimensions of each tensor that are not batch dimensions, by its name
@@ -70,6 +71,19 @@ class Structure:
         """``[*batch, d, d]``, that of ``to_dense()``."""
         shape = self.state_shape
         return torch.Size((*shape, shape[-1]))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """``shape``, or its entry ``dim``."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """The number of dimensions of ``to_dense()``."""
+        return len(self.shape)
+
+    @property
+    def ndim(self) -> int:
+        """``dim()``."""
+        return self.dim()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,6 +149,19 @@ class Structure:
     def is_pinned(self) -> bool:
         """Whether every tensor is in pinned memory."""
         return all(x.is_pinned() for x in self.tensors.values())
+
+    def __len__(self) -> int:
+        batch = self.state_shape[:-1]
+        if not batch:
+            raise TypeError(f"Q: a structure without a batch has no len and no samples: {self.describe()}")
+        return batch[0]
+
+    def __bool__(self) -> bool:
+        # a len of 0 is an empty batch, not the absence of a Q
+        return True
+
+    def __iter__(self) -> Iterator[Self]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: Any) -> Self:
         """The samples that ``index`` picks, as it would from a tensor ``[*batch]``; what all of them share stays so."""
@@ -371,6 +398,8 @@ for _cls in (Diagonal, Spectral, Tikhonov):
             None,
         ),
     )
+    # tensors and their names: torch.load(weights_only=True) may make one
+    torch.serialization.add_safe_globals([_cls])
 
 
 def _collate(samples, *, collate_fn_map):
