@@ -71,7 +71,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --device cuda $(if $(PARTS),--parts $(PARTS))
 
 # all tests that launch kernels on the GPU; side by side where pytest-xdist is there
-GPU_TESTS = $(patsubst %,python_tests/test_%.py,$(KERNEL_TESTS) interoperability synthetic) \
+GPU_TESTS = $(patsubst %,python_tests/test_%.py,$(KERNEL_TESTS) interoperability synthetic denoising) \
   -k "cuda or triton or gpu" $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8)
 
 gpu-test:

@@ -491,6 +491,42 @@ def test_mixed_precision_trains(task, autocast):
     assert rows[1]["test_psnr"] == pytest.approx(rows[0]["test_psnr"], abs=1.5)
 
 
+def test_recording_graphs_leaves_the_model_as_it_was(task, monkeypatch):
+    def make_graphed_callables(module, sample):
+        # what a recording does to a model: steps of its own, in training mode
+        for _ in range(3):
+            module(*sample).sum().backward()
+        module.zero_grad()
+        assert module.training
+        assert sample[0].shape == (2, 1, 16, 16)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(train, "check_graphs", lambda *arguments: None)
+    training = dataclasses.replace(QUICK, batch_size=2)
+    rows = [train.train_one(task, GD, training, graphs=graphs) for graphs in (False, True)]
+    assert [rows[0][name] for name in TIMELESS] == [rows[1][name] for name in TIMELESS]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device, and there is none")
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_cuda_graphs_train_as_launches_do(task, autocast):
+    training = dataclasses.replace(QUICK, batch_size=2, autocast=autocast)
+    rows = [train.train_one(task, GD, training, device="cuda", graphs=graphs) for graphs in (False, True)]
+    assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-3 if autocast == "none" else 0.05)
+
+
+def test_cuda_graphs_are_refused_where_they_cannot_be_recorded(folder, tmp_path, monkeypatch, capsys):
+    assert cli.main(command(folder, tmp_path / "run", "--graphs")) == 1
+    assert "--graphs: CUDA graphs need --device cuda; got cpu" in capsys.readouterr().err
+    gpu = torch.device("cuda")
+    train.check_graphs(gpu, 100, 10)
+    with pytest.raises(ValueError, match="100 training images are no multiple of --batch-size 8"):
+        train.check_graphs(gpu, 100, 8)
+    monkeypatch.setattr(train.ranks, "ranks", lambda: 2)
+    with pytest.raises(ValueError, match="one process trains a model, got 2"):
+        train.check_graphs(gpu, 100, 10)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
 def test_schedule_is_a_function_of_the_epoch(schedule):
     rates = [train.learning_rate(Training(100, schedule=schedule), epoch) for epoch in range(100)]

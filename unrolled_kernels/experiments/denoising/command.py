@@ -20,9 +20,10 @@ from unrolled_kernels.experiments.denoising import (
     report,
     runner,
 )
-from unrolled_kernels.experiments.denoising.data import NOISE
+from unrolled_kernels.experiments.denoising.data import NOISE, DenoisingTask
 from unrolled_kernels.experiments.denoising.grid import AUTOCAST, PRESETS, SCHEDULES, Trial
 from unrolled_kernels.experiments.denoising.model import ALGORITHMS, CASES, PLAIN, STEP_SIZES, make_model
+from unrolled_kernels.experiments.denoising.train import check_graphs
 from unrolled_kernels.experiments.denoising.weights import load_model
 from unrolled_kernels.experiments.options import (
     add_run_options,
@@ -75,6 +76,11 @@ def add_arguments(parser):
     parser.add_argument(
         "--checkpoint-seconds", type=positive_float, default=30, metavar="S", help="between checkpoints; default: 30"
     )
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="on a GPU, record the launches of a model's forward and backward pass once and replay them",
+    )
     parser.add_argument("--tensorboard", action="store_true", help="write logs to DIR/tensorboard")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the classical methods")
     parser.add_argument("--no-speed", action="store_true", help="leave out timings and the guard's demonstration")
@@ -107,6 +113,8 @@ def _run(arguments):
     ranks.on_first_rank(lambda: opened.append(RunDirectory(out, settings, environment(), columns=columns)))
     directory = opened[0] if opened else None
     trials = grid.trials(arguments.seed)
+    if arguments.graphs:
+        check_graphs(device, len(DenoisingTask(clean).split(arguments.seed)[0]), training.batch_size)
     if first:
         print(f"{len(trials)} models of {training.epochs} epochs; results go to {out}", flush=True)
     setup = runner.Setup(
@@ -115,6 +123,7 @@ def _run(arguments):
         backend=arguments.backend,
         clean=clean,
         checkpoint_seconds=arguments.checkpoint_seconds,
+        graphs=arguments.graphs,
     )
     logs = out / "tensorboard" if arguments.tensorboard else None
     runner.train_grid(setup, trials, directory, workers=arguments.workers, logs=logs, show_progress=first)

@@ -86,27 +86,35 @@ class TrainingPairs:
         seed: of the split, the order, the crops and the noise.
         crop: side of the crops, at most that of the images.
         noise: ``"fixed"``: each image has one noise for all epochs; ``"fresh"``: a new one in each epoch.
+        device: where minibatches are wanted; whole images with one noise are kept there.
     """
 
-    def __init__(self, task, seed, crop, noise):
-        self.task, self.seed, self.noise = task, seed, noise
+    def __init__(self, task, seed, crop, noise, device="cpu"):
+        self.task, self.seed, self.device = task, seed, device
         self.index = task.split(seed)[0]
         self.crop = min(crop, *task.clean.shape[-2:])
         self.fixed = task.pairs(self.index, seed)[1] if noise == "fixed" else None
+        whole = noise == "fixed" and task.clean.shape[-2:] == (self.crop, self.crop)
+        self.kept = torch.stack([task.clean[self.index], self.fixed]).to(device) if whole else None
 
     def batches(self, epoch, batch_size, rank=0, ranks=1):
         """Yield ``(clean, noisy, count)`` for each minibatch of an epoch.
 
-        clean and noisy ``[n, 1, crop, crop]`` are this rank's share of a global batch of ``count`` images.
+        clean and noisy ``[n, 1, crop, crop]`` are on the device: this rank's share of a global batch of ``count``.
         """
         order = _random(_ORDER, self.seed, epoch).permutation(len(self.index))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            mine = batch[rank::ranks]
-            clean, noisy = self.task.clean.new_empty(2, len(mine), 1, self.crop, self.crop)
-            for row, position in enumerate(mine.tolist()):
-                clean[row], noisy[row] = self._pair(position, epoch)
+            clean, noisy = self._pairs(torch.from_numpy(batch[rank::ranks]), epoch)
             yield clean, noisy, len(batch)
+
+    def _pairs(self, positions, epoch):
+        if self.kept is not None:
+            return self.kept[:, positions.to(self.device)]
+        pairs = self.task.clean.new_empty(2, len(positions), 1, self.crop, self.crop)
+        for row, position in enumerate(positions.tolist()):
+            pairs[0, row], pairs[1, row] = self._pair(position, epoch)
+        return pairs.to(self.device)
 
     def _pair(self, position, epoch):
         image = self.index[position].item()

@@ -19,10 +19,12 @@ class Setup(study.Setup):
         training, device, backend: as in ``study.Setup``.
         clean: the images, ``[N, 1, H, W]`` float32.
         checkpoint_seconds: how often the state of an unfinished model is written.
+        graphs: as in ``train_one``.
     """
 
     clean: torch.Tensor
     checkpoint_seconds: float = 30
+    graphs: bool = False
 
     def task(self):
         """The data."""
@@ -39,6 +41,7 @@ class Setup(study.Setup):
             files=Files(job.checkpoint, job.model, job.logs),
             checkpoint_seconds=self.checkpoint_seconds,
             on_epoch=on_epochs,
+            graphs=self.graphs,
         )
         return [] if row is None else [row]
 

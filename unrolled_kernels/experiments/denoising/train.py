@@ -1,6 +1,7 @@
 """The trainer of one model: plain PyTorch around the algorithm layer, in one process or in many."""
 
 import contextlib
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -38,17 +39,19 @@ class Trainer:
         task: the images.
         trial, training: which model, and how it is trained.
         device, backend: where it runs.
-        model: as in ``train_one``.
+        model, graphs: as in ``train_one``.
     """
 
-    def __init__(self, task, trial, training, device="cpu", backend="auto", model=None):
+    def __init__(self, task, trial, training, device="cpu", backend="auto", model=None, graphs=False):
         self.task, self.trial, self.training, self.device = task, trial, training, torch.device(device)
         self.model = (make_model(trial, training, backend) if model is None else model).to(self.device)
         self.parallel = distributed.data_parallel(self.model)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=training.learning_rate, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast == "float16")
-        self.pairs = TrainingPairs(task, trial.seed, training.crop, training.noise)
+        self.pairs = TrainingPairs(task, trial.seed, training.crop, training.noise, self.device)
         self.epoch, self.seconds, self.losses = 0, 0.0, []
+        if graphs:
+            self._record()
 
     @property
     def lost(self):
@@ -70,7 +73,7 @@ class Trainer:
         for clean, noisy, count in self.pairs.batches(
             self.epoch, self.training.batch_size, ranks.rank(), ranks.ranks()
         ):
-            total += self.train_step(clean.to(self.device), noisy.to(self.device), count)
+            total += self.train_step(clean, noisy, count)
         self.epoch += 1
         self.losses.append(distributed.sum_over_ranks(total).item() / len(self.pairs.index))
         self.seconds += time.perf_counter() - start
@@ -91,7 +94,18 @@ class Trainer:
     def _autocast(self):
         if self.training.autocast == "none":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.training.autocast))
+        # a cache of converted weights does not outlive the step that it is made in, nor may a graph keep one
+        return torch.autocast(self.device.type, getattr(torch, self.training.autocast), cache_enabled=False)
+
+    def _record(self):
+        """Let the model replay CUDA graphs of its forward and backward pass in training."""
+        check_graphs(self.device, len(self.pairs.index), self.training.batch_size)
+        sample = torch.zeros(self.training.batch_size, 1, self.pairs.crop, self.pairs.crop, device=self.device)
+        # recording runs the model, which moves the running statistics
+        before = copy.deepcopy(self.model.state_dict())
+        with self._autocast():
+            torch.cuda.make_graphed_callables(self.model.train(), (sample,))
+        self.model.load_state_dict(before)
 
     def state(self):
         """Everything that training goes on from: copies of tensors by name, and a dict of progress."""
@@ -155,6 +169,7 @@ def train_one(
     files=None,
     checkpoint_seconds=30,
     on_epoch=None,
+    graphs=False,
 ):
     """Train one model to the end; a loss that is not finite ends it before.
 
@@ -168,13 +183,14 @@ def train_one(
         files: a ``Files``.
         checkpoint_seconds: how often the state is written.
         on_epoch: called as ``on_epoch(count, loss=…, psnr=…)`` for the epochs done since the last call.
+        graphs: replay CUDA graphs of the model, see ``check_graphs``.
     Returns:
         The row of the results table, a dict; None in every rank but the first.
     Raises:
-        ValueError: the checkpoint is damaged or of another model; the message names it.
+        ValueError: the checkpoint is damaged or of another model; the message names it. Or graphs cannot be recorded.
     """
     files, on_epoch = files or Files(), on_epoch or (lambda count, **shown: None)
-    trainer = Trainer(task, trial, training, device, backend, model)
+    trainer = Trainer(task, trial, training, device, backend, model, graphs)
     first = ranks.rank() == 0
     if ranks.on_first_rank(lambda: files.checkpoint is not None and files.checkpoint.exists()):
         trainer.load(files.checkpoint)
@@ -196,6 +212,22 @@ def train_one(
         notes = {"epoch": trainer.epoch, "step_size": training.step_size}
         checkpoint.write(files.model, trial.name, to_tensors(trainer.model), notes)
     return row
+
+
+def check_graphs(device, images, batch_size):
+    """Refuse what CUDA graphs, each of one device and one size of the minibatch, cannot be recorded for.
+
+    Raises:
+        ValueError: the device is not a GPU, several ranks share the work, or an epoch ends with a smaller minibatch.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"--graphs: CUDA graphs need --device cuda; got {device.type}")
+    if ranks.ranks() > 1:
+        raise ValueError(f"--graphs: one process trains a model, got {ranks.ranks()}; start without torchrun")
+    if images % batch_size:
+        raise ValueError(
+            f"--graphs: {images} training images are no multiple of --batch-size {batch_size}; give a divisor"
+        )
 
 
 def learning_rate(training, epoch):
