@@ -322,6 +322,19 @@ F_IS_TOO_SMALL = Problem(
     edits={"phi": "large", "f": "denormal"},
 )
 
+# Rᵀb, 1e40, is above float32's largest before φ = 0 multiplies it: NaN in eager torch too
+EIGENBASIS_OVERFLOWS = Problem(
+    method="gd",
+    structure="spectral",
+    batch=(),
+    d=1,
+    k=1,
+    dtype="bf16",
+    leaves={n: Leaf(shape, grad=False) for n, shape in {"eigenvalues": (1,), "vectors": (1, 1), "b": (1,)}.items()},
+    numbers={"phi": 0.0},
+    edits={"vectors": "large", "b": "huge"},
+)
+
 
 # the strategy
 
@@ -533,6 +546,7 @@ def extreme_problems(draw):
 @given(problem=extreme_problems())
 @example(problem=START_OVERFLOWS)
 @example(problem=F_IS_TOO_SMALL)
+@example(problem=EIGENBASIS_OVERFLOWS)
 def test_extreme_values(backend, problem):
     """Right where nothing can overflow, whatever Q and the step sizes are, and not finite where y is too large.
 
@@ -566,6 +580,10 @@ def test_extreme_values(backend, problem):
         of = {n: negated(n, x) for n, x in (values | {"q": q, "b": b}).items() if n in leaves}
         diagonal = dataclasses.replace(largest, structure="diagonal", leaves=leaves)
         formed += [q, diagonal.run("eager", torch.float64, of, full=True, cotangent=cotangent)["q"]]
+    if problem.structure == "spectral":
+        # what goes into the eigenbasis, whatever multiplies it there
+        into = [abs(x).unsqueeze(-1) for x in (values["b"], values.get("y0"), cotangent) if x is not None]
+        formed += [abs(values["vectors"]).mT @ x for x in into]
     overflows = any(not (x.abs() < torch.finfo(compute).max / 64).all() for x in formed)
     for name, result in problem.run(backend, dtype, values).items():
         limits = torch.finfo(result.dtype)
