@@ -29,7 +29,7 @@ from unrolled_kernels.ops.momentum.function import dense as _dense_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.ops.rnn.function import rnn as _rnn_op
 from unrolled_kernels.prox import Prox, SoftThreshold, check_prox
-from unrolled_kernels.quadratics import Diagonal, Spectral, Structure, Tikhonov, once, same_shape, smallest_eigenvalue
+from unrolled_kernels.quadratics import Spectral, Structure, Tikhonov, once, same_shape, smallest_eigenvalue
 from unrolled_kernels.schedules import nesterov_momentum
 
 __all__ = ["Info", "gradient_descent", "minimize", "momentum", "nesterov", "rnn"]
@@ -325,7 +325,8 @@ def rnn(
     """
     num_steps = _check.check_num_steps(num_steps)
     _check.check_flag("return_trajectory", return_trajectory)
-    _check.check_backward("unrolled", backward_steps)
+    if backward_steps is not None:
+        _check.check_backward("unrolled", backward_steps)
     matrices = _check.check_weights(weights)
     if isinstance(b, torch.Tensor) and _autocasting(b.device.type):
         with torch.autocast(b.device.type, enabled=False):
@@ -345,12 +346,16 @@ def rnn(
     shape = tuple(b.shape) if y0 is None and _is_plain(Q, b) else _full_shape(Q, b, y0)
     _check.check_weight_tensors(matrices, shape[-1], b)
     chosen = _backend.resolve(backend, b.device)
-    if isinstance(Q, Tikhonov):
-        Q, b = Q.as_diagonal(b)
+    matrix = diagonal = None
+    if isinstance(Q, torch.Tensor):
+        matrix = Q
     elif isinstance(Q, Spectral):
-        Q = once(Q).to_dense()
-    matrix = Q if isinstance(Q, torch.Tensor) else None
-    diagonal = Q.q if isinstance(Q, Diagonal) else None
+        matrix = once(Q).to_dense()
+    elif isinstance(Q, Tikhonov):
+        energy, b = Q.as_diagonal(b)
+        diagonal = energy.q
+    else:
+        diagonal = Q.q
     flat = (math.prod(shape[:-1]), shape[-1])
     diagonal, b, y0 = (_reshape(x, shape, flat) for x in (diagonal, b, y0))
     matrix = None if matrix is None else _flatten_matrix(matrix, shape[:-1])

@@ -265,7 +265,7 @@ class Tile {
   }
 
   // out = x + Q y, or x + Q'y
-  void add_product(bool transposed, P y, P x, P out) const {
+  UNROLLED_KERNELS_INLINE void add_product(bool transposed, P y, P x, P out) const {
     const int64_t d = p_.d;
     const Plus<C> end{x};
     if (p_.diagonal) {
@@ -286,7 +286,7 @@ class Tile {
   }
 
   // g, h^1 ... h^L of the row whose y is there
-  void hidden(P x) const {
+  UNROLLED_KERNELS_INLINE void hidden(P x) const {
     add_product(false, x, b_, x.rows(p_.d));
     for (int l = 0; l < p_.num_layers; ++l) apply(layers_[l], x, Relu<C>(), x.rows(layers_[l].h));
   }
