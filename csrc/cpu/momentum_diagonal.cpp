@@ -75,7 +75,6 @@ class DiagonalTiles {
                           tangents_ ? plan.schedule_steps : 0),
         row_(samples_in_lanes(p) ? p.d * W : ceil_div(min(strip_width(p), p.d), W) * W) {
     const int64_t rows = p.stopping ? steps_between_stops + 1 : p.trajectory ? p.k + 1 : 1;
-    f_ = p.observed ? arena_.take<C>(row_) : nullptr;
     x_ = p.observed ? arena_.take<C>(row_) : nullptr;
     q_ = arena_.take<C>(row_);
     b_ = arena_.take<C>(row_);
@@ -193,26 +192,16 @@ class DiagonalTiles {
     return !p_.trajectory ? 0 : in_place(part) ? p_.B * p_.d : row_;
   }
 
-  // Set lambda and b of a problem in registers; tikhonov makes them from f, g and x.
   template <typename Part, typename Elementwise>
   void set_lambda(const Part& part, Elementwise& e) const {
-    e.lambda = input(part, p_.diagonal, p_.diagonal_stride, p_.observed ? f_ : q_);
-    if (!p_.observed) return;
-    const C* f = e.lambda;
-    for (int64_t i = 0; i < part.size() * W; i += W) {
-      store(q_ + i, broadcast(C(1)) + load(f + i) * load(f + i));
-    }
-    e.lambda = q_;
+    e.lambda = input(part, p_.diagonal, p_.diagonal_stride, q_);
+    e.squared = p_.observed;
   }
   template <typename Part, typename Elementwise>
   void set_energy(const Part& part, Elementwise& e) const {
     set_lambda(part, e);
     e.b = input(part, p_.b, p_.b_stride, b_);
-    if (!p_.observed) return;
-    const C* g = e.b;
-    const C* x = input(part, p_.observed, p_.observed_stride, x_);
-    for (int64_t i = 0; i < part.size() * W; i += W) store(b_ + i, load(g + i) - load(x + i));
-    e.b = b_;
+    e.observed = input(part, p_.observed, p_.observed_stride, x_);
   }
 
   // The bounds or the weight of a proximal map; one number for all is staged like a row.
@@ -233,16 +222,6 @@ class DiagonalTiles {
     e.map.lower = bound(part, p_.lower, bounds_[0]);
     e.map.upper = bound(part, p_.upper, bounds_[1]);
     e.map.weight = bound(part, p_.weight, bounds_[2]);
-  }
-
-  // tikhonov: df = 2 f dq
-  template <typename Part>
-  void finish_tikhonov(const Part& part, C* dlambda) const {
-    if (!p_.observed || !dlambda) return;
-    const C* f = in_place(part) ? input(part, p_.diagonal, p_.diagonal_stride, f_) : f_;
-    for (int64_t i = 0; i < part.size() * W; i += W) {
-      store(dlambda + i, C(2) * load(f + i) * load(dlambda + i));
-    }
   }
 
   template <typename Part>
@@ -330,8 +309,10 @@ class DiagonalTiles {
     }
     C* const dq = output(part, p.d_diagonal, dq_);
     if (!dq) return;
-    for (int64_t i = 0; i < part.size() * W; i += W) store(dq + i, load(db + i) * load(y + i));
-    finish_tikhonov(part, dq);
+    for (int64_t i = 0; i < part.size() * W; i += W) {
+      const Vector<C> dq_i = load(db + i) * load(y + i);
+      store(dq + i, e.squared ? broadcast(C(2)) * load(e.lambda + i) * dq_i : dq_i);
+    }
     finish(part, dq_, p.d_diagonal);
   }
 
@@ -362,7 +343,6 @@ class DiagonalTiles {
     } else {
       run_elementwise<true>(e, part.size());
     }
-    finish_tikhonov(part, e.dlambda);
     finish(part, dq_, p.d_diagonal);
     finish(part, db_, p.db);
     finish(part, dy0_, p.dy0);
@@ -380,7 +360,7 @@ class DiagonalTiles {
   Schedule<C> tangent_schedule_;
   int64_t row_;  // elements of a staged row
   Poll poll_;
-  C *f_, *x_, *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
+  C *x_, *q_, *b_, *y0_, *y_, *dq_, *db_, *dy0_, *trace_;
   C *z_, *m_, *stopped_;                // of samples that stop: between two looks, and where they did
   C *bounds_[3], *bound_sums_[3];       // lower, upper, weight
   C *staged_tangents_[3], *y_tangent_;  // of the diagonal, b and y_0

@@ -38,6 +38,8 @@ struct Elementwise {
   Prox prox;
   ProxRows<C> map;
   const C *lambda = nullptr, *b = nullptr, *y0 = nullptr;  // y0 may stay nullptr: zeros
+  bool squared = false;                                    // lambda is f, and Q = diag(1 + f^2)
+  const C* observed = nullptr;                             // x, where b is g and what is minimized has g - x for it
   int64_t row = 0;                                         // of y or grad_y
 
   template <typename Inputs>
@@ -50,6 +52,12 @@ struct Elementwise {
         // samples that stop round as those do whose coefficients are zero from there on
         per_step(!constant_schedule(p) || p.stopping),
         prox(p.prox) {}
+
+  Vector<C> lambda_at(int64_t i) const {
+    const Vector<C> x = load(lambda + i);
+    return squared ? broadcast(C(1)) + x * x : x;
+  }
+  Vector<C> b_at(int64_t i) const { return observed ? load(b + i) - load(observed + i) : load(b + i); }
 };
 
 template <typename C>
@@ -78,6 +86,11 @@ struct ElementwiseBackward : Elementwise<C> {
   ScheduleSums<C> sums{};
   ProxSums<C> map_sums{};  // filled with zeros
   C* trace = nullptr;      // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
+
+  // df = 2 f dlambda
+  void store_dlambda(int64_t i, Vector<C> x) const {
+    store(dlambda + i, this->squared ? broadcast(C(2)) * load(this->lambda + i) * x : x);
+  }
 };
 
 // ElementwiseBackward of the derivative of y along tangents, which are zero where they are nullptr.
@@ -131,8 +144,8 @@ UNROLLED_KERNELS_INLINE void elementwise_forward(const ElementwiseForward<C>& p,
   Vector<C> lambda[N], b[N], y[N], z[N], m[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    lambda[n] = load(p.lambda + offset + n * W);
-    b[n] = load(p.b + offset + n * W);
+    lambda[n] = p.lambda_at(offset + n * W);
+    b[n] = p.b_at(offset + n * W);
     if constexpr (!per_step) {
       lambda[n] *= c.phi;
       b[n] *= c.phi;
@@ -169,8 +182,8 @@ UNROLLED_KERNELS_INLINE void traceless_forward(const ElementwiseForward<C>& p, i
   Vector<C> c[N], b[N], y[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    c[n] = one - phi * load(p.lambda + offset + n * W);
-    b[n] = phi * load(p.b + offset + n * W);
+    c[n] = one - phi * p.lambda_at(offset + n * W);
+    b[n] = phi * p.b_at(offset + n * W);
     y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
   }
   for (int64_t t = 0; t < p.k; ++t) {
@@ -197,8 +210,8 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     Vector<C> b[N], y[N], z[N], m[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      lambda[n] = load(p.lambda + offset + n * W);
-      b[n] = load(p.b + offset + n * W);
+      lambda[n] = p.lambda_at(offset + n * W);
+      b[n] = p.b_at(offset + n * W);
       if constexpr (!per_step) {
         lambda[n] *= c.phi;
         b[n] *= c.phi;
@@ -257,7 +270,7 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
       Vector<C> v = lambda[n] * weighted;
       s_sum[n] += weighted;
       sz_sum[n] += weighted * z;
-      if constexpr (per_step) phi_sum += s[n] * (lambda[n] * z + load(p.b + offset + n * W));
+      if constexpr (per_step) phi_sum += s[n] * (lambda[n] * z + p.b_at(offset + n * W));
       ybar[n] -= v;
       if (trajectory) ybar[n] += load(cotangent + n * W);
       if constexpr (!momentum) {
@@ -282,10 +295,10 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
   Vector<C> phi_sum{}, beta_sum{}, gamma_sum{};
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    phi_sum += load(p.lambda + offset + n * W) * sz_sum[n] + load(p.b + offset + n * W) * s_sum[n];
+    phi_sum += p.lambda_at(offset + n * W) * sz_sum[n] + p.b_at(offset + n * W) * s_sum[n];
     beta_sum += sm_sum[n];
     gamma_sum += lambda[n] * sm_sum[n];
-    if (p.dlambda) store(p.dlambda + offset + n * W, scale * sz_sum[n]);
+    if (p.dlambda) p.store_dlambda(offset + n * W, scale * sz_sum[n]);
     if (p.db) store(p.db + offset + n * W, scale * s_sum[n]);
     if (p.dy0) store(p.dy0 + offset + n * W, ybar[n]);
   }
@@ -304,8 +317,8 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
     Vector<C> b[N], y[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      c[n] = one - phi * load(p.lambda + offset + n * W);
-      b[n] = phi * load(p.b + offset + n * W);
+      c[n] = one - phi * p.lambda_at(offset + n * W);
+      b[n] = phi * p.b_at(offset + n * W);
       y[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
       u[n] = Vector<C>{};
     }
@@ -334,8 +347,8 @@ UNROLLED_KERNELS_INLINE void traceless_backward(const ElementwiseBackward<C>& p,
   Vector<C> phi_sum{};
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    phi_sum += load(p.lambda + offset + n * W) * u[n] + load(p.b + offset + n * W) * T[n];
-    if (p.dlambda) store(p.dlambda + offset + n * W, -phi * u[n]);
+    phi_sum += p.lambda_at(offset + n * W) * u[n] + p.b_at(offset + n * W) * T[n];
+    if (p.dlambda) p.store_dlambda(offset + n * W, -phi * u[n]);
     if (p.db) store(p.db + offset + n * W, -phi * T[n]);
     if (p.dy0) store(p.dy0 + offset + n * W, P[n]);
   }
