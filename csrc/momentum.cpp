@@ -411,7 +411,7 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
   return {d_matrix, d_diagonal, d_observed, db, dy0, dphi, dbeta, dgamma, dmu, d_lower, d_upper, d_weight, d_threshold};
 }
 
-// The VJP of momentum_backward, of a dense or diagonal Q without a proximal map, on a CPU. The cotangents are shaped like
+// The VJP of momentum_backward, of a dense or diagonal Q without a proximal map. The cotangents are shaped like
 // the inputs; none: zero, as those of the coefficients beside mu. Bit i of `needs`: gradient i of grad_y, matrix, diagonal,
 // b, y0, step_sizes, momentum, extrapolation, mu.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_second_order(
@@ -424,8 +424,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   args.check();
   const int64_t B = args.B, d = args.d;
   STD_TORCH_CHECK(args.structure != Structure::spectral, "matrix, diagonal: expected one of them");
-  STD_TORCH_CHECK(b.is_cpu() && args.storage == args.compute && num_steps > 0,
-                  "b: expected float32 or float64, on a CPU; num_steps: one or more");
+  STD_TORCH_CHECK(args.storage == args.compute && num_steps > 0,
+                  "b: expected float32 or float64; num_steps: one or more");
   STD_TORCH_CHECK(grad_y.numel() == B * d * (trajectory ? args.k + 1 : 1) && grad_y.scalar_type() == args.storage,
                   "grad_y: expected the shape and dtype of y");
   // of what it is the cotangent, and how many entries that has

@@ -126,7 +126,8 @@ struct MomentumBackward : MomentumInputs<Storage> {
   // CPU only, of a diagonal Q: y_t is a constant up to t = first, and so are dy0 and the coefficients' gradients zero
   int64_t first;
   // The outputs are the gradients of <grad_y, derivative of y along these>: where these are cotangents of backward's
-  // outputs, its VJP. No prox, not of the kernels of a shared matrix, Storage is Compute. nullptr: those of <grad_y, y>
+  // outputs, its VJP. No prox, not of momentum_shared, of a dense Q on a GPU where it has a tile, Storage is Compute.
+  // nullptr: those of <grad_y, y>
   const MomentumTangents<Storage>* tangents;
   Storage* d_matrix;    // [B, d, d]; [1, d, d], summed over the batch, of one shared matrix
   Storage* d_diagonal;  // [B, d], also where diagonal_stride is 0. tikhonov: df

@@ -32,7 +32,7 @@ from native.emulation import (
 from problems import MomentumProblem, assert_nearest_even, canonical_structure, momentum_at_ties
 
 from benchmarks import machine_code
-from unrolled_kernels.ops.momentum import manual
+from unrolled_kernels.ops.momentum import function, manual, native
 from unrolled_kernels.ops.momentum import stopping as stopping_op
 from unrolled_kernels.ops.momentum.reference import NO_PROX
 from unrolled_kernels.testing import STRUCTURES
@@ -59,6 +59,7 @@ BACKWARD_TILES = {4: 168, 5: 168, 8: 255, 16: 168, 32: 168, 64: 255, 128: 255}
 REGISTERS = {
     "momentum_dense_kernel": TILES,
     "momentum_dense_backward_kernel": BACKWARD_TILES,
+    "momentum_dense_second_order_kernel": {d: 168 if d < 8 else 255 for d in TILES},
     "momentum_diagonal_kernel": {None: 80},
     "momentum_diagonal_backward_kernel": {None: 128},
     "momentum_dense_kernel that stops": TILES | {4: 168, 5: 168, 8: 255, 16: 168, 32: 168},
@@ -106,7 +107,9 @@ def test_resources(stem, architecture):
         assert registers <= (most or REGISTERS[name][D]), f"{name} D={D}: {registers} registers"
         seen.add((name, D))
     sums = "sum_rnn_partials_kernel" if stem == "rnn" else "sum_partials_kernel"
-    assert seen == {(name, D) for name in REGISTERS if name.startswith((f"{stem}_", sums)) for D in REGISTERS[name]}
+    second = "second_order" in stem
+    names = [n for n in REGISTERS if n.startswith((f"{stem}_", sums)) and (second or "second_order" not in n)]
+    assert seen == {(name, D) for name in names for D in REGISTERS[name]}
 
 
 # what they compute
@@ -122,7 +125,7 @@ class Momentum(Emulation):
         (*tensors, _), prox, (k, trajectory) = arguments[:9], arguments[9:13], arguments[-2:]
         b = tensors[3]
         y = poisoned((k + 1, *b.shape) if trajectory else b.shape, b.dtype)
-        return self._run(False, *tensors, prox, k, trajectory, [y])[0]
+        return self._run(0, *tensors, prox, k, trajectory, [y])[0]
 
     tolerance = -1.0
 
@@ -131,7 +134,7 @@ class Momentum(Emulation):
         b, phi = tensors[3], tensors[5]
         taken = torch.full(b.shape[:1], -1)
         outputs = [poisoned(b.shape, b.dtype), taken, poisoned(b.shape[:1], phi.dtype)]
-        return self._run(False, *tensors, prox, k, False, outputs)
+        return self._run(0, *tensors, prox, k, False, outputs)
 
     iterates = None  # y_0 … y_k for backward
 
@@ -147,7 +150,7 @@ class Momentum(Emulation):
             poisoned(x.shape, x.dtype) if x is not None and need else None for x, need in zip(like, asked, strict=True)
         ]
         prox = (lower, upper, weight, threshold)
-        d_matrix, d_diagonal, db, *rest = self._run(True, *tensors[:8], prox, k, trajectory, [grad_y, *outputs])
+        d_matrix, d_diagonal, db, *rest = self._run(1, *tensors[:8], prox, k, trajectory, [grad_y, *outputs])
         dy0, *d_schedule, d_threshold, d_lower, d_upper, d_weight = rest
         # none of μ, which the kernels know as β and γ
         grads = (d_matrix, d_diagonal, -db if wanted[2] else None, db, dy0, *d_schedule, None)
@@ -155,13 +158,29 @@ class Momentum(Emulation):
         empty = [grad_y.new_empty(0)] * 5 + [phi.new_empty(0)] * 8
         return tuple(g if need else e for g, e, need in zip(grads, empty, wanted, strict=True))
 
-    def _run(self, backward, matrix, diagonal, observed, b, y0, phi, beta, gamma, prox, k, trajectory, rest):
+    def second_order(self, grad_y, *arguments):
+        """The contract of ``native.second_order``, without μ."""
+        (matrix, diagonal, *tensors, _), directions, (k, trajectory, needs) = (
+            arguments[:8], arguments[8:15], arguments[-3:],
+        )  # fmt: skip
+        inputs = (grad_y, matrix, diagonal, *tensors)
+        wanted = [x is not None and bool(needs >> i & 1) for i, x in enumerate(inputs)]
+        # the kernels have the gradients of a schedule all together
+        wanted[5:] = [any(wanted[5:]) and x is not None for x in inputs[5:]]
+        outputs = [poisoned(x.shape, x.dtype) if w else None for x, w in zip(inputs, wanted, strict=True)]
+        rest = [grad_y, *outputs[1:], *[None] * 4, outputs[0]]
+        *grads, _, _, _, _, y = self._run(2, matrix, diagonal, None, *tensors, NO_PROX, k, trajectory, rest, directions)
+        return y, *grads, None
+
+    def _run(
+        self, backward, matrix, diagonal, observed, b, y0, phi, beta, gamma, prox, k, trajectory, rest, directions=()
+    ):
         *bounds, threshold = prox
         # the kernels know tikhonov as a diagonal with something observed
         structure = 0 if diagonal is None else 1 if matrix is None else 2
         numbers = [
             structure,
-            int(backward),
+            backward,
             list(DTYPES.values()).index(b.dtype),
             self.shift * b.element_size(),
             *b.shape,
@@ -172,9 +191,10 @@ class Momentum(Emulation):
             *(stride(x, dim) for x in bounds for dim in (0, 1)),
             int(np.float64(self.tolerance).view(np.int64)),
         ]
-        arrays = [matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, *bounds, self.iterates, *rest]
-        arrays += [None] * (25 - len(arrays))
-        return execute(self.executable, self.environment, numbers, arrays, rest[int(backward) :])
+        arrays = [matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, *bounds, self.iterates]
+        arrays += [*directions, *[None] * (7 - len(directions)), *rest]
+        arrays += [None] * (33 - len(arrays))
+        return execute(self.executable, self.environment, numbers, arrays, rest[int(backward > 0) :])
 
 
 def _problem(structure, B, d, k, **options):
@@ -517,6 +537,126 @@ def test_sanitizers_of_stopping(mode):
     for structure, (B, d) in itertools.product(STRUCTURES, ((5, 5), (18, 11), (3, 33), (1, 66), (3, 130), (2, 300))):
         tensors = _problem(structure, B, d, 6, form="step", shared=B == 3, seed=9)
         _stopping(Momentum(mode, order="7", copies="late"), tensors, 6, 0.05)
+
+
+# second order
+
+
+def _second_order(implementation, tensors, cotangents, k, dtype, needs):
+    """The gradients of a backward pass's inputs by name, those of its coefficients as one vector."""
+    tensors, cotangents = ([x if x is None else x.to(dtype) for x in group] for group in (tensors, cotangents))
+    (grad, matrix, diagonal, _, b, y0, phi, beta, gamma), nothing = tensors[:9], [None] * 4
+    trajectory = grad.dim() == 3
+    needs |= 7 << 5 if needs & 7 << 5 else 0
+    if implementation is manual:
+        X, x_q, x_b, x_y0, *of_schedule = cotangents
+        given = [X, x_q, None, x_b, x_y0, *of_schedule, *[None] * 5]
+        inputs = (grad, matrix, diagonal, None, b, y0, phi, beta, gamma, None, *nothing)
+        grads = list(function._second_order_in_torch(given, *inputs, k, trajectory, EVERY))
+        grads = [*grads[:3], *grads[4:9]]
+        grads = [x if needs >> i & 1 else None for i, x in enumerate(grads)]
+    else:
+        inputs = (grad, matrix, diagonal, b, y0, phi, beta, gamma, None)
+        grads = implementation.second_order(*inputs, *cotangents, k, trajectory, needs)
+    names = ("grad_y", "matrix", "diagonal", "b", "y0")
+    results = {name: g for name, g in zip(names, grads[:5], strict=True) if g is not None}
+    schedule = [g.flatten() for g in grads[5:8] if g is not None]
+    return results | ({"schedule": torch.cat(schedule)} if schedule else {})
+
+
+def _cotangents(tensors, given):
+    """One for each gradient that bit i of ``given`` asks for, those of coefficients all together or not."""
+    _, matrix, diagonal, _, b, y0, *schedule = tensors[:9]
+    generator = torch.Generator().manual_seed(given)
+    normal = lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().double()
+    wanted = [given & 1, given & 2, given & 4, given & 8, *[given & 16] * 3]
+    inputs = zip((matrix, diagonal, b, y0, *schedule), wanted, strict=True)
+    return [normal(x) if x is not None and asked else None for x, asked in inputs]
+
+
+EVERY_INPUT = (1 << 8) - 1
+
+
+second_order_structures = pytest.mark.parametrize("structure", ["dense"])
+
+
+def _check_second_order(emulation, tensors, k, dtype, given=31, needs=EVERY_INPUT, every_order=False):
+    cotangents = _cotangents(tensors, given)
+    run = lambda implementation, dtype: _second_order(implementation, tensors, cotangents, k, dtype, needs)
+    return (Momentum.check_every_order if every_order else emulation.check)(run, dtype)
+
+
+@needs_emulation
+@second_order_structures
+@pytest.mark.parametrize("method", ["gd", "momentum"])
+def test_second_order(structure, method):
+    """Every tiling and form of the schedule, with what else there is in turns, in every order of the threads."""
+    forms = itertools.cycle(("scalar", "step", "sample", "both"))
+    sizes = (1, 4, 5, 8, 11, 16, 20, 32, 33, 64, 100, 128)
+    for i, (d, form) in enumerate(zip(sizes, forms, strict=False)):
+        options = {"method": method, "shared": i % 3 == 0, "warm": i % 4 < 2, "trajectory": i % 2 == 0, "form": form}
+        tensors = _problem(structure, BATCHES.get(d, 70), d, 3, seed=d, **options)
+        _check_second_order(None, tensors, 3, torch.float32, every_order=True)
+        one = Momentum(order="7", copies="late")
+        _check_second_order(one, tensors, 3, torch.float64 if d <= 64 else torch.float32, 1 + 16 * (i % 2))
+
+
+@needs_emulation
+@second_order_structures
+def test_edges_of_second_order(structure):
+    for k, B, d in ((1, 0, 6), (1, 1, 6), (9, 3, 1), (2, 3, 40)):
+        for form, warm in (("step", False), ("sample", True)):
+            options = {"form": form, "warm": warm, "shared": warm, "trajectory": B == 3}
+            _check_second_order(Momentum(), _problem(structure, B, d, k, seed=5, **options), k, torch.float64)
+    # gradients that are not needed, and cotangents that are not there
+    tensors = _problem(structure, 5, 7, 3, form="step", seed=2)
+    for given, needs in itertools.product((0, 1, 2, 4, 8, 16), (0, EVERY_INPUT, *(1 << i for i in range(8)))):
+        _check_second_order(Momentum(), tensors, 3, torch.float64, given, needs)
+    # what does not fit in shared memory
+    for B, d, k, limit in ((7, 6, 40, 40000), (3, 40, 9, 32000), (2, 70, 3, 70000)):
+        small = Momentum(CUDA_ON_CPU_SHARED_MEMORY=str(limit))
+        _check_second_order(small, _problem(structure, B, d, k, form="step", seed=4), k, torch.float32)
+    # neither aligned nor next to each other
+    grad, matrix, diagonal, _, b, y0, *schedule = _problem(structure, 5, 8, 3, seed=6)
+    wide = [x if x is None else spread(x.float()) for x in (matrix, diagonal, None, b, y0)]
+    _check_second_order(Momentum(shift=4), [grad, *wide, *schedule], 3, torch.float32)
+
+
+@needs_emulation
+@second_order_structures
+@pytest.mark.parametrize("mode", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+def test_sanitizers_of_second_order(structure, mode):
+    for (B, d), shared in itertools.product(((5, 5), (9, 7), (18, 11), (5, 20), (3, 33), (1, 66)), (False, True)):
+        tensors = _problem(structure, B, d, 3, form="step", shared=shared, trajectory=shared, seed=9)
+        _check_second_order(Momentum(mode, order="7", copies="late"), tensors, 3, torch.float32)
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", ["dense"])
+@pytest.mark.parametrize("method", ["gd", "momentum", "nesterov"])
+def test_second_order_through_autograd(structure, method, monkeypatch):
+    """The kernels are called, and give what the derivation gives."""
+    emulation, calls = Momentum(), []
+    monkeypatch.setitem(function.LAUNCHERS, "cuda", emulation)
+    monkeypatch.setattr(native, "second_order", lambda *args: calls.append(1) or emulation.second_order(*args))
+    B, d, k = 5, 6, 3
+    rand = lambda *shape: torch.rand(*shape, dtype=torch.float64)
+    matrix = rand(B, d, d) / d if structure == "dense" else None
+    diagonal = None if structure == "dense" else rand(B, d)
+    observed = rand(B, d) if structure == "tikhonov" else None
+    moving = [rand(1, k) for _ in range(2)]
+    beta, gamma = moving if method == "momentum" else (None, None)
+    mu = moving[0] if method == "nesterov" else None
+    tensors = (rand(B, d), matrix, diagonal, observed, rand(B, d), rand(B, d), rand(1, k), beta, gamma, mu)
+    needs = sum(1 << i for i, x in enumerate(tensors[1:]) if x is not None)
+    results = []
+    for name in ("manual", "cuda"):
+        leaves = [None if x is None else x.clone().requires_grad_() for x in tensors]
+        grads = function._differentiable_backward(name, *leaves, *NO_PROX, k, False, needs)
+        loss = sum(g.square().sum() for g in grads if g.numel() > 0)
+        results.append(torch.autograd.grad(loss, [x for x in leaves if x is not None]))
+    assert calls
+    torch.testing.assert_close(*results)
 
 
 # what the emulation finds

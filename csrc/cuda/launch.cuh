@@ -109,6 +109,20 @@ const char* sum_partials(const PartialSums<Storage>& sums, void* stream) {
                 columns.shared_bytes(), stream, sums, columns);
 }
 
+// The tangents of second order in the form of the problem that they belong to; y: of that of tangents.
+template <typename Storage>
+MomentumForward<Storage> direction_of(const MomentumBackward<Storage>& p) {
+  const MomentumTangents<Storage>& tangents = *p.tangents;
+  MomentumForward<Storage> direction{};
+  direction.B = p.B, direction.d = p.d, direction.k = p.k;
+  direction.matrix = tangents.matrix, direction.matrix_stride = tangents.matrix_stride;
+  direction.diagonal = tangents.diagonal, direction.b = tangents.b, direction.y0 = tangents.y0;
+  direction.diagonal_stride = direction.b_stride = direction.y0_stride = p.d;
+  direction.phi = tangents.phi, direction.beta = tangents.beta, direction.gamma = tangents.gamma;
+  direction.y = tangents.y;
+  return direction;
+}
+
 // Teams at work on one item after another, tile.cuh.
 template <typename C>
 struct TilePlan {

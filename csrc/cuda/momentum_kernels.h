@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "momentum.h"
 
@@ -18,6 +19,9 @@ template <typename Storage>
 const char* momentum_dense(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size);
 template <typename Storage>
 const char* momentum_dense(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
+// Second order: where there are tangents, and the tiles of tile.cuh take Q.
+template <typename Storage>
+const char* momentum_dense_second_order(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
 // Products of matrices with the one Q that a batch shares, on the stream of the kernels. Everything is contiguous and in the
 // compute type.
 template <typename C>
@@ -56,6 +60,12 @@ template <template <typename> class Problem, typename Storage>
 const char* momentum_kernels(Structure structure, const Problem<Storage>& p,
                              SharedProducts<compute_type<Storage>>& products, void* workspace, void* stream,
                              size_t* size) {
+  if constexpr (std::is_same_v<Problem<Storage>, MomentumBackward<Storage>>) {
+    if (p.tangents) {
+      if (structure == Structure::dense) return momentum_dense_second_order(p, workspace, stream, size);
+      return "second order has no kernel for this structure";
+    }
+  }
   switch (structure) {
     case Structure::dense:
       if (takes_products(p)) return momentum_shared(p, products, workspace, stream, size);

@@ -53,6 +53,14 @@ __device__ __forceinline__ bfloat16 to_storage<bfloat16>(float x) {
   return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
 }
 
+// x, of which the compiler then knows nothing: what a loop makes of it is not kept in registers from turn to turn.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 #ifdef UNROLLED_KERNELS_CUDA_ON_CPU
 __device__ inline unsigned char* dynamic_shared_memory() { return cuda_on_cpu::dynamic_shared_memory(); }
 __device__ inline void copy_async_16(void* shared, const void* global) { cuda_on_cpu::copy_async(shared, global, 16); }

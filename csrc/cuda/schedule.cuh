@@ -48,6 +48,42 @@ struct StepAdjoint {
   }
 };
 
+// Their tangents, d being those of the coefficients.
+template <typename C>
+__device__ __forceinline__ C extrapolate_tangent(const StepCoefficients<C>& s, const StepCoefficients<C>& d,
+                                                 bool momentum, C y, C previous, C dy, C d_previous) {
+  const C z = extrapolate(s, momentum, dy, d_previous);
+  return momentum ? z + d.gamma * (y - previous) : z;
+}
+template <typename C>
+__device__ __forceinline__ C advance_tangent(const StepCoefficients<C>& s, const StepCoefficients<C>& d, bool momentum,
+                                             C y, C previous, C g, C dy, C d_previous, C dg) {
+  const C next = advance(s, momentum, dy, d_previous, dg) - d.phi * g;
+  return momentum ? next + d.beta * (y - previous) : next;
+}
+
+// The adjoint of a step and its tangent on one element (derived in manual.py).
+template <typename C>
+struct SecondOrderAdjoint {
+  StepAdjoint<C> p, a;  // of y_{t+1}, and of its tangent
+
+  // back through step t. u: of Q'p + X'a, w: of Q'a; terms: as in StepAdjoint
+  __device__ __forceinline__ void step(const StepCoefficients<C>& s, const StepCoefficients<C>& d, bool momentum, C u,
+                                       C w, C y, C previous, C dy, C d_previous, C (&terms)[4]) {
+    const C a_before = a.a, moved = d.phi * w;
+    a.step(s, momentum, w, dy, d_previous, terms);
+    p.step(s, momentum, u, y, previous, terms);
+    p.db -= d.phi * a_before;
+    p.a -= moved;
+    if (momentum) {
+      const C of_m = d.beta * a_before - s.gamma * moved - d.gamma * (s.phi * w);
+      terms[2] -= moved * (y - previous);
+      p.a += of_m;
+      p.carry -= of_m;
+    }
+  }
+};
+
 // proximal: whether there may be a threshold
 template <typename C, bool proximal = false>
 class SampleSchedule {

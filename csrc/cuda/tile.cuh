@@ -22,13 +22,14 @@
 
 namespace unrolled_kernels::cuda {
 
-template <typename Storage, int D_>
+// thin: with half as large a tile, 4x8 for D = 8 and 8x8 for D = 64, where a thread holds twice as much beside it
+template <typename Storage, int D_, bool thin = false>
 struct Tile {
   using C = compute_type<Storage>;
   static constexpr int D = D_;
   static constexpr bool wide = sizeof(C) == 8;
-  static constexpr int rows = D <= 8 ? D : D == 16 ? 4 : 8;
-  static constexpr int columns = D <= 8 ? D : D == 16 || (D >= 64 && !wide) ? 16 : 8;
+  static constexpr int rows = D < 8 || (D == 8 && !thin) ? D : D <= 16 ? 4 : 8;
+  static constexpr int columns = D <= 8 ? D : D == 16 || (D >= 64 && !wide && !(thin && D == 64)) ? 16 : 8;
   static constexpr int column_threads = D / columns, row_threads = D / rows;
   static constexpr int threads = column_threads * row_threads;
   static constexpr int team = threads < 32 ? 32 : threads;
@@ -49,6 +50,7 @@ struct Tile {
 #endif
     return (registers > 64 || D == 8 || (D >= 16 && D <= with_a_map && proximal) ? 8 : 12) * 32 / block;
   }
+  static constexpr int second_order_blocks = (D < 8 ? 12 : 8) * 32 / block;
   static constexpr int warp_row_threads = row_threads / warps;
   static constexpr int own_rows = rows / column_threads;
   static constexpr int held_columns = columns / warp_row_threads;
@@ -131,6 +133,17 @@ struct Tile {
       }
     }
   }
+  // Row i of it. first: first_whole(), as the entries of a thread lie at that ^ (the same for all threads), D being a power
+  // of two or a problem's threads one.
+  __device__ __forceinline__ int first_whole() const { return (r * rows + row_mask) * D + first_column(0); }
+  static __device__ __forceinline__ void load_whole_row(const C* m, int first, int i, C (&q)[columns]) {
+#pragma unroll
+    for (int g = 0; g < groups; ++g) {
+      const Pack<C, group> pack = load_pack<group>(m + (first ^ (i * D + g * column_threads * group)));
+#pragma unroll
+      for (int j = 0; j < group; ++j) q[group * g + j] = pack.at[j];
+    }
+  }
 
   // out = M x for the rows that this thread owns; x: its tile's columns
   __device__ __forceinline__ void product(const C (&m)[rows][columns], const C (&x)[columns],
@@ -142,6 +155,19 @@ struct Tile {
 #pragma unroll
       for (int j = 1; j < columns; ++j) sum[i] += m[i][j] * x[j];
     }
+    sum_over_columns(sum, out);
+  }
+  // of more than one matrix, in two halves: sum += M x over the columns of the tile alone
+  __device__ __forceinline__ void multiply(const C (&m)[rows][columns], const C (&x)[columns], C (&sum)[rows]) const {
+#pragma unroll
+    for (int i = 0; i < rows; ++i) multiply_row(m[i], x, sum[i]);
+  }
+  __device__ __forceinline__ void multiply_row(const C (&m)[columns], const C (&x)[columns], C& sum) const {
+#pragma unroll
+    for (int j = 0; j < columns; ++j) sum += m[j] * x[j];
+  }
+  // and over the other threads of a row
+  __device__ __forceinline__ void sum_over_columns(C (&sum)[rows], C (&out)[own_rows]) const {
     reduce_scatter<rows, column_threads, 1, free_row_stages>(sum, c);
 #pragma unroll
     for (int i = 0; i < own_rows; ++i) out[i] = sum[i];
@@ -157,6 +183,19 @@ struct Tile {
 #pragma unroll
       for (int i = 1; i < rows; ++i) sum[j] += m[i][j] * a[i];
     }
+    sum_over_rows(sum, memory, out);
+  }
+  // in halves as well
+  __device__ __forceinline__ void multiply_transposed(const C (&m)[rows][columns], const C (&a)[rows],
+                                                      C (&sum)[columns]) const {
+#pragma unroll
+    for (int i = 0; i < rows; ++i) multiply_transposed_row(m[i], a[i], sum);
+  }
+  __device__ __forceinline__ void multiply_transposed_row(const C (&m)[columns], C a, C (&sum)[columns]) const {
+#pragma unroll
+    for (int j = 0; j < columns; ++j) sum[j] += m[j] * a;
+  }
+  __device__ __forceinline__ void sum_over_rows(C (&sum)[columns], const Memory& memory, C (&out)[own_columns]) const {
     reduce_scatter<columns, warp_row_threads, column_threads, free_column_stages>(sum, position);
     if constexpr (warps == 1) {
 #pragma unroll
@@ -346,12 +385,34 @@ class MatrixStream {
     }
   }
 
-  // the tile of what was fetched last; after it the buffer is free again
-  __device__ __forceinline__ void take(const T& tile, bool exists, typename T::C (&q)[T::rows][T::columns]) {
+  // The matrices of an item padded with zeros to [D, D], to be read where they are: from after wait() on, row i of a tile
+  // is T::load_whole_row of padded(). The buffer has to be one for D.
+  __device__ __forceinline__ void fetch_padded(const T& tile, int64_t item) {
+    const int d = static_cast<int>(p_.d);
+    const int64_t first = item * T::problems;
+    const Storage* from = p_.matrix + first * p_.matrix_stride;
+    const bool contiguous = T::problems == 1 || (p_.matrix_stride == d * d && first + T::problems <= p_.B);
+    if (packs && d == T::D && contiguous && misalignment(from) == 0) return fetch_whole(tile, from);
+#pragma unroll 1
+    for (int i = tile.rank; i < T::problems * T::D * T::D; i += T::team) {
+      const int problem = i / (T::D * T::D), e = i / T::D % T::D, f = i % T::D;
+      const bool exists = first + problem < p_.B && e < d && f < d;
+      padded(problem)[e * T::D + f] = exists ? from[problem * p_.matrix_stride + e * d + f] : Storage(0);
+    }
+  }
+  static __device__ __forceinline__ void wait() {
     wait_for_copies();
     T::sync();
+  }
+  __device__ __forceinline__ Storage* padded(int problem) const {
+    return reinterpret_cast<Storage*>(buffer_ + problem * (matrix_bytes + T::skew));
+  }
+
+  // the tile of what was fetched last; after it the buffer is free again
+  __device__ __forceinline__ void take(const T& tile, bool exists, typename T::C (&q)[T::rows][T::columns]) {
+    wait();
     if (packs && whole_) {
-      tile.load_whole(reinterpret_cast<const Storage*>(buffer_ + tile.problem * (matrix_bytes + T::skew)), q);
+      tile.load_whole(padded(tile.problem), q);
     } else {
       const int d = static_cast<int>(p_.d);
       tile.load(staged_ + (p_.matrix_stride == 0 ? 0 : tile.problem * d * d), d, exists, q);
@@ -381,8 +442,8 @@ class MatrixStream {
   bool whole_ = false;
 };
 
-// Shared memory of a team; the iterates if they are on chip.
-template <typename T, typename Storage>
+// Shared memory of a team; the iterates if they are on chip. pads: whether matrices are padded in it.
+template <typename T, typename Storage, bool pads = false>
 struct TileMemory {
   typename T::Memory vectors;
   unsigned char* matrix;
@@ -390,7 +451,7 @@ struct TileMemory {
 
   __host__ __device__ TileMemory(Arena& arena, int64_t d, int64_t trajectory_size)
       : vectors(arena),
-        matrix(MatrixStream<T, Storage>::buffer(arena, d)),
+        matrix(MatrixStream<T, Storage>::buffer(arena, pads ? T::D : d)),
         trajectory(arena.template take<typename T::C>(trajectory_size)) {}
 };
 

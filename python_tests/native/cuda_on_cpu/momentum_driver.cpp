@@ -1,10 +1,11 @@
 // Runs one call of the launcher of `momentum` on the CPU, see driver.h:
 //
-//     structure, backward, dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
+//     structure, backward (2: second order), dtype (0 float, 1 double, 2 half, 3 bfloat16), shift
 //     B, d, k, trajectory, strides of matrix, diagonal, b, y0, observed, then (batch, step) of phi, beta, gamma,
 //     threshold, and (batch, entry) of lower, upper, weight, the bits of a tolerance
-//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, lower, upper, weight, iterates, then of y
-//     and what Stopping writes, or of grad_y and the gradients in the order of MomentumBackward; -1: nullptr. Then their contents, in that order.
+//     bytes of matrix, diagonal, b, y0, observed, phi, beta, gamma, threshold, lower, upper, weight, iterates, of the
+//     tangents of matrix, diagonal, b, y0, phi, beta, gamma, then of y and what Stopping writes, or of grad_y, the
+//     gradients in the order of MomentumBackward and the tangents of y; -1: nullptr. Then their contents, in that order.
 //
 // CUDA_ON_CPU_KEPT_BYTES: that the iterates of a shared Q may take in backward.
 //
@@ -18,7 +19,8 @@ using namespace unrolled_kernels;
 
 namespace {
 
-constexpr int arrays = 25, schedule = 5, bounds = 9, kept = 12, first_output = 13, schedule_output = 18;
+constexpr int arrays = 33, schedule = 5, bounds = 9, kept = 12, directions = 13, first_output = 20,
+              schedule_output = 25;
 struct Header {
   int64_t structure, backward, dtype, shift, sizes[23];
   double tolerance;
@@ -95,16 +97,26 @@ const char* run(const Header& h, void* const* pointers) {
     MomentumForward<Storage> p{};
     static_cast<MomentumInputs<Storage>&>(p) = in;
     p.y = storage(first_output);
-    const Stopping<C> stopping{static_cast<C>(h.tolerance), static_cast<int64_t*>(pointers[14]), compute(15)};
+    const Stopping<C> stopping{static_cast<C>(h.tolerance), static_cast<int64_t*>(pointers[first_output + 1]),
+                               compute(first_output + 2)};
     if (stopping.taken) p.stopping = &stopping;
     return run(h.structure, p);
   }
   MomentumBackward<Storage> p{};
   static_cast<MomentumInputs<Storage>&>(p) = in;
   p.iterates = storage(kept);
-  p.grad_y = storage(13), p.d_matrix = storage(14), p.d_diagonal = storage(15), p.db = storage(16);
-  p.dy0 = storage(17), p.dphi = compute(18), p.dbeta = compute(19), p.dgamma = compute(20);
-  p.d_threshold = compute(21), p.d_lower = compute(22), p.d_upper = compute(23), p.d_weight = compute(24);
+  p.grad_y = storage(20), p.d_matrix = storage(21), p.d_diagonal = storage(22), p.db = storage(23);
+  p.dy0 = storage(24), p.dphi = compute(25), p.dbeta = compute(26), p.dgamma = compute(27);
+  p.d_threshold = compute(28), p.d_lower = compute(29), p.d_upper = compute(30), p.d_weight = compute(31);
+  MomentumTangents<Storage> tangents{};
+  tangents.matrix = storage(directions), tangents.matrix_stride = in.matrix_stride ? in.d * in.d : 0;
+  tangents.diagonal = storage(directions + 1), tangents.b = storage(directions + 2);
+  tangents.y0 = storage(directions + 3);
+  // laid out like the coefficients
+  Coefficient<C>* const of[] = {&tangents.phi, &tangents.beta, &tangents.gamma};
+  for (int i = 0; i < 3; ++i) *of[i] = {compute(directions + 4 + i), h.sizes[9 + 2 * i], h.sizes[10 + 2 * i]};
+  tangents.y = storage(32);
+  if (h.backward == 2) p.tangents = &tangents;
   return run(h.structure, p);
 }
 

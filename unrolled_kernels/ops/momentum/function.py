@@ -1,8 +1,8 @@
 """The differentiable momentum op: forward and backward of a backend, as a pair of ``torch.autograd.Function``.
 
 The first Function's backward is the second, whose own backward differentiates the hand-written one in eager torch, so
-gradients of every order are those of the specification. Where there are kernels for it (a dense or diagonal Q on a
-CPU), they take the place of that for gradients of second order. Both Functions take canonical arguments (see the
+gradients of every order are those of the specification. Where there are kernels for it (``_has_second_order``), they
+take the place of that for gradients of second order. Both Functions take canonical arguments (see the
 package's docstring).
 
 Where csrc/autograd was built, a CPU's calls of plain tensors go to its nodes, which are both Functions in C++: at
@@ -11,6 +11,7 @@ hands to the second Function here.
 """
 
 import functools
+import math
 import os
 
 import torch
@@ -242,12 +243,9 @@ _COEFFICIENTS = 0b1111 << 5
 def _differentiable_backward(backend, *arguments):
     """The gradients as torch differentiates them, what μ and tikhonov's f stand for as ordinary functions of them."""
     arguments = (*common.alive(arguments[:14]), *arguments[14:])
-    if backend != "cpu":
+    if backend != "cpu" or arguments[-1] & _COEFFICIENTS:
         run = lambda *args: MomentumBackwardFunction.apply(backend, *args[:9], None, *args[9:])
-        return manual.with_nesterov(run)(*arguments)
-    if arguments[-1] & _COEFFICIENTS:
-        run = lambda *args: MomentumBackwardFunction.apply("cpu", *args[:9], None, *args[9:])
-        return manual.with_nesterov(_of_diagonal(run))(*arguments)
+        return manual.with_nesterov(_of_diagonal(run) if backend in _LARGEST else run)(*arguments)
     # the kernels of second order take μ where no gradient of a coefficient is differentiated
     return _of_diagonal(functools.partial(MomentumBackwardFunction.apply, "cpu"))(*arguments)
 
@@ -308,7 +306,7 @@ class MomentumBackwardFunction(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        if ctx.backend == "cpu" and _has_second_order(ctx.saved_tensors, ctx.num_steps):
+        if _has_second_order(ctx.backend, ctx.saved_tensors, ctx.num_steps):
             return _second_order(ctx, cotangents)
         constants = ctx.num_steps, ctx.trajectory, ctx.needs
         return (None, *_second_order_in_torch(cotangents, *ctx.saved_tensors, *constants), None, None, None)
@@ -326,15 +324,25 @@ def _second_order_in_torch(cotangents, *arguments):
     return common.second_order(lambda *tensors: manual.backward(*tensors, *constants), cotangents, tensors)
 
 
-def _has_second_order(tensors, num_steps):
+def _has_second_order(backend, tensors, num_steps):
     """Whether the kernels of second order take the arguments of a backward pass, and nothing differentiates them."""
     _, matrix, diagonal, observed, b, _, phi, _, _, _, *prox = tensors
     spectral = matrix is not None and diagonal is not None
     if spectral or observed is not None or prox != [None] * 4 or common.is_differentiated():
         return False
-    # one large matrix for the batch: torch's products of matrices are the faster ones
-    shared = matrix is not None and matrix.shape[0] != b.shape[0] and b.shape[1] > 40
-    return num_steps > 0 and b.dtype == phi.dtype and not shared
+    if backend not in _LARGEST or num_steps == 0 or b.dtype != phi.dtype:
+        return False
+    if matrix is None:
+        return backend == "cpu"
+    return b.shape[1] <= _LARGEST[backend](b.dtype, shared=matrix.shape[0] != b.shape[0])
+
+
+# the largest d of a dense Q that they take: beyond, one Q for the batch is faster in torch's products of matrices, and
+# on a GPU there is no tile (csrc/cuda/tile.cuh)
+_LARGEST = {
+    "cpu": lambda dtype, shared: 40 if shared else math.inf,
+    "cuda": lambda dtype, shared: 128 if dtype == torch.float32 else 64,
+}
 
 
 def _second_order(ctx, cotangents):
