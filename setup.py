@@ -266,8 +266,8 @@ def ninja_file(compiler, libraries, build):
         for storage in ("float", "double", "half", "bfloat16")
     ]
     if "_C_autograd" in libraries:
-        # all of torch's interface, not the stable one alone
-        node = compile_source("cxx", CSRC / "autograd/momentum.cpp", ["-UTORCH_TARGET_VERSION"])
+        # all of torch's interface, not the stable one alone; most of the time goes into its headers
+        node = compile_source("cxx", CSRC / "autograd/momentum.cpp", ["-UTORCH_TARGET_VERSION", "-O1"])
         link(libraries["_C_autograd"], [node], "-ltorch_python -lc10")
     shared = [compile_source("cxx", path) for path in sorted(CSRC.glob("cpu/simd/*.cpp"))]
     objects = compile_folder(CSRC)

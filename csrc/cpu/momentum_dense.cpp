@@ -34,7 +34,7 @@ constexpr int64_t max_static_d = 8;
 // Q of one tile: multiply(Q, x, backwards, end) and multiply_transposed hand every vector of Q x, Q'x to end(n, vector).
 
 template <int E>
-constexpr int least_dynamic = E == 1 && !is_fallback ? max_static_d + 1 : 1;
+constexpr int least_dynamic = E == 1 ? max_static_d + 1 : 1;
 template <int E, typename M, typename C, typename End>
 UNROLLED_KERNELS_INLINE void multiply(const TileView<E, M, C>& Q, const C* x, bool backwards, const End& end) {
   row_products<1, least_dynamic<E>>(Q, x, 0, backwards, [&](int, int64_t n, Vector<C> v) { end(n, v); });
@@ -429,8 +429,7 @@ class DenseTile {
   static constexpr int64_t W = lanes<C>;
 
  public:
-  static constexpr bool may_take_turns =
-      Layout<C>::E == 1 && std::is_same_v<Operand<C>, VectorOperand<C>> && !dual && !is_fallback;
+  static constexpr bool may_take_turns = Layout<C>::E == 1 && std::is_same_v<Operand<C>, VectorOperand<C>> && !dual;
 
   // `backward` may be nullptr; of what it points to, the constructor reads which outputs are wanted
   UNROLLED_KERNELS_NOINLINE DenseTile(Arena& arena, const MomentumInputs<Storage>& p,

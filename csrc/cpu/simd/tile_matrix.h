@@ -134,23 +134,25 @@ class TileMatrix {
 
 // Calls f(Type<Tiles<Storage, layout, operand of the matrix>>()): samples in lanes up to the d that Tiles
 // names, and at any d where the matrix is shared and only broadcast, or copied to every lane where that is as cheap; then
-// quads of rows, and whole rows for the rest and where the samples are too few to fill the lanes.
+// quads of rows, and whole rows for the rest, where the samples are too few to fill the lanes and in the fallback.
 template <template <typename, template <typename> class, template <typename> class> class Tiles, typename Storage,
           typename F>
 void with_layout(const MomentumInputs<Storage>& p, F f) {
   using C = compute_type<Storage>;
-  using Samples = Tiles<Storage, SampleLanes, VectorOperand>;
-  constexpr int64_t W = lanes<C>;
-  const bool shared = shares_matrix(p);
-  if (shared ? p.d <= W || 2 * p.B >= W : p.d <= Samples::max_d && p.B * W >= 2 * p.d) {
-    return shared && p.d > Samples::max_copied_d ? f(Type<Tiles<Storage, SampleLanes, ScalarOperand>>())
-                                                 : f(Type<Samples>());
-  }
-  // vectors of 16 bytes hold one quad
-  if constexpr (QuadLanes<C>::samples > 1) {
-    using Quads = Tiles<Storage, QuadLanes, VectorOperand>;
-    static_assert(Samples::max_d >= W, "least_groups: what fits a vector and is not one sample has samples in lanes");
-    if (!shared && p.d <= Quads::max_d && p.B > 1) return f(Type<Quads>());
+  if constexpr (!is_fallback) {
+    using Samples = Tiles<Storage, SampleLanes, VectorOperand>;
+    constexpr int64_t W = lanes<C>;
+    const bool shared = shares_matrix(p);
+    if (shared ? p.d <= W || 2 * p.B >= W : p.d <= Samples::max_d && p.B * W >= 2 * p.d) {
+      return shared && p.d > Samples::max_copied_d ? f(Type<Tiles<Storage, SampleLanes, ScalarOperand>>())
+                                                   : f(Type<Samples>());
+    }
+    // vectors of 16 bytes hold one quad
+    if constexpr (QuadLanes<C>::samples > 1) {
+      using Quads = Tiles<Storage, QuadLanes, VectorOperand>;
+      static_assert(Samples::max_d >= W, "least_groups: what fits a vector and is not one sample has samples in lanes");
+      if (!shared && p.d <= Quads::max_d && p.B > 1) return f(Type<Quads>());
+    }
   }
   f(Type<Tiles<Storage, RowLanes, VectorOperand>>());
 }
