@@ -274,9 +274,10 @@ class Kernel:
 
     @property
     def symbol(self):
-        """Its name and template's arguments; of a forward pass the last is whether samples stop by themselves."""
-        stops = "Lb0E" if self.direction == "forward" and self.stem in ("momentum_dense", "momentum_spectral") else ""
-        return self.name, self.template + stops
+        """Its name and template's arguments, the last of which may be whether samples stop by themselves (forward)
+        or whether it is of second order (backward)."""
+        last = {"forward": ("momentum_dense", "momentum_spectral"), "backward": ("momentum_diagonal",)}
+        return self.name, self.template + ("Lb0E" if self.stem in last[self.direction] else "")
 
     @property
     def name(self):

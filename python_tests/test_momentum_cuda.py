@@ -48,6 +48,8 @@ def _describe(symbol):
     assert match, symbol
     if re.search(r"(dense|spectral)_kernelIf\w+?Lb1EEEv", symbol):
         return match[1] + " that stops", int(match[2])
+    if re.search(r"diagonal_backward_kernelIf\w+?Lb1EEEv", symbol):
+        return match[1] + " of second order", None
     proximal = " with a map" if re.search(r"(Lb[01]E|shared_(backward_)?kernelIf)Lb1E", symbol) else ""
     return match[1] + proximal, int(match[2]) if match[2] and not match[3] else None
 
@@ -62,6 +64,7 @@ REGISTERS = {
     "momentum_dense_second_order_kernel": {d: 168 if d < 8 else 255 for d in TILES},
     "momentum_diagonal_kernel": {None: 80},
     "momentum_diagonal_backward_kernel": {None: 128},
+    "momentum_diagonal_backward_kernel of second order": {None: 168},
     "momentum_dense_kernel that stops": TILES | {4: 168, 5: 168, 8: 255, 16: 168, 32: 168},
     "momentum_spectral_kernel that stops": TILES,
     "momentum_diagonal_stopping_kernel": {8: 80, 32: 80, 256: 80},
@@ -577,7 +580,7 @@ def _cotangents(tensors, given):
 EVERY_INPUT = (1 << 8) - 1
 
 
-second_order_structures = pytest.mark.parametrize("structure", ["dense"])
+second_order_structures = pytest.mark.parametrize("structure", ["dense", "diagonal"])
 
 
 def _check_second_order(emulation, tensors, k, dtype, given=31, needs=EVERY_INPUT, every_order=False):
@@ -592,10 +595,10 @@ def _check_second_order(emulation, tensors, k, dtype, given=31, needs=EVERY_INPU
 def test_second_order(structure, method):
     """Every tiling and form of the schedule, with what else there is in turns, in every order of the threads."""
     forms = itertools.cycle(("scalar", "step", "sample", "both"))
-    sizes = (1, 4, 5, 8, 11, 16, 20, 32, 33, 64, 100, 128)
+    sizes = (1, 4, 5, 8, 11, 16, 20, 32, 33, 64, 100, 128, *([1030] if structure == "diagonal" else []))
     for i, (d, form) in enumerate(zip(sizes, forms, strict=False)):
         options = {"method": method, "shared": i % 3 == 0, "warm": i % 4 < 2, "trajectory": i % 2 == 0, "form": form}
-        tensors = _problem(structure, BATCHES.get(d, 70), d, 3, seed=d, **options)
+        tensors = _problem(structure, BATCHES.get(d, 70) if d < 1000 else 2, d, 3, seed=d, **options)
         _check_second_order(None, tensors, 3, torch.float32, every_order=True)
         one = Momentum(order="7", copies="late")
         _check_second_order(one, tensors, 3, torch.float64 if d <= 64 else torch.float32, 1 + 16 * (i % 2))
@@ -632,7 +635,7 @@ def test_sanitizers_of_second_order(structure, mode):
 
 
 @needs_emulation
-@pytest.mark.parametrize("structure", ["dense"])
+@proximal_structures
 @pytest.mark.parametrize("method", ["gd", "momentum", "nesterov"])
 def test_second_order_through_autograd(structure, method, monkeypatch):
     """The kernels are called, and give what the derivation gives."""

@@ -7,7 +7,8 @@
 // A thread takes 16 bytes (half types: 8) of consecutive elements of one sample, a warp one chunk after another, of which
 // the next is on its way meanwhile. Backward keeps the iterates of `segment` steps in shared memory, a value for each
 // element and step; for more steps, it recomputes them from (y_t, y_{t-1}) at the start of each segment. What a proximal
-// map was given, v_t, it recomputes from y_t and y_{t-1} as well.
+// map was given, v_t, it recomputes from y_t and y_{t-1} as well. Second order is the same of y and of its tangent, of half
+// as many elements.
 // Where samples have the same schedule and their rows follow one another, the batch is one long sample.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
@@ -100,9 +101,11 @@ struct DiagonalBackwardStart : DiagonalStart<n, Storage> {
   }
 };
 
-template <int n, typename C, bool momentum>
+// dual: behind q, b, y and previous those of the tangent
+template <int n, typename C, bool momentum, bool dual = false>
 struct DiagonalState {
-  C q[n], b[n], y[n], previous[n];
+  static constexpr int size = dual ? 2 * n : n;
+  C q[size], b[size], y[size], previous[size];
 
   template <typename Start>
   __device__ __forceinline__ DiagonalState(const Start& start, bool tikhonov) {
@@ -112,6 +115,21 @@ struct DiagonalState {
       b[i] = start.b[i] - start.x[i];
       y[i] = previous[i] = start.y[i];
     }
+  }
+  template <typename Storage>
+  __device__ __forceinline__ void load_tangent(const MomentumInputs<Storage>& direction, int64_t sample, int64_t e,
+                                               bool exists) {
+    C rows[n];
+    const auto load = [&](const Storage* x, C(&to)[size]) {
+      load_elements(x + sample * direction.d, e, direction.d, exists && x, rows);
+#pragma unroll
+      for (int i = 0; i < n; ++i) to[n + i] = rows[i];
+    };
+    load(direction.diagonal, q);
+    load(direction.b, b);
+    load(direction.y0, y);
+#pragma unroll
+    for (int i = n; i < size; ++i) previous[i] = y[i];
   }
   // what y_{t+1} of element i is before a map; y: y_t
   __device__ __forceinline__ C advanced(const StepCoefficients<C>& s, int i, C y, C previous) const {
@@ -124,6 +142,20 @@ struct DiagonalState {
       const C next = map(s, i, advanced(s, i, y[i], previous[i]));
       previous[i] = y[i];
       y[i] = next;
+    }
+  }
+  // with its tangent; d: of the coefficients
+  __device__ __forceinline__ void step(const StepCoefficients<C>& s, const StepCoefficients<C>& d) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const int of_d = n + i;
+      const C z = extrapolate(s, momentum, y[i], previous[i]), g = q[i] * z + b[i];
+      const C dz = extrapolate_tangent(s, d, momentum, y[i], previous[i], y[of_d], previous[of_d]);
+      const C dg = q[i] * dz + (q[of_d] * z + b[of_d]);
+      const C next = advance(s, momentum, y[i], previous[i], g);
+      const C d_next = advance_tangent(s, d, momentum, y[i], previous[i], g, y[of_d], previous[of_d], dg);
+      previous[i] = y[i], previous[of_d] = y[of_d];
+      y[i] = next, y[of_d] = d_next;
     }
   }
 };
@@ -231,13 +263,20 @@ __global__ void __launch_bounds__(threads > 32 ? threads : block)
   }
 }
 
-template <typename Storage, int n, int width, bool momentum, bool proximal>
-__global__ void __launch_bounds__(block, proximal ? 3 : 4)
+struct NoDirection {};
+template <typename Storage, bool dual>
+using Direction = std::conditional_t<dual, MomentumForward<Storage>, NoDirection>;
+
+// dual: second order
+template <typename Storage, int n, int width, bool momentum, bool proximal, bool dual>
+__global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
     momentum_diagonal_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
+                                      const __grid_constant__ Direction<Storage, dual> direction,
                                       const __grid_constant__ DiagonalPlan plan,
                                       const __grid_constant__ PartialSums<Storage> sums) {
   using C = compute_type<Storage>;
-  using State = Pack<C, n>;
+  constexpr int kept = DiagonalState<n, C, momentum, dual>::size;
+  using State = Pack<C, kept>;
   const int k = static_cast<int>(p.k), segment = static_cast<int>(plan.segment);
   const int segments = (k + segment - 1) / segment;
   const BlockSchedule<C, momentum, proximal> schedule(p, plan.schedule_bytes, dynamic_shared_memory());
@@ -266,32 +305,74 @@ __global__ void __launch_bounds__(block, proximal ? 3 : 4)
 #pragma unroll 1
     while (item.chunk < item.end) {
       const int64_t e = item.element();
-      DiagonalState<n, C, momentum> state(next, p.observed != nullptr);
+      DiagonalState<n, C, momentum, dual> state(next, p.observed != nullptr);
+      if constexpr (dual) state.load_tangent(direction, item.sample, e, item.exists);
       ProximalMap<C, n, proximal> map(p, item.sample, e, item.exists);
-      StepAdjoint<C> adjoint[n];
+      std::conditional_t<dual, SecondOrderAdjoint<C>, StepAdjoint<C>> adjoint[n];
+      // of what the cotangents are, and of y
+      const auto given_to = [&](int j) -> C& {
+        if constexpr (dual) {
+          return adjoint[j].a.a;
+        } else {
+          return adjoint[j].a;
+        }
+      };
+      const auto of_y = [&](int j) -> StepAdjoint<C>& {
+        if constexpr (dual) {
+          return adjoint[j].p;
+        } else {
+          return adjoint[j];
+        }
+      };
       C dq[n] = {};
 #pragma unroll
-      for (int j = 0; j < n; ++j) adjoint[j].a = next.a[j];
+      for (int j = 0; j < n; ++j) {
+        of_y(j).a = 0;
+        given_to(j) = next.a[j];
+      }
       if (++item.chunk < item.end) next.load(p, item.sample, item.element(), item.exists);
+      const auto tangents = [&](int t) {
+        if constexpr (dual) {
+          if (direction.phi.data) return SampleSchedule<C>(direction, item.sample).at(t);
+        }
+        return StepCoefficients<C>{};
+      };
+      [[maybe_unused]] const auto store_tangent = [&](const auto& state, int t) {
+        C dy[n];
+#pragma unroll
+        for (int j = 0; j < n; ++j) dy[j] = state.y[kept - n + j];
+        if constexpr (dual) {
+          store_elements(dy, e, p.d, item.exists, direction.y + (t * p.B + item.sample) * p.d);
+        }
+      };
       const auto coefficients = [&](int t) { return plain ? schedule.at(t) : schedule.at(p, item.sample, t); };
-      const auto keep = [](const C(&v)[n], State* to) {
+      const auto keep = [](const auto& v, State* to) {
         State pack;
         assign(pack.at, v);
-        store_pack<n>(&to->at[0], pack);
+        store_pack<kept>(&to->at[0], pack);
+      };
+      // forward from step t
+      const auto step = [&](int t) {
+        if constexpr (dual) {
+          if (direction.y && p.trajectory) store_tangent(state, t);
+          state.step(coefficients(t), tangents(t));
+        } else {
+          state.step(coefficients(t), map);
+        }
       };
 #pragma unroll 1
       for (int c = 0; c + 1 < segments; ++c) {
         keep(state.y, checkpoints + 2 * c * block);
         keep(state.previous, checkpoints + (2 * c + 1) * block);
 #pragma unroll 4
-        for (int s = 0; s < segment; ++s) state.step(coefficients(c * segment + s), map);
+        for (int s = 0; s < segment; ++s) step(c * segment + s);
       }
 #pragma unroll 1
       for (int c = segments - 1; c >= 0; --c) {
         const int first = c * segment, last = k < first + segment ? k : first + segment;
         if (c + 1 < segments) {
-          assign(state.y, load_pack<n>(&checkpoints[2 * c * block].at[0]).at);
-          assign(state.previous, load_pack<n>(&checkpoints[(2 * c + 1) * block].at[0]).at);
+          assign(state.y, load_pack<kept>(&checkpoints[2 * c * block].at[0]).at);
+          assign(state.previous, load_pack<kept>(&checkpoints[(2 * c + 1) * block].at[0]).at);
         }
         State* at = iterates;
         keep(state.previous, at);
@@ -299,26 +380,46 @@ __global__ void __launch_bounds__(block, proximal ? 3 : 4)
         for (int t = first; t + 1 < last; ++t) {
           at += block;
           keep(state.y, at);
-          state.step(coefficients(t), map);
+          step(t);
+        }
+        if constexpr (dual) {
+          if (direction.y && p.trajectory) store_tangent(state, last - 1);
+          if (direction.y && last == k) {
+            auto end = state;
+            end.step(coefficients(k - 1), tangents(k - 1));
+            store_tangent(end, p.trajectory ? k : 0);
+          }
         }
         // y_t of the last step is still in registers
 #pragma unroll 2
         for (int t = last - 1; t >= first; --t) {
-          C previous[n], terms[4] = {};
-          assign(previous, load_pack<n>(&at->at[0]).at);
+          C previous[kept], terms[4] = {};
+          assign(previous, load_pack<kept>(&at->at[0]).at);
           at -= block;
-          const StepCoefficients<C> s = coefficients(t);
+          const StepCoefficients<C> s = coefficients(t), ds = tangents(t);
 #pragma unroll
           for (int j = 0; j < n; ++j) {
             const C y = state.y[j];
-            if constexpr (proximal) {
-              adjoint[j].a = map.adjoint(s, j, state.advanced(s, j, y, previous[j]), adjoint[j].a, terms);
+            if constexpr (dual) {
+              const int of_d = n + j;
+              const C dy = state.y[of_d], d_previous = previous[of_d], X = state.q[of_d];
+              const C a = adjoint[j].a.a, pa = adjoint[j].p.a, z = extrapolate(s, momentum, y, previous[j]);
+              const C dz = extrapolate_tangent(s, ds, momentum, y, previous[j], dy, d_previous);
+              dq[j] -= (s.phi * pa + ds.phi * a) * z + s.phi * a * dz;
+              terms[0] -= pa * (state.q[j] * z + state.b[j]) + a * (state.q[j] * dz + (X * z + state.b[of_d]));
+              adjoint[j].step(s, ds, momentum, state.q[j] * pa + X * a, state.q[j] * a, y, previous[j], dy, d_previous,
+                              terms);
+              state.y[j] = previous[j], state.y[of_d] = d_previous;
+            } else {
+              if constexpr (proximal) {
+                adjoint[j].a = map.adjoint(s, j, state.advanced(s, j, y, previous[j]), adjoint[j].a, terms);
+              }
+              const C a = adjoint[j].a, z = extrapolate(s, momentum, y, previous[j]);
+              dq[j] -= s.phi * a * z;
+              terms[0] -= a * (state.q[j] * z + state.b[j]);
+              adjoint[j].step(s, momentum, state.q[j] * a, y, previous[j], terms);
+              state.y[j] = previous[j];
             }
-            const C a = adjoint[j].a, z = extrapolate(s, momentum, y, previous[j]);
-            dq[j] -= s.phi * a * z;
-            terms[0] -= a * (state.q[j] * z + state.b[j]);
-            adjoint[j].step(s, momentum, state.q[j] * a, y, previous[j], terms);
-            state.y[j] = previous[j];
           }
           // z_0 without y_0 and m_0 are zero, and q a may overflow: the one is not multiplied by it, the other leaves it
           if (t == 0) terms[2] = 0;
@@ -326,7 +427,7 @@ __global__ void __launch_bounds__(block, proximal ? 3 : 4)
             C given[n];
             load_elements(cotangent + t * p.B * p.d, e, p.d, item.exists, given);
 #pragma unroll
-            for (int j = 0; j < n; ++j) adjoint[j].a += given[j];
+            for (int j = 0; j < n; ++j) given_to(j) += given[j];
           }
           gradient.add(t, delivered, terms);
         }
@@ -334,8 +435,8 @@ __global__ void __launch_bounds__(block, proximal ? 3 : 4)
       C a[n], db[n];
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        a[j] = adjoint[j].a + adjoint[j].carry;
-        db[j] = adjoint[j].db;
+        a[j] = of_y(j).a + of_y(j).carry;
+        db[j] = of_y(j).db;
       }
       store_d_diagonal(p, item.sample, e, item.exists, dq);
       if (p.db) store_elements(db, e, p.d, item.exists, p.db + item.sample * p.d);
@@ -402,9 +503,8 @@ DiagonalPlan plan_diagonal(const Device& device, void (*kernel)(Parameters...), 
 }
 
 // f(std::integral_constant<int, n>, std::integral_constant<int, width>)
-template <typename Storage, typename F>
+template <int n, typename Storage, typename F>
 const char* with_layout(const MomentumInputs<Storage>& p, std::initializer_list<const Storage*> outputs, F f) {
-  constexpr int n = widest_pack<Storage>;
   if (takes_packs<n>(p, outputs)) return f(std::integral_constant<int, n>(), std::integral_constant<int, 32>());
   if (p.d > 8) return f(std::integral_constant<int, 1>(), std::integral_constant<int, 32>());
   return f(std::integral_constant<int, 1>(), std::integral_constant<int, 8>());
@@ -442,7 +542,7 @@ const char* momentum_diagonal(const MomentumForward<Storage>& problem, void* wor
   if (device.error != cudaSuccess) return describe(device.error);
   if (problem.stopping) return launch_stopping(device, problem, workspace, stream, size);
   const MomentumForward<Storage> p = flattened(problem);
-  return with_layout<Storage>(p, {p.y}, [&](auto n, auto width) {
+  return with_layout<widest_pack<Storage>>(p, {p.y}, [&](auto n, auto width) {
     return with_method(p, [&](auto momentum, auto proximal) {
       const auto kernel = momentum_diagonal_kernel<Storage, n, width, momentum, proximal>;
       const int64_t schedule_bytes = BlockSchedule<compute_type<Storage>, momentum>::bytes(p);
@@ -459,36 +559,53 @@ const char* momentum_diagonal(const MomentumBackward<Storage>& problem, void* wo
   const Device device;
   if (device.error != cudaSuccess) return describe(device.error);
   const MomentumBackward<Storage> p = flattened(problem);
-  const std::initializer_list<const Storage*> arrays = {p.grad_y, p.d_diagonal, p.db, p.dy0};
-  return with_layout<Storage>(p, arrays, [&](auto n, auto width) {
-    return with_method(p, [&](auto momentum, auto proximal) -> const char* {
-      const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width, momentum, proximal>;
-      DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width, BlockSchedule<C, momentum>::bytes(p), p.k,
-                                        block * static_cast<int64_t>(sizeof(Pack<C, n>)));
-      PartialSums<Storage> over_batch = partial_sums(p), over_runs = over_batch;
-      const int own = coefficients_per_sample(p);
-      if (plan.chunks > 1 && p.dphi) {
-        // a row for each run of each sample: added up by sample, or all of them
-        C* const outputs[] = {p.dphi, p.dbeta, p.dgamma, p.d_threshold};
-        for (int i = 0; i < coefficients; ++i) over_runs.schedule[i] = own >> i & 1 ? outputs[i] : nullptr;
-        over_runs.groups = p.B;
-        over_runs.rows = plan.runs;
-        over_batch.rows = p.B * plan.runs;
-      } else if (over_batch.any()) {
-        over_batch.rows = plan.grid * warps_of_block;
-      }
-      Arena arena(workspace);
-      over_batch.partials = over_runs.partials = arena.take<C>(over_batch.size());
-      const bool on_chip = plan.shared_bytes == plan.schedule_bytes + plan.iterates_bytes + plan.checkpoint_bytes;
-      unsigned char* slots = arena.take<unsigned char>(on_chip ? 0 : plan.grid * plan.checkpoint_bytes);
-      plan.checkpoints = on_chip ? nullptr : slots;
-      if (size) {
-        *size = static_cast<size_t>(arena.used());
-        return nullptr;
-      }
-      const char* error = launch(kernel, plan.grid, block, plan.shared_bytes, stream, p, plan, over_batch);
-      if (!error && plan.chunks > 1) error = sum_partials(over_runs, stream);
-      return error ? error : sum_partials(over_batch, stream);
+  const auto run = [&](auto n, auto width, auto momentum, auto proximal, auto dual,
+                       const auto& direction) -> const char* {
+    const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width, momentum, proximal, dual>;
+    constexpr int kept = DiagonalState<n, C, momentum, dual>::size;
+    DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width, BlockSchedule<C, momentum>::bytes(p), p.k,
+                                      block * static_cast<int64_t>(sizeof(Pack<C, kept>)));
+    PartialSums<Storage> over_batch = partial_sums(p), over_runs = over_batch;
+    const int own = coefficients_per_sample(p);
+    if (plan.chunks > 1 && p.dphi) {
+      // a row for each run of each sample: added up by sample, or all of them
+      C* const outputs[] = {p.dphi, p.dbeta, p.dgamma, p.d_threshold};
+      for (int i = 0; i < coefficients; ++i) over_runs.schedule[i] = own >> i & 1 ? outputs[i] : nullptr;
+      over_runs.groups = p.B;
+      over_runs.rows = plan.runs;
+      over_batch.rows = p.B * plan.runs;
+    } else if (over_batch.any()) {
+      over_batch.rows = plan.grid * warps_of_block;
+    }
+    Arena arena(workspace);
+    over_batch.partials = over_runs.partials = arena.take<C>(over_batch.size());
+    const bool on_chip = plan.shared_bytes == plan.schedule_bytes + plan.iterates_bytes + plan.checkpoint_bytes;
+    unsigned char* slots = arena.take<unsigned char>(on_chip ? 0 : plan.grid * plan.checkpoint_bytes);
+    plan.checkpoints = on_chip ? nullptr : slots;
+    if (size) {
+      *size = static_cast<size_t>(arena.used());
+      return nullptr;
+    }
+    const char* error = launch(kernel, plan.grid, block, plan.shared_bytes, stream, p, direction, plan, over_batch);
+    if (!error && plan.chunks > 1) error = sum_partials(over_runs, stream);
+    return error ? error : sum_partials(over_batch, stream);
+  };
+  if (p.tangents) {
+    if constexpr (std::is_same_v<Storage, C>) {
+      const MomentumForward<Storage> direction = direction_of(p);
+      const std::initializer_list<const Storage*> arrays = {
+          p.grad_y, p.d_diagonal, p.db, p.dy0, direction.diagonal, direction.b, direction.y0, direction.y};
+      return with_layout<widest_pack<Storage> / 2>(p, arrays, [&](auto n, auto width) {
+        return with_momentum(
+            p, [&](auto momentum) { return run(n, width, momentum, std::false_type(), std::true_type(), direction); });
+      });
+    } else {
+      return "second order has no kernel for this dtype";
+    }
+  }
+  return with_layout<widest_pack<Storage>>(p, {p.grad_y, p.d_diagonal, p.db, p.dy0}, [&](auto n, auto width) {
+    return with_method(p, [&](auto momentum, auto proximal) {
+      return run(n, width, momentum, proximal, std::false_type(), NoDirection());
     });
   });
 }

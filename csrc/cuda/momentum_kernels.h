@@ -61,10 +61,7 @@ const char* momentum_kernels(Structure structure, const Problem<Storage>& p,
                              SharedProducts<compute_type<Storage>>& products, void* workspace, void* stream,
                              size_t* size) {
   if constexpr (std::is_same_v<Problem<Storage>, MomentumBackward<Storage>>) {
-    if (p.tangents) {
-      if (structure == Structure::dense) return momentum_dense_second_order(p, workspace, stream, size);
-      return "second order has no kernel for this structure";
-    }
+    if (p.tangents && structure == Structure::dense) return momentum_dense_second_order(p, workspace, stream, size);
   }
   switch (structure) {
     case Structure::dense:

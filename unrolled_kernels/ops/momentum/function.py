@@ -332,9 +332,7 @@ def _has_second_order(backend, tensors, num_steps):
         return False
     if backend not in _LARGEST or num_steps == 0 or b.dtype != phi.dtype:
         return False
-    if matrix is None:
-        return backend == "cpu"
-    return b.shape[1] <= _LARGEST[backend](b.dtype, shared=matrix.shape[0] != b.shape[0])
+    return matrix is None or b.shape[1] <= _LARGEST[backend](b.dtype, shared=matrix.shape[0] != b.shape[0])
 
 
 # the largest d of a dense Q that they take: beyond, one Q for the batch is faster in torch's products of matrices, and
