@@ -97,17 +97,19 @@ def scaling(sweeps, directory):
     for axes, name in zip(np.atleast_1d(panels), axes_names, strict=True):
         part = sweeps[sweeps.sweep == name]
         shapes = [c for c in ("B", "d", "k") if c != name] if name == "threads" else []
-        for (backend, structure, *sizes), group in part.groupby(["backend", "structure", *shapes], sort=False):
+        groups = part.groupby(["backend", "structure", *shapes], sort=False)
+        for i, ((backend, structure, *sizes), group) in enumerate(groups):
             style = "-" if backend in FUSED else "--"
             axes.plot(
                 group[name], group.p50_us, style, marker=_MARKERS[structure], markersize=4, color=_COLORS[backend],
                 label=f"{backend}, {structure}",
             )  # fmt: skip
             if sizes:
-                first = group.iloc[0]
+                # curves may coincide: above the left end and below the right one, by turns
+                end, offset, side = (group.iloc[-1], (-5, -8), "right") if i % 2 else (group.iloc[0], (5, 3), "left")
                 axes.annotate(
-                    f"B, d, k = {', '.join(map(str, sizes))}", (first[name], first.p50_us), xytext=(5, 2),
-                    textcoords="offset points", fontsize=6,
+                    f"B, d, k = {', '.join(map(str, sizes))}", (end[name], end.p50_us), xytext=offset,
+                    textcoords="offset points", fontsize=6, ha=side,
                 )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="forward + backward, µs")
         if name == "threads":
