@@ -636,6 +636,25 @@ def test_a_run_is_collected_and_published(publish, small_run, folder, tmp_path, 
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
+def test_methods_are_compared_on_the_same_images(publish, folder, tmp_path, monkeypatch):
+    few = images.photographs(40)[::60]
+    monkeypatch.setattr(publish, "FOLDER", tmp_path)
+    monkeypatch.setattr(publish.images, "SIZE", 32)
+    monkeypatch.setattr(publish.images, "photographs", lambda: few)
+    (tmp_path / "results").mkdir()
+    rows = pd.read_parquet(publish.compare(folder))
+    # a quarter of 24 images is trained on, and every sixth of the others looked at
+    assert rows.groupby("set")["image"].nunique().to_dict() == {"bsd": 3, "photographs": len(few)}
+    assert not rows.duplicated(["set", "method", "image"]).any()
+    assert rows.groupby("method")["strength"].count()["noisy"] == 0
+    assert rows.groupby("method")["strength"].count()["total variation"] == 3 + len(few)
+    table = publish.compared(rows)
+    (noisy,) = (line for line in table.splitlines() if line.startswith("| photographs") and "| noisy |" in line)
+    psnr = rows[rows["set"] == "photographs"].pivot(index="image", columns="method", values="psnr")
+    assert f"| {psnr['noisy'].mean():.2f} | +0.00 |" in noisy
+    assert f"| {(psnr['over, GD, k = 12'] - psnr['noisy']).mean():+.2f} ±" in noisy
+
+
 def test_apply_refuses_by_name(small_run, tmp_path, capsys):
     (file,) = (small_run / "models").glob("dncnn-*")
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
