@@ -72,6 +72,8 @@ REGISTERS = {
     "momentum_dense_backward_kernel with a map": BACKWARD_TILES | {16: 255},
     "momentum_diagonal_kernel with a map": {None: 80},
     "momentum_diagonal_backward_kernel with a map": {None: 168},
+    "momentum_resident_kernel": {256: 255, 512: 255, 1024: 255},
+    "momentum_resident_backward_kernel": {256: 255, 512: 255, 1024: 255},
     "momentum_shared_kernel": {None: 64},
     "momentum_shared_kernel with a map": {None: 64},
     "momentum_shared_backward_kernel": {None: 80},
@@ -363,6 +365,85 @@ def test_sanitizers(structure, mode):
             _check(Momentum(mode, order="7", copies="late"), tensors, 3, torch.float32)
     _check(Momentum(mode, CUDA_ON_CPU_SHARED_MEMORY="12000"), _problem(structure, 3, 40, 9), 9, torch.float32)
     _check(Momentum(mode, shift=1), _problem(structure, 3, 34, 3), 3, torch.float32)
+
+
+# own Q beyond the tiles, in one block or in a cluster of them
+
+# d and blocks a problem, by the shared memory of the emulated device
+RESIDENT = {
+    "1": ((130, {}), (200, {"CUDA_ON_CPU_SHARED_MEMORY": "150000"}), (256, {}), (141, {})),
+    "2": ((256, {"CUDA_ON_CPU_SHARED_MEMORY": "70000"}), (300, {}), (257, {})),
+    "4": ((300, {"CUDA_ON_CPU_SHARED_MEMORY": "100000"}), (512, {})),
+    "8": ((520, {}), (331, {"CUDA_ON_CPU_SHARED_MEMORY": "60000"})),
+    "16": ((1024, {}), (523, {"CUDA_ON_CPU_SHARED_MEMORY": "130000"})),
+}
+cluster_sizes = pytest.mark.parametrize("blocks", RESIDENT)
+
+
+def _resident(blocks, seeds, **problem):
+    """(the problem, k, the environment) for each d; problems take what there is in turns."""
+    forms = itertools.cycle(("scalar", "step", "sample", "both"))
+    for (d, memory), seed, form in zip(RESIDENT[blocks], seeds, forms, strict=False):
+        B, k = (1, 2) if d > 512 else (3, 4)  # of two or three samples a block or cluster takes a second one
+        options = {"method": ("gd", "momentum")[seed % 2], "warm": seed % 3 > 0, "trajectory": seed % 4 == 1}
+        tensors = _problem("dense", B, d, k, **{"form": form, "seed": seed} | options | problem)
+        yield tensors, k, {"UNROLLED_KERNELS_CLUSTERS": "1"} | memory
+
+
+@needs_emulation
+@cluster_sizes
+def test_resident_matrices(blocks):
+    for tensors, k, memory in (*_resident(blocks, range(4)), *_resident(blocks, range(5, 9))):
+        _in_every_order(tensors, k, torch.float32, **memory)
+
+
+@needs_emulation
+@cluster_sizes
+def test_resident_matrices_of_other_kinds(blocks):
+    cases = zip(_resident(blocks, range(1, 5)), itertools.cycle(("bf16", "f16")), strict=False)
+    for (tensors, k, memory), dtype in cases:
+        _check(Momentum(order="7", copies="late", shift=int(k > 2), **memory), tensors, k, DTYPES[dtype])
+    for prox in ("box", "l1", "soft_threshold"):
+        for tensors, k, memory in _resident(blocks, (3, 4), prox=prox):
+            _check(Momentum(order="down", copies="late", **memory), tensors, k, torch.float32)
+    for tensors, k, memory in _resident(blocks, (1, 2)):
+        for needs in (0, 1, 1 << 3, 255 - 224, 224):
+            _check(Momentum(**memory), tensors, k, torch.float32, needs)
+
+
+@needs_emulation
+@cluster_sizes
+def test_resident_samples_stop_by_themselves(blocks, monkeypatch):
+    for tensors, k, memory in _resident(blocks, (2, 7)):
+        sizes = 0.5 ** (6 * torch.arange(len(tensors[4]))).unsqueeze(-1)
+        tensors[3:6] = [x if x is None else x * sizes for x in tensors[3:6]]
+        with monkeypatch.context() as patch:
+            for name, value in memory.items():
+                patch.setenv(name, value)
+            taken = _stops_as_said(tensors, k, 0.05, torch.float32)
+        assert len(taken) == 1 or taken.min() < taken.max()
+
+
+@needs_emulation
+def test_matrices_are_streamed_where_clusters_cannot_be():
+    for d, memory in ((300, {"CUDA_ON_CPU_CLUSTERS": "1"}), (600, {"CUDA_ON_CPU_CLUSTERS": "2"}), (1030, {})):
+        tensors = _problem("dense", 1, d, 2, seed=d)
+        streamed = _run(Momentum(UNROLLED_KERNELS_CLUSTERS="0"), tensors, 2, torch.float32)
+        without = _run(Momentum(UNROLLED_KERNELS_CLUSTERS="1", **memory), tensors, 2, torch.float32)
+        for name in streamed:
+            assert torch.equal(streamed[name], without[name]), name
+    tensors = _problem("dense", 1, 600, 3, seed=600)
+    streamed, in_a_cluster = (_run(Momentum(UNROLLED_KERNELS_CLUSTERS=on), tensors, 3, torch.float32) for on in "01")
+    # which adds up the rows of Q'a in another order
+    assert not torch.equal(in_a_cluster["db"], streamed["db"])
+
+
+@needs_emulation
+@pytest.mark.parametrize("mode", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+def test_sanitizers_of_resident_matrices(mode):
+    for blocks in ("1", "4", "16"):
+        for tensors, k, memory in _resident(blocks, (1, 2), form="both"):
+            _check(Momentum(mode, order="7", copies="late", **memory), tensors, k, torch.float32)
 
 
 # one Q for the batch, beyond the tiles

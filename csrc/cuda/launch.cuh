@@ -13,6 +13,7 @@ namespace unrolled_kernels::cuda {
 struct Device {
   int multiprocessors = 0;
   int shared_memory = 0;  // bytes that a block can have
+  int clusters = 0;       // whether it has them
   cudaError_t error;
 
   Device() {
@@ -22,6 +23,7 @@ struct Device {
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     }
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index);
   }
 };
 
@@ -50,16 +52,58 @@ int64_t persistent_grid(const Device& device, void (*kernel)(Parameters...), int
   return blocks < limit ? blocks : limit;
 }
 
+// The configuration of a launch of clusters of `blocks` blocks.
+struct ClusterConfig {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  ClusterConfig(int blocks, int64_t grid, int threads, int64_t bytes, void* stream) {
+    config.gridDim = dim3(static_cast<unsigned>(grid));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = blocks > 1 ? 1 : 0;
+  }
+  ClusterConfig(const ClusterConfig&) = delete;
+};
+
+template <typename... Parameters>
+cudaError_t allow_clusters(void (*kernel)(Parameters...), int blocks) {
+  // more than 8 is not what every GPU with clusters has, and to be asked for
+  if (blocks <= 8) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+// Clusters of `blocks` blocks that are on the device at once; 0: it has none of that size.
+template <typename... Parameters>
+int64_t resident_clusters(void (*kernel)(Parameters...), int blocks, int threads, int64_t bytes) {
+  int clusters = 0;
+  const ClusterConfig of(blocks, blocks, threads, bytes, nullptr);
+  if (allow_shared_memory(kernel, bytes) == cudaSuccess && allow_clusters(kernel, blocks) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&clusters, kernel, &of.config) == cudaSuccess) {
+    return clusters;
+  }
+  cudaGetLastError();  // the next launch is not to report it
+  return 0;
+}
+
+template <typename... Parameters, typename... Arguments>
+const char* launch_clusters(void (*kernel)(Parameters...), int blocks, int64_t grid, int threads, int64_t bytes,
+                            void* stream, Arguments&&... arguments) {
+  if (const char* error = describe(allow_shared_memory(kernel, bytes))) return error;
+  if (const char* error = describe(allow_clusters(kernel, blocks))) return error;
+  const ClusterConfig of(blocks, grid, threads, bytes, stream);
+  return describe(cudaLaunchKernelEx(&of.config, kernel, static_cast<Arguments&&>(arguments)...));
+}
+
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t grid, int threads, int64_t bytes, void* stream,
                    Arguments&&... arguments) {
-  if (const char* error = describe(allow_shared_memory(kernel, bytes))) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  return describe(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
+  return launch_clusters(kernel, 1, grid, threads, bytes, stream, static_cast<Arguments&&>(arguments)...);
 }
 
 // f(std::bool_constant<whether there is momentum>)

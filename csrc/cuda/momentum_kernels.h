@@ -22,6 +22,12 @@ const char* momentum_dense(const MomentumBackward<Storage>&, void* workspace, vo
 // Second order: where there are tangents, and the tiles of tile.cuh take Q.
 template <typename Storage>
 const char* momentum_dense_second_order(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size);
+// Own Q beyond the tiles of momentum_dense, held on chip. runs: whether it is, on this device; if not, nothing is done.
+template <typename Storage>
+const char* momentum_resident(const MomentumForward<Storage>&, void* workspace, void* stream, size_t* size, bool& runs);
+template <typename Storage>
+const char* momentum_resident(const MomentumBackward<Storage>&, void* workspace, void* stream, size_t* size,
+                              bool& runs);
 // Products of matrices with the one Q that a batch shares, on the stream of the kernels. Everything is contiguous and in the
 // compute type.
 template <typename C>
@@ -64,9 +70,12 @@ const char* momentum_kernels(Structure structure, const Problem<Storage>& p,
     if (p.tangents && structure == Structure::dense) return momentum_dense_second_order(p, workspace, stream, size);
   }
   switch (structure) {
-    case Structure::dense:
+    case Structure::dense: {
       if (takes_products(p)) return momentum_shared(p, products, workspace, stream, size);
-      return momentum_dense(p, workspace, stream, size);
+      bool runs = false;
+      const char* error = momentum_resident(p, workspace, stream, size, runs);
+      return runs ? error : momentum_dense(p, workspace, stream, size);
+    }
     case Structure::diagonal: return momentum_diagonal(p, workspace, stream, size);
     default: return momentum_spectral(p, workspace, stream, size);
   }

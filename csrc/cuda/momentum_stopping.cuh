@@ -35,6 +35,19 @@ class StepSize {
     }
   }
 
+  // over the blocks of a sample, each of which has it over its threads. sizes: shared [2, blocks, 2], like across_warps
+  __device__ __forceinline__ void over_blocks(const Cluster& cluster, C* sizes, int64_t half) {
+    if (cluster.blocks == 1) return;
+    C* const of_blocks = sizes + half % 2 * (cluster.blocks * 2);
+    if (static_cast<int>(threadIdx.x) < cluster.blocks) {
+      C* const there = cluster.of_block(of_blocks, threadIdx.x);
+      there[cluster.rank() * 2] = change_;
+      there[cluster.rank() * 2 + 1] = large_;
+    }
+    cluster.sync();
+    for (int block = 0; block < cluster.blocks; ++block) take(of_blocks[2 * block], of_blocks[2 * block + 1]);
+  }
+
   // max |y_{t+1} - y_t|
   __device__ __forceinline__ C change() const { return change_; }
   __device__ __forceinline__ bool is_small(C tolerance) const { return change_ <= tolerance * large_; }

@@ -66,6 +66,9 @@ __device__ inline unsigned char* dynamic_shared_memory() { return cuda_on_cpu::d
 __device__ inline void copy_async_16(void* shared, const void* global) { cuda_on_cpu::copy_async(shared, global, 16); }
 __device__ inline void wait_for_copies() { cuda_on_cpu::wait_for_copies(); }
 __device__ inline void stream_16(uint4* to, const uint4& bits) { *to = bits; }
+__device__ inline int cluster_rank() { return cuda_on_cpu::cluster_rank(); }
+__device__ inline void cluster_barrier() { cuda_on_cpu::cluster_barrier(); }
+__device__ inline void* shared_of_block(void* mine, int rank) { return cuda_on_cpu::shared_of_block(mine, rank); }
 #else
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
   extern __shared__ __align__(16) unsigned char dynamic[];
@@ -79,7 +82,50 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global) 
 // waits for the calling thread's copies only: a barrier has to follow
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void stream_16(uint4* to, const uint4& bits) { __stcs(to, bits); }
+// Of clusters, which there are from sm_90 on; before, no launch has more than one block in one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// also orders what its threads wrote, to shared and to global memory
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// where `mine`, in the calling block's shared memory, is in that of another block of the cluster
+__device__ __forceinline__ void* shared_of_block(void* mine, int rank) {
+  void* other;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(mine), "r"(rank));
+  return other;
+}
+#else
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_barrier() { __syncthreads(); }
+__device__ __forceinline__ void* shared_of_block(void* mine, int) { return mine; }
 #endif
+#endif
+
+// The blocks that work on a problem together: one, or a cluster of them, which write to each other's shared memory.
+class Cluster {
+ public:
+  const int blocks;
+
+  __device__ __forceinline__ explicit Cluster(int blocks) : blocks(blocks) {}
+  __device__ __forceinline__ int rank() const { return blocks == 1 ? 0 : cluster_rank(); }
+  __device__ __forceinline__ void sync() const {
+    if (blocks == 1) {
+      __syncthreads();
+    } else {
+      cluster_barrier();
+    }
+  }
+  // `mine`, in shared memory, as the block of that rank has it
+  template <typename T>
+  __device__ __forceinline__ T* of_block(T* mine, int rank) const {
+    return blocks == 1 ? mine : static_cast<T*>(shared_of_block(mine, rank));
+  }
+};
 
 // n consecutive elements, moved in as few accesses as 16-byte ones allow.
 template <typename T, int n>

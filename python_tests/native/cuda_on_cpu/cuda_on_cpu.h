@@ -1,9 +1,11 @@
-// Test only: runs ordinary CUDA C++ on the CPU. A thread is a fiber, the blocks of a grid run one after another.
+// Test only: runs ordinary CUDA C++ on the CPU. A thread is a fiber; the blocks of a grid run one after another, those of a
+// cluster side by side.
 //
 //     g++ -x c++ -DUNROLLED_KERNELS_CUDA_ON_CPU -I <this folder> -I <CUDA toolkit>/include      (x86-64, GCC or clang)
 //
-// Executed: block and warp barriers, shuffles, shared memory (filled with NaN before each block), asynchronous copies,
-// the conversions of half types, the runtime calls of a launcher. Not executed: inline PTX, matrix instructions, the
+// Executed: barriers of clusters, blocks and warps, shuffles, shared memory (filled with NaN before each block) and that of
+// other blocks of a cluster (dynamic only), asynchronous copies, the conversions of half types, the runtime calls of a
+// launcher. Not executed: inline PTX, matrix instructions, the
 // weakness of the memory model, speed. Reported as a launch error instead of a hang or a wrong result: barriers that only
 // some threads reach, shuffles whose lanes disagree or have returned, deadlock. Addresses are for ASan and UBSan to check,
 // races within a block for TSan. From the environment:
@@ -11,6 +13,7 @@
 //     CUDA_ON_CPU_ORDER           up (default) | down | a number: a random order of the threads of each block
 //     CUDA_ON_CPU_COPIES          early (default) | late: at the wait. An asynchronous copy may happen anywhere between
 //     CUDA_ON_CPU_SHARED_MEMORY   bytes a block can have, 232448 by default
+//     CUDA_ON_CPU_CLUSTERS        blocks of the largest cluster that can be launched, 16 by default
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -64,7 +67,9 @@ struct Copy {
   const void* from;
   size_t bytes;
 };
+struct Block;
 struct Thread {
+  Block* block = nullptr;
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   uint3 index{};
@@ -85,23 +90,35 @@ struct Warp {
   unsigned lanes = 0, returned = 0;
   Meeting meetings[32];
 };  // by the lowest lane that meets
+struct Barrier {
+  int arrived = 0, line = 0;
+  unsigned long round = 0;
+  char tag = 0;
+};
+struct Block {
+  uint3 index{};
+  int alive = 0;
+  Warp warps[32];
+  Barrier barrier;
+  std::unique_ptr<char[]> dynamic_shared;  // of the exact size, for ASan
+};
 struct Machine {
   std::vector<Thread> threads;
   std::vector<int> order;
-  Warp warps[32];
-  int size = 0, position = 0, alive = 0, at_barrier = 0, barrier_line = 0;
-  unsigned long barrier_round = 0, progress = 0, seen = 0, idle = 0;
+  std::vector<Block> blocks;  // of the cluster at work
+  Barrier barrier;            // of the cluster
+  int size = 0, position = 0, alive = 0;
+  unsigned long progress = 0, seen = 0, idle = 0;
   void *main_stack_pointer = nullptr, *main_asan = nullptr, *main_tsan = nullptr;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
-  char* dynamic_shared = nullptr;
+  size_t dynamic_bytes = 0;
   bool late_copies = false;
   std::string error;
-  uint3 block{};
   dim3 grid_size, block_size;
-  char begin_tag = 0, barrier_tag = 0, end_tag = 0;
+  char begin_tag = 0, end_tag = 0;
 };
 inline Machine& machine() {
   static Machine m;
@@ -163,7 +180,8 @@ CUDA_ON_CPU_SCHEDULER Thread* next_alive() {
 [[noreturn]] CUDA_ON_CPU_SCHEDULER void fail(const std::string& what) {
   Machine& m = machine();
   char where[160];
-  snprintf(where, sizeof where, " [block %u thread %u, line %d]", m.block.x, current->index.x, current->line);
+  snprintf(where, sizeof where, " [block %u thread %u, line %d]", current->block->index.x, current->index.x,
+           current->line);
   m.error = what + where;
   release(&m.end_tag);
   switch_to(nullptr, &current->stack_pointer, &current->asan);
@@ -181,28 +199,46 @@ CUDA_ON_CPU_SCHEDULER void wait_a_turn() {
   if (next != self) switch_to(next, &self->stack_pointer, &self->asan);
 }
 
-CUDA_ON_CPU_SCHEDULER void block_barrier(int line) {
+CUDA_ON_CPU_SCHEDULER void wait_at(Barrier& barrier, const char* name, int size, const int& alive, int line) {
   Machine& m = machine();
   current->line = line;
-  if (m.at_barrier && m.barrier_line != line) fail("__syncthreads: another thread waits at a different one");
-  const unsigned long round = m.barrier_round;
-  m.barrier_line = line;
-  release(&m.barrier_tag);
-  if (++m.at_barrier == m.size) {
-    m.at_barrier = 0;
-    ++m.barrier_round;
+  if (barrier.arrived && barrier.line != line) fail(std::string(name) + ": another thread waits at a different one");
+  const unsigned long round = barrier.round;
+  barrier.line = line;
+  release(&barrier.tag);
+  if (++barrier.arrived == size) {
+    barrier.arrived = 0;
+    ++barrier.round;
     ++m.progress;
   }
-  while (m.barrier_round == round) {
-    if (m.alive < m.size) fail("__syncthreads: a thread of the block has returned");
+  while (barrier.round == round) {
+    if (alive < size) fail(std::string(name) + ": a thread that it waits for has returned");
     wait_a_turn();
   }
-  acquire(&m.barrier_tag);
+  acquire(&barrier.tag);
+}
+CUDA_ON_CPU_SCHEDULER void block_barrier(int line) {
+  Block& block = *current->block;
+  wait_at(block.barrier, "__syncthreads", static_cast<int>(machine().block_size.x), block.alive, line);
+}
+CUDA_ON_CPU_SCHEDULER void cluster_barrier(int line = __builtin_LINE()) {
+  wait_at(machine().barrier, "barrier of a cluster", machine().size, machine().alive, line);
+}
+inline int cluster_rank() { return static_cast<int>(current->block - machine().blocks.data()); }
+// where `mine`, in the calling block's shared memory, is in that of another block of the cluster
+inline void* shared_of_block(void* mine, int rank) {
+  Machine& m = machine();
+  const ptrdiff_t offset = static_cast<char*>(mine) - current->block->dynamic_shared.get();
+  if (rank < 0 || rank >= static_cast<int>(m.blocks.size()))
+    fail("shared memory of a block that is not in the cluster");
+  if (offset < 0 || offset >= static_cast<ptrdiff_t>(m.dynamic_bytes)) fail("an address that is not in shared memory");
+  if (m.blocks[rank].alive == 0) fail("shared memory of a block that has returned");
+  return m.blocks[rank].dynamic_shared.get() + offset;
 }
 // all lanes of the mask meet; what they deposited stays until the next meeting of the calling lane
 CUDA_ON_CPU_SCHEDULER const uint64_t* meet(unsigned mask, uint64_t deposit, bool orders_memory, int line) {
   Machine& m = machine();
-  Warp& warp = m.warps[current->warp];
+  Warp& warp = current->block->warps[current->warp];
   current->line = line;
   mask &= warp.lanes;
   if (!(mask >> current->lane & 1)) fail("warp operation: the calling lane is not in its mask");
@@ -234,7 +270,8 @@ CUDA_ON_CPU_SCHEDULER T shuffle_xor(unsigned mask, T value, int lanes, int line)
   memcpy(&bits, &value, sizeof value);
   const unsigned source = current->lane ^ static_cast<unsigned>(lanes);
   const uint64_t* deposits = meet(mask, bits, false, line);
-  if (!(mask & machine().warps[current->warp].lanes & 1u << source)) fail("shuffle: reads a lane outside the mask");
+  if (!(mask & current->block->warps[current->warp].lanes & 1u << source))
+    fail("shuffle: reads a lane outside the mask");
   memcpy(&value, &deposits[source], sizeof value);
   return value;
 }
@@ -251,12 +288,15 @@ inline void wait_for_copies() {
   for (const Copy& c : current->copies) memcpy(c.to, c.from, c.bytes);
   current->copies.clear();
 }
-inline unsigned char* dynamic_shared_memory() { return reinterpret_cast<unsigned char*>(machine().dynamic_shared); }
+inline unsigned char* dynamic_shared_memory() {
+  return reinterpret_cast<unsigned char*>(current->block->dynamic_shared.get());
+}
 
 CUDA_ON_CPU_SCHEDULER void finish_thread() {
   Machine& m = machine();
   Thread* self = current;
-  m.warps[self->warp].returned |= 1u << self->lane;
+  self->block->warps[self->warp].returned |= 1u << self->lane;
+  --self->block->alive;
   self->done = true;
   ++m.progress;
   release(&m.end_tag);
@@ -270,17 +310,25 @@ __attribute__((noinline, no_sanitize("thread"))) inline void enter_thread() {
   finish_thread();
 }
 
-CUDA_ON_CPU_SCHEDULER void run_block(const char* order, std::mt19937& random) {
+CUDA_ON_CPU_SCHEDULER void run_cluster(int first, int blocks, const char* order, std::mt19937& random) {
   Machine& m = machine();
-  m.size = m.alive = static_cast<int>(m.block_size.x);
-  m.at_barrier = 0;
+  const int threads = static_cast<int>(m.block_size.x);
+  m.size = m.alive = blocks * threads;
+  m.barrier = Barrier();
   m.idle = 0;
+  m.blocks.clear();
+  m.blocks.resize(blocks);
+  for (Block& block : m.blocks) {
+    block.index = make_uint3(first++, 0, 0);
+    block.alive = threads;
+    block.dynamic_shared.reset(new char[m.dynamic_bytes]);
+    memset(block.dynamic_shared.get(), 0xff, m.dynamic_bytes);
+  }
   m.threads.resize(std::max<size_t>(m.threads.size(), m.size));
   m.order.resize(m.size);
   std::iota(m.order.begin(), m.order.end(), 0);
   if (!strcmp(order, "down")) std::reverse(m.order.begin(), m.order.end());
   if (*order >= '0' && *order <= '9') std::shuffle(m.order.begin(), m.order.end(), random);
-  for (Warp& warp : m.warps) warp = Warp();
   if (__start_cuda_on_cpu_shared) {
     memset(__start_cuda_on_cpu_shared, 0xff, __stop_cuda_on_cpu_shared - __start_cuda_on_cpu_shared);
   }
@@ -298,13 +346,14 @@ CUDA_ON_CPU_SCHEDULER void run_block(const char* order, std::mt19937& random) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(t.stack, stack_bytes);
 #endif
-    t.index = make_uint3(i, 0, 0);
-    t.lane = i % 32;
-    t.warp = i / 32;
+    t.block = &m.blocks[i / threads];
+    t.index = make_uint3(i % threads, 0, 0);
+    t.lane = i % threads % 32;
+    t.warp = i % threads / 32;
     t.done = false;
     t.asan = nullptr;
     t.copies.clear();
-    m.warps[t.warp].lanes |= 1u << t.lane;
+    t.block->warps[t.warp].lanes |= 1u << t.lane;
     void** top = reinterpret_cast<void**>(t.stack + stack_bytes - 64);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(&enter_thread);
@@ -326,14 +375,23 @@ inline const char* environment(const char* name, const char* otherwise) {
   const char* value = getenv(name);
   return value && *value ? value : otherwise;
 }
+inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
+  }
+  return 1;
+}
+inline unsigned cluster_limit() { return strtoul(environment("CUDA_ON_CPU_CLUSTERS", "16"), nullptr, 10); }
 inline size_t shared_memory_limit() { return strtoul(environment("CUDA_ON_CPU_SHARED_MEMORY", "232448"), nullptr, 10); }
 
 template <typename F>
 CUDA_ON_CPU_SCHEDULER cudaError_t launch(const cudaLaunchConfig_t& config, F&& f) {
   Machine& m = machine();
-  const size_t bytes = config.dynamicSmemBytes;
+  const unsigned cluster = cluster_of(config);
+  m.dynamic_bytes = config.dynamicSmemBytes;
   m.error.clear();
-  if (!config.gridDim.x || !config.blockDim.x || config.blockDim.x > 1024 || bytes > shared_memory_limit()) {
+  if (!config.gridDim.x || !config.blockDim.x || config.blockDim.x > 1024 || m.dynamic_bytes > shared_memory_limit() ||
+      !cluster || (cluster > 1 && cluster > cluster_limit()) || config.gridDim.x % cluster) {
     m.error = "invalid configuration";
     return cudaErrorInvalidConfiguration;
   }
@@ -344,12 +402,8 @@ CUDA_ON_CPU_SCHEDULER cudaError_t launch(const cudaLaunchConfig_t& config, F&& f
   m.block_size = config.blockDim;
   m.argument = &f;
   m.body = [](void* argument) { (*static_cast<std::remove_reference_t<F>*>(argument))(); };
-  for (unsigned x = 0; x < config.gridDim.x && m.error.empty(); ++x) {
-    m.block = make_uint3(x, 0, 0);
-    const std::unique_ptr<char[]> dynamic(new char[bytes]);  // of the exact size, for ASan
-    memset(dynamic.get(), 0xff, bytes);
-    m.dynamic_shared = dynamic.get();
-    run_block(order, random);
+  for (unsigned x = 0; x < config.gridDim.x && m.error.empty(); x += cluster) {
+    run_cluster(static_cast<int>(x), static_cast<int>(cluster), order, random);
     acquire(&m.end_tag);
   }
   return m.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
@@ -358,7 +412,7 @@ CUDA_ON_CPU_SCHEDULER cudaError_t launch(const cudaLaunchConfig_t& config, F&& f
 }  // namespace cuda_on_cpu
 
 #define threadIdx (cuda_on_cpu::current->index)
-inline const uint3& blockIdx = cuda_on_cpu::machine().block;
+#define blockIdx  (cuda_on_cpu::current->block->index)
 inline const dim3 &blockDim = cuda_on_cpu::machine().block_size, &gridDim = cuda_on_cpu::machine().grid_size;
 #define __syncthreads() cuda_on_cpu::block_barrier(__LINE__)
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
@@ -380,13 +434,20 @@ T __ldg(const T* p) {
 // the runtime, as far as launchers call it: a device of two multiprocessors that hold one block each
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : static_cast<int>(cuda_on_cpu::shared_memory_limit());
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2
+           : attribute == cudaDevAttrClusterLaunch     ? cuda_on_cpu::cluster_limit() > 1
+                                                       : static_cast<int>(cuda_on_cpu::shared_memory_limit());
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
   return *blocks = 1, cudaSuccess;
 }
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t* config) {
+  return *clusters = cuda_on_cpu::cluster_of(*config) <= cuda_on_cpu::cluster_limit(), cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return memset(to, value, bytes), cudaSuccess;
 }
