@@ -22,14 +22,14 @@
 
 namespace unrolled_kernels::cuda {
 
-// thin: with half as large a tile, 4x8 for D = 8 and 8x8 for D = 64, where a thread holds twice as much beside it
+// thin: tiles half as large, but for D = 4, 5 and 128, where a thread holds twice as much beside them
 template <typename Storage, int D_, bool thin = false>
 struct Tile {
   using C = compute_type<Storage>;
   static constexpr int D = D_;
   static constexpr bool wide = sizeof(C) == 8;
-  static constexpr int rows = D < 8 || (D == 8 && !thin) ? D : D <= 16 ? 4 : 8;
-  static constexpr int columns = D <= 8 ? D : D == 16 || (D >= 64 && !wide && !(thin && D == 64)) ? 16 : 8;
+  static constexpr int rows = D < 8 ? D : thin ? (D <= 32 ? 4 : 8) : D == 16 ? 4 : 8;
+  static constexpr int columns = D <= 8 ? D : thin ? (D == 128 ? 16 : 8) : D == 16 || (D >= 64 && !wide) ? 16 : 8;
   static constexpr int column_threads = D / columns, row_threads = D / rows;
   static constexpr int threads = column_threads * row_threads;
   static constexpr int team = threads < 32 ? 32 : threads;
