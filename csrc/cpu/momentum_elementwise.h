@@ -104,8 +104,8 @@ struct ElementwiseSecondOrder : ElementwiseBackward<C> {
   // trace: [4, k, vectors_at_once] vectors
 };
 
-// vectors in registers at once
-constexpr int vectors_at_once = 3;
+// vectors in registers at once; one has less to compile
+constexpr int vectors_at_once = is_fallback ? 1 : 3;
 // steps between two looks at which samples have stopped
 constexpr int64_t steps_between_stops = 4;
 // as Poll counts it
@@ -501,7 +501,7 @@ UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseForward<C>& p, i
 template <typename C>
 UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseSecondOrder<C>& p, int64_t vectors) {
   // twice the state: more vectors would not stay in registers
-  for_vectors<C, 2>(vectors, p.k, [&](auto N, int64_t offset) {
+  for_vectors<C, min(2, vectors_at_once)>(vectors, p.k, [&](auto N, int64_t offset) {
     constexpr int n = decltype(N)::value;
     if (p.momentum) {
       p.varied ? elementwise_second_order<true, true, n>(p, offset)

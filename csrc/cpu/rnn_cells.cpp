@@ -388,16 +388,15 @@ class Tile {
   C *first_rows_, *inputs_ = nullptr, *sums_;
 };
 
-// Calls f(Type<Tile>(), groups) with the Tile that suits: two groups of samples, or one where they are too few for two, or
-// where every sample has a large Q of its own that would not stay in the second-level cache twice.
+// Calls f(Type<Tile>(), groups) with the Tile that suits: two groups of samples, or one where they are too few for two,
+// where every sample has a large Q of its own that would not stay in the second-level cache twice, and in the fallback.
 template <typename Storage, typename F>
 void with_tile(const RnnInputs<Storage>& p, F f) {
-  const bool large = p.matrix && !shares_matrix(p) && p.d > 32;
-  if (p.B > lanes<compute_type<Storage>> && !large) {
-    f(Type<Tile<Storage, 2>>(), 2);
-  } else {
-    f(Type<Tile<Storage, 1>>(), 1);
+  if constexpr (!is_fallback) {
+    const bool large = p.matrix && !shares_matrix(p) && p.d > 32;
+    if (p.B > lanes<compute_type<Storage>> && !large) return f(Type<Tile<Storage, 2>>(), 2);
   }
+  f(Type<Tile<Storage, 1>>(), 1);
 }
 
 template <typename Storage>
