@@ -10,32 +10,49 @@ from collections import defaultdict
 from benchmarks import harness, suite
 
 FILE = harness.ROOT / "unrolled_kernels/_auto.py"
-# Where nothing is measured. On a GPU by what the kernels issue, benchmarks/results/predicted-sm_90: for 32 FMAs of a
-# dense forward step, d from 16 to 128, 41 to 55 instructions in CUDA C++, which fetches the next Q meanwhile, and 43 to
-# 60 (Triton 3.6) or 55 to 67 (3.9) in Triton. Products of one large matrix are the eager loop's until a GPU has run
-# what takes their place.
-UNMEASURED = {
-    ("cpu", False): ("cpu",),
-    ("cpu", True): ("cpu",),
-    ("cuda", False): ("cuda", "triton"),
-    ("cuda", True): (),
+# Kinds of calls, as ``functional`` tells them apart by structure and size.
+KINDS = ("dense", "products", "diagonal", "large diagonal", "spectral", "rnn")
+# Where nothing is measured: what is taken, and why. Slots are instructions that a step issues, predicted-sm_90.
+_CPU = {("cpu", kind): (("cpu",), "not measured") for kind in KINDS}
+_PREDICTED = "predicted, not measured"
+UNMEASURED = _CPU | {
+    ("cuda", kind): (backends, f"{_PREDICTED}: {why}")
+    for kind, backends, why in (
+        (
+            "dense",
+            ("cuda", "triton"),
+            "41 to 55 slots for 32 FMAs and the next Q on its way, Triton's 43 to 67 without",
+        ),
+        ("products", (), "as many products as the eager loop has, until a GPU has run what lies between them"),
+        ("diagonal", ("cuda", "triton"), "calls that are so short ask for the smaller cost of a launch"),
+        # at k = 10, gradient descent / with momentum; CUDA C++: 55 / 104
+        ("large diagonal", ("triton", "cuda"), "backward 30 / 72 slots a step of 4 elements, CUDA C++ 55 / 104"),
+        ("spectral", ("cuda", "triton"), "predicted to be bound by memory at k = 10; Triton's are not counted"),
+        ("rnn", ("cuda", "triton"), "38 slots for 32 FMAs; Triton's are not counted"),
+    )
 }
 _CASE = ("structure", "method", "mode", "dtype", "B", "d", "k", "threads")
 
 
-def multiplies_matrices(file, row):
-    """Whether a row's steps are products of one large matrix with many vectors, as ``functional`` asks."""
-    return file.stem.startswith("shared_dense") and min(int(row["B"]), int(row["d"])) > 128
+def kind_of(file, row):
+    """What a row is in the table."""
+    if file.stem == "rnn":
+        return "rnn"
+    if file.stem.startswith("shared_dense") and min(int(row["B"]), int(row["d"])) > 128:
+        return "products"
+    if row["structure"] in ("diagonal", "tikhonov"):
+        return "large diagonal" if int(row["B"]) * int(row["d"]) >= 2**24 else "diagonal"
+    return row["structure"]
 
 
 def measured():
-    """``{(device, products): {case: {backend: median}}}`` of the committed rows, in µs."""
+    """``{(device, kind): {case: {backend: median}}}`` of the committed rows, in µs."""
     tables = defaultdict(lambda: defaultdict(dict))
     for file in sorted((harness.ROOT / "benchmarks/results").glob("c*/*.csv")):
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
                 if "backend" in row:
-                    key = "cpu" if file.parent.name.startswith("cpu") else "cuda", multiplies_matrices(file, row)
+                    key = "cpu" if file.parent.name.startswith("cpu") else "cuda", kind_of(file, row)
                     case = (file.name, *(row[name] for name in _CASE))
                     tables[key][case][row["backend"]] = float(row["p50_us"])
     return tables
@@ -59,18 +76,16 @@ def text():
     tables = measured()
     lines = ['"""What ``backend="auto"`` takes; written by ``python -m benchmarks.auto``, not by hand."""', ""]
     lines += [
-        "# By device and by whether the steps are products of one large matrix with many vectors: the first that is",
-        "# available, else eager.",
-        "AUTO: dict[tuple[str, bool], tuple[str, ...]] = {",
+        "# By device and by what a call is, its structure and size: the first that is available, else eager.",
+        "AUTO: dict[tuple[str, str], tuple[str, ...]] = {",
     ]
-    for key, unmeasured in UNMEASURED.items():
+    for key, (unmeasured, why) in UNMEASURED.items():
         found = choose(tables.get(key, {}))
         cases = sum(any(name in times for name in suite.FUSED) for times in tables.get(key, {}).values())
         names = unmeasured if found is None else found
-        unmeasured_told = "predicted, not measured" if key[0] == "cuda" else "not measured"
-        told = unmeasured_told if found is None else f"of {cases} cases none has the eager loop before it"
+        told = why if found is None else f"of {cases} cases none has the eager loop before it"
         shown = ", ".join(f'"{name}"' for name in names) + ("," if len(names) == 1 else "")
-        lines.append(f'    ("{key[0]}", {key[1]}): ({shown}),  # {told}')
+        lines += [f"    # {told}", f'    ("{key[0]}", "{key[1]}"): ({shown}),']
     return "\n".join([*lines, "}"]) + "\n"
 
 

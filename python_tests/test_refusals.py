@@ -350,28 +350,39 @@ def test_auto_takes_what_is_fastest_for_the_work(monkeypatch):
 
     monkeypatch.setattr(_backend, "unavailable_reason", lambda name: None)
     choose = _backend._choose.__wrapped__
-    assert choose("auto", "cuda", False) == "cuda"
-    assert choose("auto", "cuda", True) == "eager"
-    assert choose("cuda", "cuda", True) == "cuda"
-    assert choose("auto", "cpu", True) == "cpu"
-    assert choose("auto", "meta", False) == "eager"
+    for kind in ("dense", "diagonal", "spectral", "rnn"):
+        assert choose("auto", "cuda", kind) == "cuda"
+    assert choose("auto", "cuda", "large diagonal") == "triton"
+    assert choose("auto", "cuda", "products") == "eager"
+    assert choose("cuda", "cuda", "products") == "cuda"
+    assert choose("auto", "cpu", "products") == "cpu"
+    assert choose("auto", "meta", "dense") == "eager"
     asked = []
 
-    def decide(backend, device_type, products=False):
-        asked.append(products)
+    def decide(backend, device_type, kind="dense"):
+        asked.append(kind)
         return "eager"
 
     monkeypatch.setattr(_backend, "decide", decide)
     cases = (
-        ((130, 130), 200, True),
-        ((130, 130), 100, False),
-        ((128, 128), 200, False),
-        ((200, 130, 130), 200, False),
+        ((130, 130), 200, "products"),
+        ((130, 130), 100, "dense"),
+        ((128, 128), 200, "dense"),
+        ((200, 130, 130), 200, "dense"),
     )
-    for Q_shape, batch, products in cases:
+    for Q_shape, batch, kind in cases:
         F.gradient_descent(torch.zeros(Q_shape), torch.zeros(batch, Q_shape[-1]), 0.5, 1)
         # whoever asks last has looked at the shapes
-        assert asked[-1] == products
+        assert asked[-1] == kind
+    large = torch.zeros(1).expand(2**12, 2**12)
+    for Q, b, kind in (
+        (uk.Diagonal(torch.zeros(3)), torch.zeros(3), "diagonal"),
+        (uk.Tikhonov(torch.zeros(3), torch.zeros(3)), torch.zeros(3), "diagonal"),
+        (uk.Diagonal(large), large, "large diagonal"),
+        (uk.Spectral(torch.zeros(3), torch.eye(3)), torch.zeros(3), "spectral"),
+    ):
+        F.gradient_descent(Q, b, 0.5, 0)
+        assert asked[-1] == kind
 
 
 def test_use_backend_is_its_threads_own():

@@ -1,10 +1,29 @@
 """What ``backend="auto"`` takes; written by ``python -m benchmarks.auto``, not by hand."""
 
-# By device and by whether the steps are products of one large matrix with many vectors: the first that is
-# available, else eager.
-AUTO: dict[tuple[str, bool], tuple[str, ...]] = {
-    ("cpu", False): ("cpu",),  # of 202 cases none has the eager loop before it
-    ("cpu", True): ("cpu",),  # of 14 cases none has the eager loop before it
-    ("cuda", False): ("cuda", "triton"),  # predicted, not measured
-    ("cuda", True): (),  # predicted, not measured
+# By device and by what a call is, its structure and size: the first that is available, else eager.
+AUTO: dict[tuple[str, str], tuple[str, ...]] = {
+    # of 158 cases none has the eager loop before it
+    ("cpu", "dense"): ("cpu",),
+    # of 14 cases none has the eager loop before it
+    ("cpu", "products"): ("cpu",),
+    # of 24 cases none has the eager loop before it
+    ("cpu", "diagonal"): ("cpu",),
+    # not measured
+    ("cpu", "large diagonal"): ("cpu",),
+    # of 14 cases none has the eager loop before it
+    ("cpu", "spectral"): ("cpu",),
+    # of 6 cases none has the eager loop before it
+    ("cpu", "rnn"): ("cpu",),
+    # predicted, not measured: 41 to 55 slots for 32 FMAs and the next Q on its way, Triton's 43 to 67 without
+    ("cuda", "dense"): ("cuda", "triton"),
+    # predicted, not measured: as many products as the eager loop has, until a GPU has run what lies between them
+    ("cuda", "products"): (),
+    # predicted, not measured: calls that are so short ask for the smaller cost of a launch
+    ("cuda", "diagonal"): ("cuda", "triton"),
+    # predicted, not measured: backward 30 / 72 slots a step of 4 elements, CUDA C++ 55 / 104
+    ("cuda", "large diagonal"): ("triton", "cuda"),
+    # predicted, not measured: predicted to be bound by memory at k = 10; Triton's are not counted
+    ("cuda", "spectral"): ("cuda", "triton"),
+    # predicted, not measured: 38 slots for 32 FMAs; Triton's are not counted
+    ("cuda", "rnn"): ("cuda", "triton"),
 }

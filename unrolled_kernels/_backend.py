@@ -127,32 +127,32 @@ def check_name(name):
         raise ValueError(f"backend: {name!r} is not available here: {reason}")
 
 
-def resolve(backend, device, products=False):
+def resolve(backend, device, kind="dense"):
     """Who runs a call on ``device``: the call's own backend, else ``use_backend``'s, the environment's, or "auto"'s.
 
     Args:
-        products: whether the steps are products of one large matrix with many vectors, which libraries do well.
+        kind: what it is, by structure and size, as the table AUTO has it.
     """
-    return decide(backend, device.type, products)
+    return decide(backend, device.type, kind)
 
 
 # torch.compile would look through functools.cache, hence two functions
 @_torch_private.constant_of_the_graph
-def decide(backend, device_type, products=False):
+def decide(backend, device_type, kind="dense"):
     """``resolve`` by the name of the device."""
     name = _default.get() if backend is None or backend == "auto" else backend
     try:
-        return _choose(name, device_type, products)
+        return _choose(name, device_type, kind)
     except TypeError:
         check_name(name)  # what cannot be hashed is no name
         raise
 
 
 @functools.cache
-def _choose(backend, device_type, products):
+def _choose(backend, device_type, kind):
     check_name(backend)
     if backend == "auto":
-        candidates = AUTO.get((device_type, products), ())
+        candidates = AUTO.get((device_type, kind), ())
         chosen = next((name for name in candidates if unavailable_reason(name) is None), "eager")
         if chosen == "eager" and candidates:
             _warn_of_eager(device_type, candidates[0])

@@ -345,7 +345,7 @@ def rnn(
             )
     shape = tuple(b.shape) if y0 is None and _is_plain(Q, b) else _full_shape(Q, b, y0)
     _check.check_weight_tensors(matrices, shape[-1], b)
-    chosen = _backend.resolve(backend, b.device)
+    chosen = _backend.resolve(backend, b.device, "rnn")
     matrix = diagonal = None
     if isinstance(Q, torch.Tensor):
         matrix = Q
@@ -438,7 +438,7 @@ def _run(Q, b, names, schedule, num_steps, y0, return_trajectory, prox, gradient
             _check.check_tensors({"Q": Q, "b": b})
             raise
     shape = _full_shape(Q, b, y0)
-    chosen = _backend.resolve(backend, b.device, _multiplies_matrices(Q, shape))
+    chosen = _backend.resolve(backend, b.device, _kind(Q, shape))
     schedule = [
         None if name is None else _check_coefficient(name, c, shape[:-1], num_steps, b)
         for name, c in zip(names, schedule, strict=True)
@@ -486,6 +486,19 @@ def _differentiated(backward, backward_steps, return_trajectory):
             "the others; expected False, got True"
         )
     return _MINIMIZER
+
+
+_LARGE = 2**24  # elements of a diagonal, benchmarks/auto.py
+
+
+def _kind(Q, shape):
+    """What a call is, by structure and size, in the table of what ``backend="auto"`` takes."""
+    if isinstance(Q, torch.Tensor):
+        return "products" if _multiplies_matrices(Q, shape) else "dense"
+    if isinstance(Q, Spectral):
+        return "spectral"
+    # an exported program takes batches of any size
+    return "diagonal" if torch.compiler.is_exporting() or math.prod(shape) < _LARGE else "large diagonal"
 
 
 def _multiplies_matrices(Q, shape):
