@@ -11,8 +11,8 @@
 // d <= 128 (float64: 64): Q lies in the registers of a team, tile.cuh, while that of the team's next problems is copied to
 // shared memory. Backward keeps z_t and a_t of all steps, and makes dQ = -sum over t of phi_t a_t z_t' of them at the
 // end, in the registers that Q leaves. Where a proximal map ends the steps it keeps v_t as well, until a_t is made of it.
-// Above: streamed.cuh, a block for each sample; Q in shared memory if it fits (float32: d <= 230 on an H200), else read
-// from L2 for each product; dQ likewise, tile by tile. One Q for the batch is there momentum_shared.cu's.
+// Above, what momentum_resident.cu does not hold on chip: streamed.cuh, a block for each sample; Q in shared memory if it
+// fits, else read from L2 for each product; dQ likewise, tile by tile. One Q for the batch is there momentum_shared.cu's.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
 #include "cuda/momentum_prox.cuh"

@@ -44,7 +44,6 @@ struct Slab {
 
   __device__ __forceinline__ int column(int g) const { return (g * column_threads + c) * 4; }
   __device__ __forceinline__ bool owns() const { return own < count; }
-  __device__ __forceinline__ int passes() const { return (count + pass_rows - 1) / pass_rows; }
   // whether any of the warp's rows of a pass, or of a tile's g-th columns, are there
   __device__ __forceinline__ bool has_rows(int pass) const { return pass * pass_rows + warp * warp_rows < count; }
   __device__ __forceinline__ bool has_columns(int g) const { return g * column_threads * 4 < d; }
