@@ -392,6 +392,13 @@ def test_an_extension_of_other_sources_is_refused_in_words():
         common.register("of_tomorrow", None)
 
 
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_an_op_of_other_arguments_is_refused_in_words():
+    said = r"the compiled op rnn takes \(matrix .*\), expected \(matrix tomorrow\): it was built from other sources"
+    with pytest.raises(RuntimeError, match=said):
+        common.register("rnn", None, arguments="matrix tomorrow")
+
+
 def test_info_tells_an_extension_of_other_sources(tmp_path):
     assert info._other_sources("any", tmp_path) == []  # an installation has no sources beside it
     (tmp_path / "module.cpp").write_text("int x;")

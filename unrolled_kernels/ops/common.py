@@ -178,27 +178,32 @@ def other_sources(found):
     )
 
 
-def register(name, fake, backward=None, manual_backward=None):
+def register(name, fake, backward=None, manual_backward=None, arguments=None):
     """Give the op ``unrolled_kernels::name`` a fake kernel and gradients.
 
     Args:
         backward, manual_backward: what computes the gradients, as an op and hand-written in torch, where a program
             calls the op itself: torch.export keeps what a Function's forward calls, and drops its backward. None: the
             op is not differentiable.
+        arguments: the names of what the op is given here, separated by spaces. None: it is defined here too.
     Returns:
         The op as it is called inside a Function.
     Raises:
-        RuntimeError: the extension does not have the op: it was built from the sources of another version.
+        RuntimeError: the extension does not have the op, or has one of other arguments: it was built from the sources
+            of another version.
     """
     if not hasattr(torch.ops.unrolled_kernels, name):
         raise other_sources(f"the compiled extension has no op {name}")
+    op = getattr(torch.ops.unrolled_kernels, name).default
+    taken = " ".join(argument.name for argument in op._schema.arguments)
+    if arguments is not None and taken != arguments:
+        raise other_sources(f"the compiled op {name} takes ({taken}), expected ({arguments})")
     torch.library.register_fake(f"unrolled_kernels::{name}", fake)
     if backward is None:
         torch.library.register_autograd(f"unrolled_kernels::{name}", _not_differentiable)
     else:
         gradients = lambda ctx, grad_y: _gradients(ctx, grad_y, backward, manual_backward)
         torch.library.register_autograd(f"unrolled_kernels::{name}", gradients, setup_context=_keep_inputs)
-    op = getattr(torch.ops.unrolled_kernels, name).default
 
     def call(*arguments):
         if torch.compiler.is_compiling():

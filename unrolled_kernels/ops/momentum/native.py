@@ -58,8 +58,19 @@ class Cuda:
 
 forward = backward = begun = stopping = second_order = None  # without the extension
 if _backend.extension() is not None:
-    backward = common.register("momentum_backward", fake_backward)
-    second_order = common.register("momentum_second_order", fake_second_order)
-    begun = common.register("momentum_begun", fake_begun)
-    stopping = common.register("momentum_stopping", fake_stopping)
-    forward = common.register("momentum", fake_forward, backward, manual.backward)
+    schedule, bounds = "step_sizes momentum extrapolation mu", "lower upper weight threshold"
+    inputs = f"matrix diagonal observed b y0 {schedule} {bounds} num_steps"
+    backward = common.register(
+        "momentum_backward",
+        fake_backward,
+        arguments=f"grad_y {inputs} trajectory needs iterates first y_begun m_begun minimizer",
+    )
+    second_order = common.register(
+        "momentum_second_order",
+        fake_second_order,
+        arguments=f"grad_y matrix diagonal b y0 {schedule} d_matrix d_diagonal d_b d_y0 d_step_sizes d_momentum "
+        "d_extrapolation num_steps trajectory needs",
+    )
+    begun = common.register("momentum_begun", fake_begun, arguments=f"matrix b y0 {schedule} {bounds} num_steps begun")
+    stopping = common.register("momentum_stopping", fake_stopping, arguments=f"{inputs} tolerance")
+    forward = common.register("momentum", fake_forward, backward, manual.backward, f"{inputs} trajectory")

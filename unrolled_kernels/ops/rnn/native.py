@@ -34,8 +34,9 @@ class Launcher:
 
     def __init__(self, name, max_width=MAX_WIDTH):
         self.max_width = max_width
-        self._backward = common.register(f"{name}_backward", fake_backward)
-        self._forward = common.register(name, fake_forward, self._backward, manual.backward)
+        arguments = "matrix diagonal b y0 weights num_steps trajectory"
+        self._backward = common.register(f"{name}_backward", fake_backward, arguments=f"grad_y {arguments} needs")
+        self._forward = common.register(name, fake_forward, self._backward, manual.backward, arguments)
 
     def is_fused(self, b, weights):
         """Whether the ops take this call."""
