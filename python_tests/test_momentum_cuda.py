@@ -88,6 +88,8 @@ REGISTERS = {
 }
 # where the compiler spills what it does not for the GPUs after them
 BEFORE_90 = {("momentum_dense_backward_kernel with a map", 32): 255}
+# bytes of local memory, where a tile can't be halved
+LOCAL = {("momentum_dense_second_order_kernel", 128): {"100": 32, "120": 384}}
 
 
 @needs_nvcc
@@ -100,14 +102,14 @@ BEFORE_90 = {("momentum_dense_backward_kernel with a map", 32): 255}
     [pytest.param(s, marks=[] if s in ("momentum_dense", "momentum_diagonal") else pytest.mark.slow) for s in STEMS],
 )
 def test_resources(stem, architecture):
-    """float32 kernels of tiles spill nothing, use no local memory and keep to their budget of registers."""
+    """float32 kernels of tiles keep to their budget of registers, and but for ``LOCAL`` use no local memory."""
     seen = set()
     _, report = machine_code.compile_source(stem, architecture)
     for symbol, (registers, local) in machine_code.resources(report).items():
         name, D = _describe(symbol)
         if "streamed" in name:
             continue
-        assert local == 0, f"{name} D={D}: {local} bytes of stack or spilled"
+        assert local <= LOCAL.get((name, D), {}).get(architecture, 0), f"{name} D={D}: {local} bytes spilled"
         most = BEFORE_90.get((name, D)) if int(architecture) < 90 else None
         assert registers <= (most or REGISTERS[name][D]), f"{name} D={D}: {registers} registers"
         seen.add((name, D))
