@@ -5,7 +5,8 @@ No GPU is needed, and nothing here is measured: the counts are facts about the c
 included, so that whatever is not an FMA of the product costs exactly one. The predictions assume
 
 - float32, one read of each input and one write of each output from memory, at 4.3 TB/s over 132 multiprocessors at
-  1.98 GHz, entirely behind the work of other warps;
+  1.98 GHz, entirely behind the work of other warps; of a kernel that holds one Q a multiprocessor (d = 256), what is
+  fetched ahead is behind the work on the last one, and the rest before it;
 - as many warps on a multiprocessor as registers and shared memory allow, in-order issue with the stalls and the
   scoreboards that the compiler wrote into the code, latencies of LATENCY, throughputs of PIPES;
 - some 100 instructions for each item of a warp besides, one for each 16 bytes of a matrix that a lane copies, reads or
@@ -156,12 +157,17 @@ def parse(text):
     return {symbol: code for symbol, code in functions.items() if code}
 
 
-def loops(code):
-    """[(first, last)] of the loops that contain no other, in the order of their addresses."""
+def loops(code, nested=False):
+    """[(first, last)] of the loops that contain no other (or of all), in the order of their addresses."""
     found = {
         (i.target, last) for last, i in enumerate(code) if i.name == "BRA" and i.target is not None and i.target <= last
     }
     found = [(a, b) for a, b in found if b - a > 4]
+    return sorted(found) if nested else innermost(found)
+
+
+def innermost(found):
+    """Those of ``found`` that contain no other."""
     return sorted(x for x in found if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in found))
 
 
@@ -271,6 +277,8 @@ class Kernel:
     warps: int = 1  # of a team
     step_slots: int = 0  # instructions of a step that are in none of its loops
     loops: tuple[int, ...] = ()  # which of the loops with as many FMAs the phases are, where there are more of them
+    nested: int = 0  # turns of those loops within a step that have FMAs; others have one. 0: a step has no loops
+    ahead: float = 1.0  # of the bytes, what comes while there is work on another problem
 
     @property
     def symbol(self):
@@ -338,6 +346,22 @@ def diagonal(momentum):
     ]  # fmt: skip
 
 
+def resident(d=256):
+    """A block a problem: 128 rows in registers, as many in shared memory, 80 of the next problem's on their way."""
+    elements, matrix = 2 * 128, 4 * d * d
+    common = {"stem": "momentum_resident", "d": d, "template": f"Li{d}E", "problems": 1 / 8, "warps": 8,
+              "method": "gd", "team_bytes": (220 * 1024, 0)}  # fmt: skip
+    # loops of 8 instructions for each 16 bytes that a lane copies, and one for each that it reads
+    loads = 100 + 8 * 52 + 64
+    return [
+        Kernel(direction="forward", phases=(("step", elements, 1),), bytes=matrix + 8 * d, flops=(0, 2 * d * d),
+               item_slots=loads, ahead=80 / 256, nested=1, **common),
+        Kernel(direction="backward", bytes=2 * matrix + 12 * d, flops=(0, 6 * d * d), item_slots=loads + 200,
+               phases=(("replay", elements, 1), ("adjoint", elements, 1), ("outer", elements, 1 / 2)),
+               ahead=40 / 256, nested=4, **common),
+    ]  # fmt: skip
+
+
 def rnn(d=5, widths=(20, 20, 20)):
     """A block of 128 samples, own Q: a warp does five entries of a product for all of them, four columns a turn."""
     samples, outputs, stride, columns = 128, 5, 132, 4
@@ -379,7 +403,7 @@ KERNELS = [
         *(k for d in (16, 32, 64, 128) for k in spectral(d, momentum)),
         *diagonal(momentum),
     ]
-] + rnn()
+] + [*resident(), *rnn()]
 
 
 @functools.cache
@@ -413,12 +437,23 @@ def count(instructions):
 def step_loops(kernel, code):
     """``{phase: (path, steps)}``: what a turn of each loop of steps issues, and the steps it takes."""
     least = min(fma * min(1, steps) for _, fma, steps in kernel.phases)
-    found = []
-    for first, last in loops(code):
-        # neither trajectories nor coefficients that are read from global memory, where there is another way
-        path = best_path(code, first, last, lambda i: 1000 * is_fma(i) - 10**6 * (i.name == "LDG" and i.width == 32))
+    found = {}
+    # where there is another way no trajectories, coefficients in global memory, clusters, nor what stops
+    rare = lambda i: (
+        1000 * is_fma(i)
+        - 10**6 * (i.name.startswith("UCGABAR") or (i.name == "LDG" and i.width == 32))
+        - 10**5 * (i.name == "BAR")
+    )
+    for first, last in loops(code, kernel.nested > 0):
+        path = best_path(code, first, last, rare)
+        for inner in loops(code) if kernel.nested > 1 and path else ():
+            turn = [k for k in path if inner[0] <= k <= inner[1]]
+            if first < inner[0] and inner[1] < last and sum(is_fma(code[k]) for k in turn) >= 16:
+                at = path.index(turn[-1]) + 1
+                path[at:at] = turn * (kernel.nested - 1)
         if path and sum(is_fma(code[k]) for k in path) >= round(least):
-            found.append(path)
+            found[first, last] = path
+    found = [found[x] for x in innermost(found)]
     if kernel.loops and max(kernel.loops) < len(found):
         found = [found[i] for i in kernel.loops]
     if len(found) < len(kernel.phases):
@@ -472,12 +507,13 @@ def predict(kernel, code, found, warps, k):
             clocks += turns * simulate(code, path, max(1, warps // SCHEDULERS))
     issue = clocks / SCHEDULERS / kernel.problems
     memory = kernel.bytes / (COPY / MULTIPROCESSORS / CLOCK)
+    total = max(issue, kernel.ahead * memory) + (1 - kernel.ahead) * memory
     flops = kernel.flops[0] + k * kernel.flops[1]
     return {
         f"resident_warps_k{k}": warps,
-        f"predicted_percent_of_copy_k{k}": round(100 * memory / max(issue, memory)),
+        f"predicted_percent_of_copy_k{k}": round(100 * memory / total),
         f"predicted_memory_to_issue_k{k}": round(memory / issue, 2),
-        f"predicted_percent_of_fma_k{k}": round(100 * flops / 2 / 128 / max(issue, memory)),
+        f"predicted_percent_of_fma_k{k}": round(100 * flops / 2 / 128 / total),
     }
 
 

@@ -126,6 +126,14 @@ def test_info_names_every_backend_and_the_way_to_it():
     assert "not built" in result.stdout
 
 
+@pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
+def test_info_says_what_is_off(monkeypatch):
+    monkeypatch.delenv("UNROLLED_KERNELS_CLUSTERS", raising=False)
+    assert re.search(r"^  clusters +off, .*UNROLLED_KERNELS_CLUSTERS=1", info.report(), re.MULTILINE)
+    monkeypatch.setenv("UNROLLED_KERNELS_CLUSTERS", "1")
+    assert re.search(r"^  clusters +on, ", info.report(), re.MULTILINE)
+
+
 def test_auto_says_once_that_it_is_slow():
     if _backend.platform.system() != "Linux":
         pytest.skip("there is no extension on this system")

@@ -38,12 +38,20 @@ def report():
         lines += _other_sources(extension.build_info()["csrc_sha256"])
         if not extension.build_info()["cuda"]:
             lines.append(f"  without CUDA kernels: {_backend.build_record('cuda_reason')}")
+        lines.append(f"  {'clusters':22s} {_clusters()}")
     with warnings.catch_warnings():
         # the lines above say it
         warnings.simplefilter("ignore", _backend.SlowBackendWarning)
         chosen = {kind: _backend.resolve(None, torch.device(kind)) for kind in ("cpu", "cuda")}
     lines += ["", f'backend="auto" takes {chosen["cpu"]!r} on cpu tensors, {chosen["cuda"]!r} on cuda tensors']
     return "\n".join(lines)
+
+
+def _clusters():
+    """Whether a dense Q that no block holds may go to a cluster of them, as csrc/cuda/momentum_resident.cu asks."""
+    if os.environ.get("UNROLLED_KERNELS_CLUSTERS") == "1":
+        return "on, from compute capability 9.0: UNROLLED_KERNELS_CLUSTERS=1"
+    return "off, no GPU has run their tests yet: UNROLLED_KERNELS_CLUSTERS=1 turns them on"
 
 
 def _autograd_node():
