@@ -68,6 +68,10 @@ CEILINGS = {
         ("momentum_diagonal_backward_kernel", "gd"): {0: 69},
         ("momentum_diagonal_backward_kernel", "momentum"): {0: 128},
     },
+    "momentum_resident": {
+        ("momentum_resident_kernel", "gd"): {256: 61},
+        ("momentum_resident_backward_kernel", "gd"): {256: {"replay": 78, "adjoint": 72, "outer": 40}},
+    },
     # 49 before a thread had five entries and read the weights four at a time, and then for 40 of 64 threads
     "rnn": {
         ("rnn_kernel", "20-20-20"): {5: {"product": 38, "own Q": 48}},
