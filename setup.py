@@ -43,7 +43,8 @@ if int(setuptools.__version__.partition(".")[0]) < 77:
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-TORCH_TARGET = (2, 10)
+OLDEST_TORCH = (2, 11)  # that pyproject.toml takes
+TORCH_TARGET = (2, 10)  # of the stable interface, which later ones keep
 LEVELS = ("baseline", "avx2", "avx512")  # UNROLLED_KERNELS_ISA = 0, 1, 2
 
 
@@ -180,8 +181,8 @@ def ninja_file(compiler, libraries, build):
     """The text of build.ninja for the libraries, by name, and why there is no CUDA in it (None if there is)."""
     torch_root = find_torch()
     version, torch_cuda = torch_version(torch_root)
-    if tuple(map(int, version.split(".")[:2])) < TORCH_TARGET:
-        raise BuildError(f"torch {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later is needed, this is {version}")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        raise BuildError(f"torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or later is needed, this is {version}")
     torch_include = torch_root / "include"
     includes = [CSRC, torch_include, pybind11_include(torch_include), Path(sysconfig.get_paths()["include"])]
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"

@@ -176,6 +176,20 @@ def test_an_old_setuptools_is_refused_in_words():
     assert "setuptools 77 or later is needed, this is 65.5.0" in run_python(code).stderr
 
 
+def test_all_say_the_same_of_the_oldest_torch(tmp_path):
+    """Metadata, README and the build, which refuses an older one."""
+    (tmp_path / "version.py").write_text("__version__ = '2.10.1'\ncuda: str | None = None\n")
+    code = (
+        "import pathlib, runpy, setuptools; setuptools.setup = lambda **options: None\n"
+        "build = runpy.run_path('setup.py')['ninja_file']\n"
+        f"build.__globals__['find_torch'] = lambda: pathlib.Path({str(tmp_path)!r})\n"
+        "try: build('c++', {}, None)\nexcept Exception as refused: print(refused)"
+    )
+    assert run_python(code).stdout.startswith("torch 2.11 or later is needed, this is 2.10.1")
+    assert "torch>=2.11" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert "where torch ≥ 2.11 is installed" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 JUNK = (
     "build/x.o", "runs/demo/x.png", ".venv/x.py", "unrolled_kernels/_C.so", "unrolled_kernels/_build.json",
     "unrolled_kernels/__pycache__/x.pyc", "python_tests/__pycache__/x.pyc",
