@@ -150,8 +150,8 @@ def cuda_libraries(nvcc):
 
 
 def pybind11_include(torch_include):
-    """The pybind11 package's headers, else the copy that comes with torch."""
-    if importlib.util.find_spec("pybind11"):
+    """Where pybind11's headers are: with torch, whose path is the same in every isolated build, else in the package."""
+    if not (torch_include / "pybind11").is_dir() and importlib.util.find_spec("pybind11"):
         import pybind11
 
         return Path(pybind11.get_include())
