@@ -53,7 +53,12 @@ def autograd_extension():
 def build_record(key):
     """What the build wrote down for ``key``, see setup.py; None where there is nothing to say."""
     record = Path(__file__).with_name("_build.json")
-    return json.loads(record.read_text()).get(key) if record.exists() else "no build was recorded"
+    if record.exists():
+        return json.loads(record.read_text()).get(key)
+    tree = record.parents[1]
+    if not (tree / "setup.py").exists():
+        return "no build was recorded"
+    return f"nothing is built in {tree}, whose sources were imported; leave it for the package that pip installed"
 
 
 def why_no_extension():
