@@ -1,5 +1,7 @@
 """Figures of the results of one device: ratios to the peers, the share of the roof, how time grows."""
 
+from collections import Counter
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -97,20 +99,16 @@ def scaling(sweeps, directory):
     for axes, name in zip(np.atleast_1d(panels), axes_names, strict=True):
         part = sweeps[sweeps.sweep == name]
         shapes = [c for c in ("B", "d", "k") if c != name] if name == "threads" else []
-        groups = part.groupby(["backend", "structure", *shapes], sort=False)
-        for i, ((backend, structure, *sizes), group) in enumerate(groups):
+        drawn = Counter()
+        for (backend, structure, *sizes), group in part.groupby(["backend", "structure", *shapes], sort=False):
             style = "-" if backend in FUSED else "--"
+            # curves of several shapes may coincide: a marker of its own each
+            marker = list(_MARKERS.values())[drawn[backend]] if sizes else _MARKERS[structure]
+            drawn[backend] += 1
             axes.plot(
-                group[name], group.p50_us, style, marker=_MARKERS[structure], markersize=4, color=_COLORS[backend],
-                label=f"{backend}, {structure}",
+                group[name], group.p50_us, style, marker=marker, markersize=4, color=_COLORS[backend],
+                label=", ".join([backend, structure, *([f"B, d, k = {', '.join(map(str, sizes))}"] if sizes else [])]),
             )  # fmt: skip
-            if sizes:
-                # curves may coincide: above the left end and below the right one, by turns
-                end, offset, side = (group.iloc[-1], (-5, -8), "right") if i % 2 else (group.iloc[0], (5, 3), "left")
-                axes.annotate(
-                    f"B, d, k = {', '.join(map(str, sizes))}", (end[name], end.p50_us), xytext=offset,
-                    textcoords="offset points", fontsize=6, ha=side,
-                )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="forward + backward, µs")
         if name == "threads":
             ticks = sorted(part[name].unique())
