@@ -456,8 +456,9 @@ def test_sanitizers_of_resident_matrices(mode):
 @pytest.mark.parametrize("form", ["scalar", "step", "sample", "both"])
 def test_batches_taken_in_pieces(form, method):
     """Where the iterates of all samples would take too much memory; and as all at once, but for the order of sums."""
-    for i, prox in enumerate((None, "box", "soft_threshold")):
-        options = {"form": form, "method": method, "shared": True, "warm": i == 1, "trajectory": i == 2, "prox": prox}
+    for i, prox in enumerate((None, "box", None, "soft_threshold")):
+        warm, trajectory = i in (1, 2), i >= 2
+        options = {"form": form, "method": method, "shared": True, "warm": warm, "trajectory": trajectory, "prox": prox}
         tensors = _problem("dense", 7, 130, 4, **options, seed=i)
         # of three samples, with the states between the products; and of one, although it does not fit
         for kept in (3 * 4 * 130 * (2 * 4 + 7 + (4 if prox else 0)), 1):
