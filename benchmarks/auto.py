@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 
 from benchmarks import harness, suite
+from unrolled_kernels.functional import LARGE_DIAGONAL
 
 FILE = harness.ROOT / "unrolled_kernels/_auto.py"
 # Kinds of calls, as ``functional`` tells them apart by structure and size.
@@ -41,7 +42,7 @@ def kind_of(file, row):
     if file.stem.startswith("shared_dense") and min(int(row["B"]), int(row["d"])) > 128:
         return "products"
     if row["structure"] in ("diagonal", "tikhonov"):
-        return "large diagonal" if int(row["B"]) * int(row["d"]) >= 2**24 else "diagonal"
+        return "large diagonal" if int(row["B"]) * int(row["d"]) >= LARGE_DIAGONAL else "diagonal"
     return row["structure"]
 
 
@@ -81,7 +82,8 @@ def text():
     ]
     for key, (unmeasured, why) in UNMEASURED.items():
         found = choose(tables.get(key, {}))
-        cases = sum(any(name in times for name in suite.FUSED) for times in tables.get(key, {}).values())
+        compared = (times for times in tables.get(key, {}).values() if "eager" in times)
+        cases = sum(any(name in times for name in suite.FUSED) for times in compared)
         names = unmeasured if found is None else found
         told = why if found is None else f"of {cases} cases none has the eager loop before it"
         shown = ", ".join(f'"{name}"' for name in names) + ("," if len(names) == 1 else "")

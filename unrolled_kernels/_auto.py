@@ -2,15 +2,15 @@
 
 # By device and by what a call is, its structure and size: the first that is available, else eager.
 AUTO: dict[tuple[str, str], tuple[str, ...]] = {
-    # of 158 cases none has the eager loop before it
+    # of 144 cases none has the eager loop before it
     ("cpu", "dense"): ("cpu",),
     # of 14 cases none has the eager loop before it
     ("cpu", "products"): ("cpu",),
-    # of 24 cases none has the eager loop before it
+    # of 16 cases none has the eager loop before it
     ("cpu", "diagonal"): ("cpu",),
     # not measured
     ("cpu", "large diagonal"): ("cpu",),
-    # of 14 cases none has the eager loop before it
+    # of 20 cases none has the eager loop before it
     ("cpu", "spectral"): ("cpu",),
     # of 6 cases none has the eager loop before it
     ("cpu", "rnn"): ("cpu",),

@@ -488,7 +488,7 @@ def _differentiated(backward, backward_steps, return_trajectory):
     return _MINIMIZER
 
 
-_LARGE = 2**24  # elements of a diagonal, benchmarks/auto.py
+LARGE_DIAGONAL = 2**24  # elements; an estimate of where Triton's slower launch, of some 30 µs, no longer counts
 
 
 def _kind(Q, shape):
@@ -498,7 +498,7 @@ def _kind(Q, shape):
     if isinstance(Q, Spectral):
         return "spectral"
     # an exported program takes batches of any size
-    return "diagonal" if torch.compiler.is_exporting() or math.prod(shape) < _LARGE else "large diagonal"
+    return "diagonal" if torch.compiler.is_exporting() or math.prod(shape) < LARGE_DIAGONAL else "large diagonal"
 
 
 def _multiplies_matrices(Q, shape):
