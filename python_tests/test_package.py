@@ -126,6 +126,14 @@ def test_info_names_every_backend_and_the_way_to_it():
     assert "not built" in result.stdout
 
 
+def test_sources_without_a_build_are_named(tmp_path, monkeypatch):
+    """A clone beside an installed package is what Python finds first; an installed one has no setup.py above it."""
+    monkeypatch.setattr(_backend, "__file__", str(tmp_path / "unrolled_kernels" / "_backend.py"))
+    assert _backend.build_record("extension_reason") == "no build was recorded"
+    (tmp_path / "setup.py").touch()
+    assert str(tmp_path) in _backend.build_record("extension_reason")
+
+
 @pytest.mark.skipif("cpu" not in uk.available_backends(), reason="the extension is not built")
 def test_info_says_what_is_off(monkeypatch):
     monkeypatch.delenv("UNROLLED_KERNELS_CLUSTERS", raising=False)
