@@ -312,15 +312,14 @@ Gradients momentum_backward(Tensor grad_y, OptionalTensor matrix, OptionalTensor
     STD_TORCH_CHECK(!x || (x->numel() == args.B * args.d && x->is_contiguous() && x->scalar_type() == args.storage),
                     "y_begun, m_begun, minimizer: expected [B, d], contiguous, in the dtype of b");
   }
-  STD_TORCH_CHECK(first >= 0 && (first == 0 || (first < args.k && b.is_cpu() && args.structure != Structure::spectral)),
-                  "first: expected 0 ... num_steps - 1, and 0 for a spectral Q or a GPU");
+  STD_TORCH_CHECK(first >= 0 && (first == 0 || (first < args.k && b.is_cpu())),
+                  "first: expected 0 ... num_steps - 1, and 0 on a GPU");
   STD_TORCH_CHECK(y_begun.has_value() == (dense && first > 0) && !(dense && first > 0 && trajectory) &&
                       m_begun.has_value() == (y_begun && (momentum || mu)),
                   "y_begun, m_begun: expected for a dense Q with first > 0, the second where there is momentum");
-  STD_TORCH_CHECK(!minimizer || (b.is_cpu() && args.structure != Structure::spectral &&
-                                 !(needs & (need_lower | need_upper)) && first == 0 && !trajectory),
-                  "minimizer: expected no spectral Q, no gradient of a bound, no trajectory and no GPU beside it");
-  // where a diagonal Q begins is computed again, in registers
+  STD_TORCH_CHECK(!minimizer || (b.is_cpu() && !(needs & (need_lower | need_upper)) && first == 0 && !trajectory),
+                  "minimizer: expected no gradient of a bound, no trajectory and no GPU beside it");
+  // where a diagonal or spectral Q begins is computed again
   if (y_begun) args.y0 = y_begun, args.skipped = first;
 
   const auto rows = [&](bool needed) { return needed ? allocate(b, args.storage, {args.B, args.d}) : Tensor(); };

@@ -121,9 +121,11 @@ struct MomentumBackward : MomentumInputs<Storage> {
   // shared matrix read them, and only where Storage is Compute and no box ends the steps.
   const Storage* iterates;
   // CPU only, rows [d], contiguous:
-  const Storage* m0;         // of a dense Q, beside y0 and beta: where the first step comes from; nullptr: m_0 = 0
-  const Storage* minimizer;  // y: dQ is db y' instead, no gradient of a bound; nullptr: that of the steps
-  // CPU only, of a diagonal Q: y_t is a constant up to t = first, and so are dy0 and the coefficients' gradients zero
+  const Storage* m0;  // of a dense Q, beside y0 and beta: where the first step comes from; nullptr: m_0 = 0
+  // y: dQ is db y' instead, no gradient of a bound; nullptr: that of the steps. A spectral Q has yh from its own steps.
+  const Storage* minimizer;
+  // CPU only, of a diagonal or spectral Q: y_t is a constant up to t = first, and so are dy0 and the coefficients'
+  // gradients zero
   int64_t first;
   // The outputs are the gradients of <grad_y, derivative of y along these>: where these are cotangents of backward's
   // outputs, its VJP. No prox, not of momentum_shared, of a dense Q on a GPU where it has a tile, Storage is Compute.

@@ -266,9 +266,9 @@ def test_every_dtype(backend, structure, method, mode, dtype):
     if backend == "eager":
         pytest.skip("is the reference")
     cases = [(3, 5, "both", False), (7, 33, "step", True)]
-    if structure == "dense" and backend == "cpu":
+    if structure in ("dense", "spectral") and backend == "cpu":
         # each layout of the kernels
-        cases += [(9, 20, "both", False), (2, 64, "sample", False), (40, 20, "step", True)]
+        cases += [(9, 20, "both", False), (2, 64, "sample", False), (40, 20, "step", True), (40, 5, "scalar", True)]
     for B, d, form, shared in cases:
         problem = MomentumProblem(
             structure, (B,), d, 5, method=method, form=form, shared=shared, device=device_of(backend)
@@ -404,6 +404,8 @@ IN_CPP = {
     "dense-prox": ("dense", torch.float64, True, False),
     "diagonal-prox": ("diagonal", torch.float32, True, True),
     "diagonal-bf16": ("diagonal", torch.bfloat16, False, True),
+    "spectral": ("spectral", torch.float32, False, False),
+    "spectral-bf16": ("spectral", torch.bfloat16, False, True),
 }
 
 

@@ -69,7 +69,6 @@ struct Call {
   // Whether the ops have the gradients that are asked for; what they keep is not rounded.
   bool is_possible() const {
     if (differentiated == all_steps || (differentiated > 0 && first() == 0)) return true;
-    if (has(matrix) && has(diagonal)) return false;
     if (differentiated > 0 && has(diagonal)) return true;
     if (trajectory || at(b).scalar_type() != at(step_sizes).scalar_type()) return false;
     const auto is_differentiated = [&](int64_t i) { return has(i) && at(i).requires_grad(); };

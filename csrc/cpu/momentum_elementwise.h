@@ -83,9 +83,16 @@ struct ElementwiseBackward : Elementwise<C> {
   const C* grad_y = nullptr;
   C *dlambda = nullptr, *db = nullptr, *dy0 = nullptr;  // nullptr: not wanted
   int64_t first = 0;                                    // the steps before are constant, with a trace
+  // Where `first` is the step of y0 itself: with momentum also z and m there, and the gradient of m.
+  bool begun = false;
+  const C *z = nullptr, *m = nullptr;
+  C* dm = nullptr;
   ScheduleSums<C> sums{};
   ProxSums<C> map_sums{};  // filled with zeros
   C* trace = nullptr;      // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
+
+  // Lets `before` run up to `step`, from which y, z and m on this goes on; dm: what the gradient of m there goes to.
+  void begin_after(ElementwiseForward<C> before, int64_t step, C* z_at, C* m_at, C* dm_at, int64_t vectors);
 
   // df = 2 f dlambda
   void store_dlambda(int64_t i, Vector<C> x) const {
@@ -204,7 +211,7 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
   const ScheduleSums<C> sums = p.sums;
   const bool trajectory = p.trajectory;
   const int64_t k = p.k, row = p.row, first = p.first;
-  StepCoefficients<C> c = schedule.template at<momentum>(0);
+  StepCoefficients<C> c = schedule.template at<momentum>(p.begun ? first : 0);
   Vector<C> lambda[N];  // phi lambda where phi is the same for all steps
   {
     Vector<C> b[N], y[N], z[N], m[N];
@@ -218,10 +225,11 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
       }
       y[n] = z[n] = p.y0 ? load(p.y0 + offset + n * W) : Vector<C>{};
       m[n] = Vector<C>{};
+      if (momentum && p.begun) z[n] = load(p.z + offset + n * W), m[n] = load(p.m + offset + n * W);
     }
     // the trace: z_t, with momentum m_t, with a proximal map v_t
     C* trace = p.trace;
-    for (int64_t t = 0, end = first;; end = k) {
+    for (int64_t t = p.begun ? first : 0, end = first;; end = k) {
       // of constant steps each overwrites the one before
       const int64_t kept = end == first && first > 0 ? 0 : slots * N * W;
       for (; t < end; ++t, trace += kept) {
@@ -301,6 +309,7 @@ UNROLLED_KERNELS_INLINE void elementwise_backward(const ElementwiseBackward<C>& 
     if (p.dlambda) p.store_dlambda(offset + n * W, scale * sz_sum[n]);
     if (p.db) store(p.db + offset + n * W, scale * s_sum[n]);
     if (p.dy0) store(p.dy0 + offset + n * W, ybar[n]);
+    if (momentum && p.dm) store(p.dm + offset + n * W, s[n] - ybar[n]);
   }
   if (!per_step && k > 0 && sums.phi) {
     sums.add_phi(0, -phi_sum);
@@ -537,6 +546,17 @@ UNROLLED_KERNELS_NOINLINE void run_elementwise(const ElementwiseBackward<C>& p, 
                  : elementwise_backward<false, false, none, n>(p, offset);
     }
   });
+}
+
+template <typename C>
+void ElementwiseBackward<C>::begin_after(ElementwiseForward<C> before, int64_t step, C* z_at, C* m_at, C* dm_at,
+                                         int64_t vectors) {
+  before.trajectory = before.traceless = this->traceless = false;
+  before.last = first = step;
+  this->y0 = before.y;
+  begun = true;
+  if (this->momentum) z = before.z = z_at, m = before.m = m_at, dm = dm_at;
+  run_elementwise(before, vectors);
 }
 
 }  // namespace UNROLLED_KERNELS_NAMESPACE

@@ -363,7 +363,7 @@ class SpectralRows {
       : p_(p),
         arena_(scratch),
         panels_(plan.panels),
-        states_(plan.terms - 2),
+        states_(outputs(p)),
         schedule_(arena_, p, plan.schedule_steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? plan.schedule_steps : 0,
                   false) {
@@ -376,12 +376,22 @@ class SpectralRows {
     hat_ = arena_.take<C>(plan.terms * plan.row);
     out_ = arena_.take<C>(plan.terms * plan.row);
     dlambda_ = backward ? arena_.take<C>(plan.row) : nullptr;
+    for (C** x : {&y_, &z_, &m_}) *x = backward && backward->first > 0 ? arena_.take<C>(plan.row) : nullptr;
     trace_ = backward ? arena_.take<C>(2 * p.k * vectors_at_once * W) : nullptr;
     moving_ = p.stopping ? arena_.take<Moving>(plan.tile_rows) : nullptr;
     moving_rows_ = p.stopping ? arena_.take<C>(plan.tile_rows * rows_of_moving * plan.row) : nullptr;
   }
 
   size_t scratch_bytes() const { return arena_.used(); }
+
+  // states that are outputs, or that are looked at together
+  static int64_t outputs(const MomentumInputs<Storage>& p) {
+    return p.stopping ? steps_between_stops + 1 : p.trajectory ? p.k + 1 : 1;
+  }
+  // terms of dR: those of b, of y_0 or y_first, of the outputs, and of m_first
+  static int64_t terms(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
+    return outputs(p) + 2 + (backward && backward->first > 0 && p.beta.data);
+  }
 
   void forward(const MomentumForward<Storage>& p, const SharedMomentumTile<C>& tile) {
     const int64_t count = tile.end - tile.begin;
@@ -407,54 +417,51 @@ class SpectralRows {
   }
 
   void backward(const MomentumBackward<Storage>& p, const SharedMomentumTile<C>& tile) {
-    const int64_t count = tile.end - tile.begin, terms = states_ + 2;
+    const int64_t count = tile.end - tile.begin, terms = this->terms(p, &p);
+    // of each sample: dbh, then dyh_0 or, where the first steps are constant, yh and mh after them
+    const int64_t images = terms - states_;
     const Panels<C> left{tile.a, count * terms * W}, right{tile.z, left.plane}, rotated{rotated_, left.plane};
-    const Panels<C> hat_gradients{rows_, 2 * count * W}, gradients{rotated_, 2 * count * W};
+    const Panels<C> hat{rows_, images * count * W}, from_hat{rotated_, hat.plane};
     for (int64_t r = 0; r < count; ++r) {
       load_inputs(tile.begin + r, left, r * terms);
       for (int64_t t = 0; t < states_; ++t) {
-        const Storage* grad = p.grad_y + t * p.B * p.d;
-        load_panels(grad + (tile.begin + r) * p.d, p.d, grad + p.B * p.d, left, r * terms + 2 + t);
+        load_sample(p.grad_y + t * p.B * p.d, p.d, tile.begin + r, left, r * terms + 2 + t);
       }
+      if (images > 2) set_zero(left, (r + 1) * terms - 1);
     }
     multiply(left, count * terms, tile.packed_transposed, rotated);
     for (int64_t r = 0; r < count; ++r) {
       stage(tile.begin + r, r == 0);
       if (gradient_.wanted()) gradient_.begin_tile(r == 0);
       for (int64_t i = 0; i < terms; ++i) to_row(rotated, r * terms + i, hat_ + i * row());
-      C *const grad = hat_ + 2 * row(), *const yh = out_ + 2 * row();
-      if (returns_start()) fill_zero(grad, row());
+      C* const yh = out_ + 2 * row();
+      fill_zero(hat_ + 2 * row(), constant_outputs(p) * row());
       forward_eigenbasis(yh);
-      if (returns_start()) fill_zero(yh, row());
-      ElementwiseBackward<C> e(p, schedule_.view());
-      e.lambda = lambda_;
-      e.b = hat_;
-      e.y0 = p.y0 ? hat_ + row() : nullptr;
-      e.grad_y = grad;
-      e.row = p.trajectory ? row() : 0;
-      e.dlambda = dlambda_;
-      e.db = out_;
-      e.dy0 = out_ + row();
-      e.sums = gradient_.sums();
-      e.trace = trace_;
-      run_elementwise(e, panels_);
+      p.minimizer ? backward_of_minimizer(yh) : backward_of_steps(p, terms - 1);
+      fill_zero(yh, constant_outputs(p) * row());
       if (p.d_diagonal) layout(tile.begin + r).store_state(dlambda_, p.d_diagonal);
       if (gradient_.wanted()) gradient_.end_tile(layout(tile.begin + r));
       // without y_0 what its rotation would get may not be finite, and counts for nothing
-      if (!p.y0) fill_zero(out_ + row(), row());
+      if (p.minimizer || (!p.y0 && p.first == 0)) fill_zero(out_ + row(), row());
       for (int64_t i = 0; i < terms; ++i) from_row(out_ + i * row(), right, r * terms + i);
-      for (int64_t i = 0; i < 2; ++i) from_row(out_ + i * row(), hat_gradients, 2 * r + i);
+      for (int64_t i = 0; i < 2; ++i) from_row(i == 1 && p.first > 0 ? y_ : out_ + i * row(), hat, r * images + i);
+      if (images > 2) from_row(m_, hat, r * images + 2);
     }
     if (gradient_.wanted()) gradient_.end_chunk(tile.schedule);
-    if (p.db || p.dy0) multiply(hat_gradients, 2 * count, tile.packed, gradients);
+    if (p.db || p.dy0 || (p.first > 0 && p.d_matrix)) multiply(hat, images * count, tile.packed, from_hat);
     for (int64_t r = 0; r < count; ++r) {
-      if (p.db) store_panels(gradients, 2 * r, p.d, p.db + (tile.begin + r) * p.d);
-      if (!p.dy0) continue;
-      for (int64_t i = 0; returns_start() && i < panels_; ++i) {
-        C* dy0 = gradients.at(2 * r + 1, i);
-        store(dy0, load(dy0) + load(left.at(r * terms + 2, i)));
+      if (p.db) store_panels(from_hat, r * images, p.d, p.db + (tile.begin + r) * p.d);
+      if (p.dy0) {
+        for (int64_t i = 0; constant_outputs(p) > 0 && i < panels_; ++i) {
+          C* dy0 = from_hat.at(r * images + 1, i);
+          store(dy0, load(dy0) + load(left.at(r * terms + 2, i)));
+        }
+        store_panels(from_hat, r * images + 1, p.d, p.dy0 + (tile.begin + r) * p.d);
       }
-      store_panels(gradients, 2 * r + 1, p.d, p.dy0 + (tile.begin + r) * p.d);
+      for (int64_t t = 0; t < constant_outputs(p); ++t) set_zero(left, r * terms + 2 + t);
+      if (p.first == 0) continue;
+      copy_row(from_hat, r * images + 1, left, r * terms + 1);
+      if (images > 2) copy_row(from_hat, r * images + 2, left, (r + 1) * terms - 1);
     }
   }
 
@@ -462,6 +469,10 @@ class SpectralRows {
   int64_t row() const { return panels_ * W; }
   // y_0 itself is among the outputs, and never rotated
   bool returns_start() const { return p_.trajectory || p_.k == 0; }
+  // outputs that are y_0 or constant
+  int64_t constant_outputs(const MomentumBackward<Storage>& p) const {
+    return p.trajectory ? p.first + 1 : returns_start();
+  }
   RowLanes<C> layout(int64_t sample) const { return {p_.B, p_.d, sample, 1}; }
 
   void to_row(Panels<C> from, int64_t r, C* out) const {
@@ -471,15 +482,21 @@ class SpectralRows {
     for (int64_t i = 0; i < panels_; ++i) store(to.at(r, i), load(in + i * W));
   }
 
+  void set_zero(Panels<C> out, int64_t r) const {
+    for (int64_t i = 0; i < panels_; ++i) store(out.at(r, i), Vector<C>{});
+  }
+  void copy_row(Panels<C> from, int64_t from_r, Panels<C> to, int64_t r) const {
+    for (int64_t i = 0; i < panels_; ++i) store(to.at(r, i), load(from.at(from_r, i)));
+  }
+
+  void load_sample(const Storage* x, int64_t stride, int64_t sample, Panels<C> out, int64_t r) const {
+    load_panels(x + sample * stride, p_.d, x + (p_.B - 1) * stride + p_.d, out, r);
+  }
   void load_start(int64_t sample, Panels<C> out, int64_t r) const {
-    if (p_.y0) {
-      load_panels(p_.y0 + sample * p_.y0_stride, p_.d, p_.y0 + (p_.B - 1) * p_.y0_stride + p_.d, out, r);
-    } else {
-      for (int64_t i = 0; i < panels_; ++i) store(out.at(r, i), Vector<C>{});
-    }
+    p_.y0 ? load_sample(p_.y0, p_.y0_stride, sample, out, r) : set_zero(out, r);
   }
   void load_inputs(int64_t sample, Panels<C> out, int64_t r) const {
-    load_panels(p_.b + sample * p_.b_stride, p_.d, p_.b + (p_.B - 1) * p_.b_stride + p_.d, out, r);
+    load_sample(p_.b, p_.b_stride, sample, out, r);
     load_start(sample, out, r + 1);
   }
   void stage(int64_t sample, bool first_of_tile) {
@@ -505,6 +522,29 @@ class SpectralRows {
   }
   // yh_k, or yh_0 ... yh_k
   void forward_eigenbasis(C* y) const { run_elementwise(in_eigenbasis(hat_, y), panels_); }
+
+  // rows of hat_ are bh, yh_0 and R'ybar_t; of out_ dbh, dyh_0 or dyh_first and, at `last`, dmh_first
+  void backward_of_steps(const MomentumBackward<Storage>& p, int64_t last) {
+    ElementwiseBackward<C> e(p, schedule_.view());
+    e.lambda = lambda_;
+    e.b = hat_;
+    e.y0 = p.y0 ? hat_ + row() : nullptr;
+    e.grad_y = hat_ + 2 * row();
+    e.row = p.trajectory ? row() : 0;
+    e.dlambda = dlambda_;
+    e.db = out_;
+    e.dy0 = out_ + row();
+    e.sums = gradient_.sums();
+    e.trace = trace_;
+    if (p.first > 0) e.begin_after(in_eigenbasis(hat_, y_), p.first, z_, m_, out_ + last * row(), panels_);
+    run_elementwise(e, panels_);
+  }
+  void backward_of_minimizer(const C* yh) {
+    ElementwiseForward<C> e = in_eigenbasis(hat_ + 2 * row(), out_);
+    e.y0 = nullptr;
+    run_elementwise(e, panels_);
+    for (int64_t i = 0; i < row(); i += W) store(dlambda_ + i, load(out_ + i) * load(yh + i));
+  }
 
   // A sample between two looks at y, which says whether it stops, and not yh: rows bh, yh, zh, mh, y and where it stopped.
   using Moving = MovingSamples<W, C>;
@@ -554,6 +594,7 @@ class SpectralRows {
   Schedule<C> schedule_;
   ScheduleGradient<C> gradient_;
   C *rows_, *rotated_, *lambda_, *hat_, *out_, *dlambda_, *trace_;
+  C *y_, *z_, *m_;  // yh, zh and mh at `first`
   Moving* moving_;
   C* moving_rows_;
 };
@@ -594,8 +635,7 @@ SharedMomentumPlan dense_plan(const MomentumInputs<Storage>& p, const MomentumBa
 
 template <typename Storage>
 SharedMomentumPlan spectral_plan(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
-  const int64_t states = p.stopping ? steps_between_stops + 1 : p.trajectory ? p.k + 1 : 1;
-  SharedMomentumPlan plan = shared_plan(p, states + 2, backward && backward->d_matrix);
+  SharedMomentumPlan plan = shared_plan(p, SpectralRows<Storage>::terms(p, backward), backward && backward->d_matrix);
   plan.packs = 2;
   plan.scratch_bytes = SpectralRows<Storage>(nullptr, p, plan, backward).scratch_bytes();
   return plan;

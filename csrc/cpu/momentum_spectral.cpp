@@ -6,6 +6,9 @@
 //
 //     db = R dbh    dy_0 = ybar_0 + R dyh_0    dR = b dbh' + y_0 dyh_0' + sum_{t > 0} ybar_t yh_t'
 //
+// Where the steps before t = first are constant, y_first and, with momentum, m_first take the place of y_0 in dR. Implicit
+// gradients have what the steps make of R'ybar_k for dbh, dlambda = dbh yh_k, and no term of y_0.
+//
 // y_0 itself is never rotated: with k = 0 or t = 0 of a trajectory nothing of R is in it.
 #include <cstddef>
 #include <cstdint>
@@ -44,17 +47,20 @@ class SpectralTiles {
         states_(p.stopping     ? steps_between_stops + 1
                 : p.trajectory ? p.k + 1
                                : 1),
+        terms_(2 + states_ + (backward && backward->first > 0 && p.beta.data)),
         schedule_(arena_, p, steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? steps : 0, false),
         R_(arena_, p, tile_.size()) {
     for (C** x : {&lambda_, &bh_, &y0h_, &state_}) *x = arena_.template take<C>(row_);
     yh_ = arena_.template take<C>(states_ * row_);
-    for (C** x : {&z_, &m_, &next_, &stopped_}) *x = p.stopping ? arena_.template take<C>(row_) : nullptr;
+    const bool begins = p.stopping || (backward && backward->first > 0);
+    for (C** x : {&z_, &m_, &next_}) *x = begins ? arena_.template take<C>(row_) : nullptr;
+    stopped_ = p.stopping ? arena_.template take<C>(row_) : nullptr;
     if (!backward) return;
     for (C** x : {&dlambda_, &dbh_, &dy0h_}) *x = arena_.template take<C>(row_);
-    // the rows of both factors of dR lie in one order: [b; y_0; ybar_t] and [dbh; dyh_0; yh_t]
-    left_ = arena_.template take<C>((states_ + 2) * row_);
-    right_ = arena_.template take<C>((states_ + 2) * row_);
+    // the rows of both factors of dR lie in one order: [b; y_0; ybar_t] and [dbh; dyh_0; yh_t], and last those of m_first
+    left_ = arena_.template take<C>(terms_ * row_);
+    right_ = arena_.template take<C>(terms_ * row_);
     grad_h_ = arena_.template take<C>(states_ * row_);
     trace_ = arena_.template take<C>(2 * p.k * vectors_at_once * W);
     d_matrix_ = arena_.template take<C>(R_.image_size());
@@ -96,46 +102,41 @@ class SpectralTiles {
       } else {
         fill_zero(y0, row_);
       }
-      const int64_t first = p.trajectory || p.k == 0 ? 1 : 0;
       for (int64_t t = 0; t < states_; ++t) {
         load_rotated(p.grad_y + t * p.B * p.d, p.d, grad + t * row_, grad_h_ + t * row_);
         poll_.after(tile_.size() * p.d);
       }
-      if (first == 1) fill_zero(grad_h_, row_);
-
-      ElementwiseBackward<C> e(p, schedule_.view());
-      e.lambda = lambda_;
-      e.b = bh_;
-      e.y0 = p.y0 ? y0h_ : nullptr;
-      e.grad_y = grad_h_;
-      e.row = p.trajectory ? row_ : 0;
-      e.dlambda = dlambda_;
-      e.db = dbh_;
-      e.dy0 = dy0h_;
-      e.sums = gradient_.sums();
-      e.trace = trace_;
-      run_elementwise(e, tile_.size());
+      // the first outputs are constant, or y_0 itself
+      const int64_t constant = p.trajectory ? p.first + 1 : p.k == 0;
+      fill_zero(grad_h_, constant * row_);
+      p.minimizer ? backward_of_minimizer(yh) : backward_of_steps(p);
 
       if (p.d_diagonal) tile_.store_state(dlambda_, p.d_diagonal);
       if (p.db) tile_.store_state(R_.apply(dbh_), p.db);
       if (p.dy0) {
         const C* image = R_.apply(dy0h_);
         for (int64_t n = 0; n < row_; n += W) {
-          store(state_ + n, first == 1 ? load(image + n) + load(grad + n) : load(image + n));
+          store(state_ + n, constant == 1 ? load(image + n) + load(grad + n) : load(image + n));
         }
         tile_.store_state(state_, p.dy0);
       }
       if (p.d_matrix) {
-        forward_eigenbasis(yh);
+        fill_zero(grad, constant * row_);
         copy_vectors(dbh_, row_, right_);
-        if (p.y0) {
+        if (!p.minimizer) forward_eigenbasis(yh);
+        fill_zero(yh, constant * row_);
+        if (p.first > 0) {
+          const int64_t last = (terms_ - 1) * row_;
+          copy_vectors(R_.apply(next_), row_, y0);
+          copy_vectors(dy0h_, row_, right_ + row_);
+          if (p.beta.data) copy_vectors(R_.apply(m_), row_, left_ + last);
+        } else if (p.y0 && !p.minimizer) {
           copy_vectors(dy0h_, row_, right_ + row_);
         } else {
           // which may not be finite, and counts for nothing
           fill_zero(right_ + row_, row_);
         }
-        if (first == 1) fill_zero(yh, row_);
-        R_.outer(p, tile_, left_, right_, states_ + 2, broadcast(C(1)), false, d_matrix_);
+        R_.outer(p, tile_, left_, right_, terms_, broadcast(C(1)), false, d_matrix_);
       }
       if (gradient_.wanted()) gradient_.end_tile(tile_);
     }
@@ -160,6 +161,34 @@ class SpectralTiles {
   void load_rotated(const Storage* x, int64_t stride, C* state, C* rotated) {
     tile_.load_state(x, stride, state);
     R_.apply_transposed(state, rotated);
+  }
+
+  void backward_of_steps(const MomentumBackward<Storage>& p) {
+    ElementwiseBackward<C> e(p, schedule_.view());
+    e.lambda = lambda_;
+    e.b = bh_;
+    e.y0 = p.y0 ? y0h_ : nullptr;
+    e.grad_y = grad_h_;
+    e.row = p.trajectory ? row_ : 0;
+    e.dlambda = dlambda_;
+    e.db = dbh_;
+    e.dy0 = dy0h_;
+    e.sums = gradient_.sums();
+    e.trace = trace_;
+    if (p.first > 0) {
+      e.begin_after(in_eigenbasis(next_), p.first, z_, m_, right_ + (terms_ - 1) * row_, tile_.size());
+    }
+    run_elementwise(e, tile_.size());
+  }
+
+  // and yh_k
+  void backward_of_minimizer(C* yh) {
+    forward_eigenbasis(yh);
+    ElementwiseForward<C> e = in_eigenbasis(dbh_);
+    e.b = grad_h_;
+    e.y0 = nullptr;
+    run_elementwise(e, tile_.size());
+    for (int64_t n = 0; n < row_; n += W) store(dlambda_ + n, load(dbh_ + n) * load(yh + n));
   }
 
   ElementwiseForward<C> in_eigenbasis(C* y) const {
@@ -197,12 +226,12 @@ class SpectralTiles {
   Arena arena_;
   Poll poll_;
   Layout<C> tile_;
-  int64_t row_, states_;  // elements of a state, states that are outputs
+  int64_t row_, states_, terms_;  // elements of a state, states that are outputs, rows of the factors of dR
   Schedule<C> schedule_;
   ScheduleGradient<C> gradient_;
   TileMatrix<Storage, Layout, Operand> R_;
   C *lambda_, *bh_, *y0h_, *state_, *yh_;
-  C *z_, *m_, *next_, *stopped_;  // of samples that stop
+  C *z_, *m_, *next_, *stopped_;  // of samples that stop; zh, mh and yh at `first`
   C *dlambda_, *dbh_, *dy0h_, *left_, *right_, *grad_h_, *trace_, *d_matrix_;
 };
 

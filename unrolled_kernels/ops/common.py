@@ -53,8 +53,12 @@ def alive(tensors):
 
 def without_autocast(device_type):
     """Products in the dtype of what is multiplied, also where a backward pass is called under autocast."""
-    autocasting = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if autocasting else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if is_autocasting(device_type) else contextlib.nullcontext()
+
+
+def is_autocasting(device_type):
+    """Whether torch's own products are in half precision, those of a backward pass that is called now among them."""
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
 def mask(needs):

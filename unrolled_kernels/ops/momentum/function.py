@@ -243,11 +243,54 @@ _COEFFICIENTS = 0b1111 << 5
 def _differentiable_backward(backend, *arguments):
     """The gradients as torch differentiates them, what μ and tikhonov's f stand for as ordinary functions of them."""
     arguments = (*common.alive(arguments[:14]), *arguments[14:])
+    grad_y, *tensors = arguments[:14]
+    num_steps, trajectory, needs = arguments[14:]
+    plain = not (_torch_private.transforms_are_active() or common.is_autocasting(grad_y.device.type))
+    if backend in _LARGEST and is_spectral(tensors) and num_steps > 0 and plain:
+        # the rotations are torch's
+        run = lambda *tensors: in_eigenbasis(momentum, backend, *tensors, num_steps, trajectory)
+        return backward_in_torch(run, grad_y, tensors, needs)
     if backend != "cpu" or arguments[-1] & _COEFFICIENTS:
         run = lambda *args: MomentumBackwardFunction.apply(backend, *args[:9], None, *args[9:])
         return manual.with_nesterov(_of_diagonal(run) if backend in _LARGEST else run)(*arguments)
     # the kernels of second order take μ where no gradient of a coefficient is differentiated
     return _of_diagonal(functools.partial(MomentumBackwardFunction.apply, "cpu"))(*arguments)
+
+
+def is_spectral(tensors):
+    """Whether the canonical tensors are those of a ``Spectral`` Q."""
+    return tensors[0] is not None and tensors[1] is not None
+
+
+def in_eigenbasis(run, backend, *arguments):
+    """What ``run`` gives for a spectral Q, as a diagonal one between rotations that torch differentiates."""
+    matrix, diagonal, _, b, y0, *rest = arguments
+    storage, compute, trajectory = b.dtype, rest[0].dtype, rest[-1]
+    matrix, diagonal, b, y0 = (x if x is None else x.to(compute) for x in (matrix, diagonal, b, y0))
+    with common.without_autocast(b.device.type):
+        b_hat, y0_hat = (x if x is None else common.matvec(matrix.mT, x) for x in (b, y0))
+        y_hat = run(backend, None, diagonal, None, b_hat, y0_hat, *rest)
+        y = common.matvec(matrix, y_hat[1:] if trajectory else y_hat)
+    if trajectory:
+        # y_0 itself is never rotated
+        y = torch.cat([(torch.zeros_like(b) if y0 is None else y0).unsqueeze(0), y])
+    return y.to(storage)
+
+
+def backward_in_torch(run, grad_y, tensors, needs):
+    """The gradients ``needs`` of the 13 canonical tensors, None for the others, as torch differentiates ``run``."""
+    with torch.enable_grad():
+        # as variables of their own: a tensor may follow from another
+        tensors = [x if x is None else x.view_as(x) for x in tensors]
+        y = run(*tensors)
+    wanted = [i for i in range(13) if needs >> i & 1]
+    grads = [None] * 13
+    found = torch.autograd.grad(
+        y, [tensors[i] for i in wanted], grad_y, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    for i, g in zip(wanted, found, strict=True):
+        grads[i] = g
+    return grads
 
 
 def _of_diagonal(backward):

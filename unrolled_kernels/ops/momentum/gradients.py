@@ -1,7 +1,7 @@
 """Gradients other than those of all k steps: truncated, and implicit.
 
 Both are derived in ``manual``, take the canonical arguments of the package's docstring, and are made of the op itself,
-so they hold for every backend. Of a dense or diagonal Q on a CPU the kernels have them to themselves.
+so they hold for every backend. On a CPU the kernels have them to themselves.
 """
 
 import functools
@@ -37,8 +37,8 @@ def truncated(backend, *arguments, backward_steps):
     if first <= 0:
         return run(backend, *arguments)
     rounded = tensors[_B].dtype != tensors[_PHI].dtype
-    # a diagonal Q goes through the first steps once more, a dense one keeps what they come to
-    has_kernel = tensors[0] is None or not (tensors[1] is not None or rounded or trajectory)
+    # a diagonal or spectral Q goes through the first steps once more, a dense one keeps what they come to
+    has_kernel = tensors[1] is not None or not (rounded or trajectory)
     if backend == "cpu" and has_kernel and not _is_transformed():
         y = function.in_cpp(*arguments, differentiated=backward_steps)
         return TruncatedFunction.apply(*arguments, first) if y is None else y
@@ -52,7 +52,10 @@ def _is_transformed():
     return torch.compiler.is_compiling() or _torch_private.transforms_are_active() or common.runs_in_eager()
 
 
-def _composed(backend, tensors, num_steps, trajectory, backward_steps):
+def _composed(backend, tensors, num_steps, trajectory, backward_steps, hold=lambda y: y):
+    """``truncated`` as calls of the op; ``hold`` is called with what is constant, y_(k-n) and y_(k-n-1)."""
+    if function.is_spectral(tensors):
+        return _composed_in_eigenbasis(backend, tensors, num_steps, trajectory, backward_steps)
     first, previous = num_steps - backward_steps, None
     with torch.no_grad():
         begun = run(backend, *_steps(tensors, 0, first), first, trajectory)
@@ -62,10 +65,36 @@ def _composed(backend, tensors, num_steps, trajectory, backward_steps):
             previous = begun[-2] if trajectory else run(backend, *shorter, False)
     # detached: forward mode knows no torch.no_grad
     begun, previous = (x if x is None else x.detach() for x in (begun, previous))
-    after = _steps(tensors, first, num_steps)
+    start = hold(begun[-1] if trajectory else begun)
+    previous = previous if previous is None else hold(previous)
+    last = _last_steps(backend, _steps(tensors, first, num_steps), start, previous, backward_steps, trajectory)
+    return torch.cat([begun, last[1:]]) if trajectory else last
+
+
+def _composed_in_eigenbasis(backend, tensors, num_steps, trajectory, backward_steps):
+    """``_composed`` of a spectral Q: y_t is what is constant, and not ŷ_t = Rᵀy_t."""
+    matrix = tensors[0]
+    rotate, back = (lambda x, R=R: common.matvec(R, x) for R in (matrix.mT, matrix))
+
+    def hold(y_hat):
+        # a value to which no rotation adds an error, with the derivatives of one
+        rotated = rotate(back(y_hat).detach())
+        return y_hat + (rotated - rotated.detach())
+
+    in_eigenbasis = [
+        None,
+        tensors[1],
+        None,
+        *(x if x is None else rotate(x) for x in tensors[_B:_PHI]),
+        *tensors[_PHI:],
+    ]
+    y_hat = _composed(backend, in_eigenbasis, num_steps, trajectory, backward_steps, hold)
     if not trajectory:
-        return _last_steps(backend, after, begun, previous, backward_steps, False)
-    return torch.cat([begun, _last_steps(backend, after, begun[-1], previous, backward_steps, True)[1:]])
+        return back(y_hat)
+    # y_0 itself is never rotated
+    begin = torch.zeros_like(tensors[_B]) if tensors[_Y0] is None else tensors[_Y0]
+    before, after = back(y_hat[1:]).tensor_split([num_steps - backward_steps])
+    return torch.cat([begin.detach().unsqueeze(0), before.detach(), after])
 
 
 def _last_steps(backend, tensors, begun, previous, num_steps, trajectory):
@@ -78,12 +107,12 @@ def _last_steps(backend, tensors, begun, previous, num_steps, trajectory):
 
 
 class TruncatedFunction(Function):
-    """The last steps of a dense or diagonal Q on a CPU; keeps its inputs, and where they begin if Q is dense."""
+    """The last steps on a CPU; keeps its inputs, and where they begin if Q is dense."""
 
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, num_steps, trajectory, first = arguments
-        if tensors[0] is None:
+        if tensors[1] is not None:
             y, *begun = native.forward(*tensors, num_steps, trajectory), None, None
         else:
             y, *begun = native.begun(tensors[0], *tensors[_B:], num_steps, first)
@@ -106,18 +135,8 @@ def _backward_of_last_steps(grad_y, *arguments):
     begun = arguments[17:]
     if not common.is_differentiated():
         return native.backward(grad_y, *tensors, num_steps, trajectory, needs, None, first, *begun)
-    with torch.enable_grad():
-        # as variables of their own: a tensor may follow from another
-        tensors = [x if x is None else x.view_as(x) for x in tensors]
-        y = _composed("cpu", list(tensors), num_steps, trajectory, num_steps - first)
-    wanted = [i for i in range(13) if needs >> i & 1]
-    grads = [None] * 13
-    found = torch.autograd.grad(
-        y, [tensors[i] for i in wanted], grad_y, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    for i, g in zip(wanted, found, strict=True):
-        grads[i] = g
-    return grads
+    last_steps = lambda *tensors: _composed("cpu", list(tensors), num_steps, trajectory, num_steps - first)
+    return function.backward_in_torch(last_steps, grad_y, tensors, needs)
 
 
 def _in_compute_dtype(function, backend, *arguments, **options):
@@ -132,11 +151,6 @@ def _steps_with_momentum(backend, tensors, previous, num_steps):
     y_{t+1} = p_t(z_t - φ_t (Q z_t + b) + (β_t - γ_t) m_t)
     """
     matrix, diagonal, observed, b, y, phi, beta, gamma, mu, *prox = tensors
-    if matrix is not None and diagonal is not None:
-        rotate = lambda x: common.matvec(matrix.mT, x)
-        in_eigenbasis = (None, diagonal, None, rotate(b), rotate(y), phi, beta, gamma, mu, *prox)
-        _, *ys = _steps_with_momentum(backend, in_eigenbasis, rotate(previous), num_steps)
-        return [y, *(common.matvec(matrix, y_hat) for y_hat in ys)]
     if mu is not None:
         beta = gamma = reference.nesterov_momentum(phi, mu)
     prox, ys = Prox(*prox), [y]
@@ -176,16 +190,14 @@ def implicit(backend, *arguments):
     if tensors[_B].dtype != tensors[_PHI].dtype:
         # the solution for ȳ may be larger than any gradient
         return _in_compute_dtype(implicit, backend, *arguments)
-    matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
-    if matrix is not None and diagonal is not None:
-        # in the eigenbasis, between rotations that torch differentiates
-        b_hat, y0_hat = (x if x is None else common.matvec(matrix.mT, x) for x in (b, y0))
-        y_hat = implicit(backend, None, diagonal, None, b_hat, y0_hat, *schedule, *NO_PROX, num_steps, False)
-        return common.matvec(matrix, y_hat)
-    if backend == "cpu" and not _is_transformed():
+    matrix, diagonal, observed, b, _, *schedule = tensors[:9]
+    has_kernel = backend == "cpu" and not _is_transformed()
+    if has_kernel:
         y = function.in_cpp(*arguments, differentiated=function.MINIMIZER)
         if y is not None:
             return y
+    elif function.is_spectral(tensors):
+        return function.in_eigenbasis(implicit, backend, *arguments)
     if not (common.runs_in_eager() or torch.compiler.is_exporting()):
         return ImplicitFunction.apply(backend, *tensors, num_steps)
     # forward mode and exported programs keep no Function: y_k + K (Q y_k + b), whose value is y_k, and of which all but
@@ -316,9 +328,9 @@ _KnownImplicitFunction = function.known(ImplicitFunction)
 
 def of_known_minimizer(y, backend, *arguments):
     """y, with the gradients that ``implicit`` would have for its tensors and number of steps."""
-    matrix, diagonal, _, b, _, phi = arguments[: _PHI + 1]
-    if (matrix is not None and diagonal is not None) or b.dtype != phi.dtype:
-        # of y in the eigenbasis, or unrounded
+    has_kernel = backend == "cpu" and not _is_transformed()
+    if arguments[_B].dtype != arguments[_PHI].dtype or (function.is_spectral(arguments) and not has_kernel):
+        # of y unrounded, or in the eigenbasis
         return implicit(backend, *arguments, False)
     return _KnownImplicitFunction.apply((backend, y), *arguments)
 
@@ -332,6 +344,9 @@ def _backward_of_minimizer(backend, grad_y, *arguments):
     # the bounds take one product more
     if backend == "cpu" and not (needed[9] or needed[10]) and not common.is_differentiated():
         return native.backward(grad_y, *tensors, num_steps, False, needs, None, 0, None, None, y)
+    if function.is_spectral(tensors):
+        run_rotated = lambda *tensors: function.in_eigenbasis(implicit, backend, *tensors, num_steps, False)
+        return function.backward_in_torch(run_rotated, grad_y, tensors, needs)
     # y_k forgets where it began and how it got there
     others = (torch.zeros_like(x) if wanted else None for x, wanted in zip((y0, *schedule), needed[_Y0:9], strict=True))
     held = _Held(y, Prox(*prox))
