@@ -264,7 +264,7 @@ class Kernel:
 
     stem: str
     direction: str  # "forward" or "backward"
-    method: str  # "gd" or "momentum", or the widths of an RNN
+    method: str  # "gd" or "momentum", or the widths of an RNN; "scheduled": with other coefficients at each step
     d: int  # 0: elements that are problems of their own
     template: str  # its arguments behind float, as they are mangled
     problems: float  # of a warp
@@ -282,10 +282,9 @@ class Kernel:
 
     @property
     def symbol(self):
-        """Its name and template's arguments, the last of which may be whether samples stop by themselves (forward)
-        or whether it is of second order (backward)."""
-        last = {"forward": ("momentum_dense", "momentum_spectral"), "backward": ("momentum_diagonal",)}
-        return self.name, self.template + ("Lb0E" if self.stem in last[self.direction] else "")
+        """Its name and template's arguments, the last of which may be whether samples stop by themselves."""
+        stops = self.direction == "forward" and self.stem in ("momentum_dense", "momentum_spectral")
+        return self.name, self.template + ("Lb0E" if stops else "")
 
     @property
     def name(self):
@@ -334,15 +333,19 @@ def spectral(d, momentum):
 
 
 def diagonal(momentum):
-    step = 4 if momentum else 2
-    common = {"stem": "momentum_diagonal", "d": 0, "template": f"Li4ELi32ELb{momentum:d}ELb0E", "problems": 128,
-              "method": "momentum" if momentum else "gd"}  # fmt: skip
+    step, method = (4, "momentum") if momentum else (2, "gd")
+    common = {"stem": "momentum_diagonal", "d": 0, "problems": 128}
+    template = f"Li4ELi32ELb{momentum:d}ELb0E"
+    before = (("checkpoint", 4 * step, 4), ("replay", 4 * step, 4))
+    back = {"direction": "backward", "bytes": 20, "flops": (0, 10), "team_bytes": (512, 512), **common}
     return [
         Kernel(direction="forward", phases=(("step", 4 * step, 4),), bytes=12, flops=(0, 4), item_slots=40,
-               team_bytes=(0, 4), **common),
-        Kernel(direction="backward", bytes=20, flops=(0, 10), item_slots=60, team_bytes=(512, 512),
-               phases=(("checkpoint", 4 * step, 4), ("replay", 4 * step, 4), ("adjoint", 4 * 5, 2)),
-               **common),
+               team_bytes=(0, 4), template=template, method=method, **common),
+        # what the coefficients weigh is left to the end
+        Kernel(phases=(*before, ("adjoint", 4 * (7 if momentum else 4), 2)), item_slots=100,
+               template=f"{template}Lb0ELb1E", method=method, **back),
+        Kernel(phases=(*before, ("adjoint", 4 * 5, 2)), item_slots=60,
+               template=f"{template}Lb0ELb0E", method=f"{method}, scheduled", **back),
     ]  # fmt: skip
 
 

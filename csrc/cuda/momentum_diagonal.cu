@@ -267,8 +267,8 @@ struct NoDirection {};
 template <typename Storage, bool dual>
 using Direction = std::conditional_t<dual, MomentumForward<Storage>, NoDirection>;
 
-// dual: second order
-template <typename Storage, int n, int width, bool momentum, bool proximal, bool dual>
+// dual: second order. constant: all steps have the same coefficients, no map, and y_k is the only output.
+template <typename Storage, int n, int width, bool momentum, bool proximal, bool dual, bool constant>
 __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
     momentum_diagonal_backward_kernel(const __grid_constant__ MomentumBackward<Storage> p,
                                       const __grid_constant__ Direction<Storage, dual> direction,
@@ -308,7 +308,8 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
       DiagonalState<n, C, momentum, dual> state(next, p.observed != nullptr);
       if constexpr (dual) state.load_tangent(direction, item.sample, e, item.exists);
       ProximalMap<C, n, proximal> map(p, item.sample, e, item.exists);
-      std::conditional_t<dual, SecondOrderAdjoint<C>, StepAdjoint<C>> adjoint[n];
+      using Adjoint = std::conditional_t<constant, ConstantStepAdjoint<C>, StepAdjoint<C>>;
+      std::conditional_t<dual, SecondOrderAdjoint<C>, Adjoint> adjoint[n];
       // of what the cotangents are, and of y
       const auto given_to = [&](int j) -> C& {
         if constexpr (dual) {
@@ -317,7 +318,7 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
           return adjoint[j].a;
         }
       };
-      const auto of_y = [&](int j) -> StepAdjoint<C>& {
+      const auto of_y = [&](int j) -> Adjoint& {
         if constexpr (dual) {
           return adjoint[j].p;
         } else {
@@ -327,8 +328,9 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
       C dq[n] = {};
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        of_y(j).a = 0;
+        of_y(j) = Adjoint{0};
         given_to(j) = next.a[j];
+        if constexpr (constant) adjoint[j].of_y = next.a[j];
       }
       if (++item.chunk < item.end) next.load(p, item.sample, item.element(), item.exists);
       const auto tangents = [&](int t) {
@@ -345,7 +347,9 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
           store_elements(dy, e, p.d, item.exists, direction.y + (t * p.B + item.sample) * p.d);
         }
       };
-      const auto coefficients = [&](int t) { return plain ? schedule.at(t) : schedule.at(p, item.sample, t); };
+      const auto coefficients_at = [&](int t) { return plain ? schedule.at(t) : schedule.at(p, item.sample, t); };
+      const StepCoefficients<C> of_all = constant ? coefficients_at(0) : StepCoefficients<C>{};
+      const auto coefficients = [&](int t) { return constant ? of_all : coefficients_at(t); };
       const auto keep = [](const auto& v, State* to) {
         State pack;
         assign(pack.at, v);
@@ -410,6 +414,11 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
               adjoint[j].step(s, ds, momentum, state.q[j] * pa + X * a, state.q[j] * a, y, previous[j], dy, d_previous,
                               terms);
               state.y[j] = previous[j], state.y[of_d] = d_previous;
+            } else if constexpr (constant) {
+              const C phi_q = s.phi * state.q[j], z = extrapolate(s, momentum, y, previous[j]);
+              adjoint[j].step(momentum, phi_q, s.beta - s.gamma * phi_q, z, state.q[j] * z + state.b[j],
+                              y - previous[j]);
+              state.y[j] = previous[j];
             } else {
               if constexpr (proximal) {
                 adjoint[j].a = map.adjoint(s, j, state.advanced(s, j, y, previous[j]), adjoint[j].a, terms);
@@ -421,6 +430,7 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
               state.y[j] = previous[j];
             }
           }
+          if constexpr (constant) continue;
           // z_0 without y_0 and m_0 are zero, and q a may overflow: the one is not multiplied by it, the other leaves it
           if (t == 0) terms[2] = 0;
           if (!plain && p.trajectory) {
@@ -435,8 +445,20 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
       C a[n], db[n];
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        a[j] = of_y(j).a + of_y(j).carry;
-        db[j] = of_y(j).db;
+        if constexpr (constant) {
+          a[j] = adjoint[j].of_y;
+          db[j] = -of_all.phi * adjoint[j].sum;
+          dq[j] = -of_all.phi * adjoint[j].sum_z;
+        } else {
+          a[j] = of_y(j).a + of_y(j).carry;
+          db[j] = of_y(j).db;
+        }
+      }
+      if constexpr (constant) {
+        C terms[4] = {};
+#pragma unroll
+        for (int j = 0; j < n; ++j) adjoint[j].add_terms(of_all.phi * state.q[j], terms);
+        gradient.add(0, delivered, terms);
       }
       store_d_diagonal(p, item.sample, e, item.exists, dq);
       if (p.db) store_elements(db, e, p.d, item.exists, p.db + item.sample * p.d);
@@ -559,9 +581,9 @@ const char* momentum_diagonal(const MomentumBackward<Storage>& problem, void* wo
   const Device device;
   if (device.error != cudaSuccess) return describe(device.error);
   const MomentumBackward<Storage> p = flattened(problem);
-  const auto run = [&](auto n, auto width, auto momentum, auto proximal, auto dual,
+  const auto run = [&](auto n, auto width, auto momentum, auto proximal, auto dual, auto constant,
                        const auto& direction) -> const char* {
-    const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width, momentum, proximal, dual>;
+    const auto kernel = momentum_diagonal_backward_kernel<Storage, n, width, momentum, proximal, dual, constant>;
     constexpr int kept = DiagonalState<n, C, momentum, dual>::size;
     DiagonalPlan plan = plan_diagonal(device, kernel, p.B, p.d, n, width, BlockSchedule<C, momentum>::bytes(p), p.k,
                                       block * static_cast<int64_t>(sizeof(Pack<C, kept>)));
@@ -596,8 +618,9 @@ const char* momentum_diagonal(const MomentumBackward<Storage>& problem, void* wo
       const std::initializer_list<const Storage*> arrays = {
           p.grad_y, p.d_diagonal, p.db, p.dy0, direction.diagonal, direction.b, direction.y0, direction.y};
       return with_layout<widest_pack<Storage> / 2>(p, arrays, [&](auto n, auto width) {
-        return with_momentum(
-            p, [&](auto momentum) { return run(n, width, momentum, std::false_type(), std::true_type(), direction); });
+        return with_momentum(p, [&](auto momentum) {
+          return run(n, width, momentum, std::false_type(), std::true_type(), std::false_type(), direction);
+        });
       });
     } else {
       return "second order has no kernel for this dtype";
@@ -605,7 +628,12 @@ const char* momentum_diagonal(const MomentumBackward<Storage>& problem, void* wo
   }
   return with_layout<widest_pack<Storage>>(p, {p.grad_y, p.d_diagonal, p.db, p.dy0}, [&](auto n, auto width) {
     return with_method(p, [&](auto momentum, auto proximal) {
-      return run(n, width, momentum, proximal, std::false_type(), NoDirection());
+      if constexpr (!proximal) {
+        if (coefficients_per_step(p) == 0 && !p.trajectory) {
+          return run(n, width, momentum, proximal, std::false_type(), std::true_type(), NoDirection());
+        }
+      }
+      return run(n, width, momentum, proximal, std::false_type(), std::false_type(), NoDirection());
     });
   });
 }

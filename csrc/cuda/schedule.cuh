@@ -48,6 +48,29 @@ struct StepAdjoint {
   }
 };
 
+// The same of one element of a diagonal Q where all steps have the same coefficients, which weigh the sums at the end.
+template <typename C>
+struct ConstantStepAdjoint {
+  C a, of_y = a;                               // of y_{t+1}: by every way, and by y alone, without m_{t+1}
+  C sum = 0, sum_z = 0, sum_g = 0, sum_m = 0;  // of a, a z, a g and a m
+
+  // back through a step. p: phi q; r: beta - gamma p; g: q z + b, small where q sum_z and b sum would cancel
+  __device__ __forceinline__ void step(bool momentum, C p, C r, C z, C g, C m) {
+    sum += a;
+    sum_z += a * z;
+    sum_g += a * g;
+    of_y -= p * a;
+    if (momentum) sum_m += a * m;
+    a = momentum ? of_y + r * a : of_y;
+  }
+  // p: phi q
+  __device__ __forceinline__ void add_terms(C p, C (&terms)[4]) const {
+    terms[0] -= sum_g;
+    terms[1] += sum_m;
+    terms[2] -= p * sum_m;
+  }
+};
+
 // Their tangents, d being those of the coefficients.
 template <typename C>
 __device__ __forceinline__ C extrapolate_tangent(const StepCoefficients<C>& s, const StepCoefficients<C>& d,
