@@ -85,7 +85,7 @@ def test_noise_is_weak_on_edges_and_strong_in_flat_regions():
     torch.testing.assert_close(sigma[:, 20], torch.full((40,), 10 / 255))
     # its standard deviation is what the law says: many draws of one image of middle gray
     gray = data.DenoisingTask(torch.full((1, 1, 40, 40), 0.5))
-    draws = torch.stack([gray.noisy(0, (slice(None), slice(None)), 7, i) for i in range(100)]) - 0.5
+    draws = data.add_noise(gray.clean.expand(100, 1, 40, 40), gray.sigma, [(7, i) for i in range(100)]) - 0.5
     # clipping takes 1 % of the tails
     assert draws.std() == pytest.approx(50 / 255, rel=0.03)
 
@@ -171,6 +171,38 @@ def test_ranks_share_the_batches_of_one_process(task, noise):
             assert share[step][2] == count
     again = [noisy for epoch in (2, 3) for _, noisy, _ in pairs.batches(epoch, 6)]
     assert not torch.equal(*again)
+
+
+@pytest.mark.parametrize("noise", ["fixed", "fresh"])
+def test_crops_are_a_function_of_seed_epoch_and_image(task, noise):
+    def crops(pairs, epoch, batch_size, ranks=1):
+        """Clean and noisy crops of an epoch by the training image that they are of, a window of it that is found."""
+        found = {}
+        for rank in range(ranks):
+            for clean, noisy, _ in pairs.batches(epoch, batch_size, rank, ranks):
+                for crop, other in zip(clean[:, 0], noisy[:, 0], strict=True):
+                    windows = task.clean[pairs.index, 0].unfold(1, 16, 1).unfold(2, 16, 1)
+                    ((position, top, left),) = (windows == crop).all((-1, -2)).nonzero().tolist()
+                    assert position not in found
+                    found[position] = (top, left), other
+        return found
+
+    pairs = data.TrainingPairs(task, 0, 16, noise)
+    expected = crops(pairs, 3, 6)
+    assert sorted(expected) == list(range(6))
+    again = data.TrainingPairs(task, 0, 16, noise)
+    for shared in ((4,), (1,), (4, 3)):
+        for position, (corner, noisy) in crops(again, 3, *shared).items():
+            assert corner == expected[position][0]
+            assert torch.equal(noisy, expected[position][1])
+    corners = lambda pairs, epoch: [corner for _, (corner, _) in sorted(crops(pairs, epoch, 6).items())]
+    # of each image its own, and others with another epoch
+    assert len(set(corners(pairs, 3))) > 3
+    assert corners(pairs, 3) != corners(pairs, 4)
+    if noise == "fixed":
+        whole = task.pairs(pairs.index, 0)[1]
+        for position, ((top, left), noisy) in expected.items():
+            assert torch.equal(noisy, whole[position, 0, top : top + 16, left : left + 16])
 
 
 def test_fixed_noise_stays_with_the_image(task):

@@ -42,15 +42,8 @@ class DenoisingTask:
 
     def pairs(self, index, seed):
         """The images of ``index`` and their noisy versions, ``[n, 1, H, W]``; an image has one noise in a round."""
-        window = slice(None), slice(None)
-        noisy = [self.noisy(i, window, _NOISE, seed // FOLDS) for i in index.tolist()]
-        return self.clean[index], torch.stack(noisy)
-
-    def noisy(self, image, window, *key):
-        """X = Y + σ n inside a window, ``[1, h, w]``, clipped to the paper's [0, 1]; n is a function of the key."""
-        clean, sigma = (stack[image, :, window[0], window[1]] for stack in (self.clean, self.sigma))
-        normal = _random(*key, image).standard_normal(clean.shape, dtype=np.float32)
-        return (clean + sigma * torch.from_numpy(normal)).clamp_(0, 1)
+        clean = self.clean[index]
+        return clean, add_noise(clean, self.sigma[index], [(_NOISE, seed // FOLDS, i) for i in index.tolist()])
 
 
 def folds(images, number):
@@ -76,6 +69,14 @@ def noise_level(clean):
     return (SIGMA_MIN + (SIGMA_MAX - SIGMA_MIN) * torch.exp(-variance / _EDGE_CONTRAST**2)).to(clean.dtype)
 
 
+def add_noise(clean, sigma, keys):
+    """X = Y + σ n of images ``[n, 1, H, W]``, clipped to the paper's [0, 1]; n of each is a function of its key."""
+    normal = torch.empty(clean.shape)
+    for plane, key in zip(normal.numpy(), keys, strict=True):
+        _random(*key).standard_normal(dtype=np.float32, out=plane)
+    return (clean + sigma * normal.to(clean.device)).clamp_(0, 1)
+
+
 class TrainingPairs:
     """What a model is trained on: crops of the training images, all a function of seed and epoch.
 
@@ -86,16 +87,16 @@ class TrainingPairs:
         seed: of the split, the order, the crops and the noise.
         crop: side of the crops, at most that of the images.
         noise: ``"fixed"``: each image has one noise for all epochs; ``"fresh"``: a new one in each epoch.
-        device: where minibatches are wanted; whole images with one noise are kept there.
+        device: where minibatches are wanted, and the images are kept.
     """
 
     def __init__(self, task, seed, crop, noise, device="cpu"):
-        self.task, self.seed, self.device = task, seed, device
-        self.index = task.split(seed)[0]
+        self.seed, self.index, self.fresh = seed, task.split(seed)[0], noise == "fresh"
         self.crop = min(crop, *task.clean.shape[-2:])
-        self.fixed = task.pairs(self.index, seed)[1] if noise == "fixed" else None
-        whole = noise == "fixed" and task.clean.shape[-2:] == (self.crop, self.crop)
-        self.kept = torch.stack([task.clean[self.index], self.fixed]).to(device) if whole else None
+        clean, noisy = (task.clean[self.index], None) if self.fresh else task.pairs(self.index, seed)
+        images = torch.stack([clean, task.sigma[self.index] if self.fresh else noisy])[:, :, 0].to(device)
+        # clean and noisy, or clean and σ: every crop of every image, [2, n, tops, lefts, crop, crop], in no new memory
+        self.crops = images.unfold(2, self.crop, 1).unfold(3, self.crop, 1)
 
     def batches(self, epoch, batch_size, rank=0, ranks=1):
         """Yield ``(clean, noisy, count)`` for each minibatch of an epoch.
@@ -103,29 +104,16 @@ class TrainingPairs:
         clean and noisy ``[n, 1, crop, crop]`` are on the device: this rank's share of a global batch of ``count``.
         """
         order = _random(_ORDER, self.seed, epoch).permutation(len(self.index))
+        # top and left in every image, whoever takes it in whatever batch
+        corners = _random(_CROP, self.seed, epoch).integers(self.crops.shape[2:4], size=(len(order), 2))
+        places = torch.from_numpy(np.stack([order, *corners[order].T])).to(self.crops.device)
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            clean, noisy = self._pairs(torch.from_numpy(batch[rank::ranks]), epoch)
-            yield clean, noisy, len(batch)
-
-    def _pairs(self, positions, epoch):
-        if self.kept is not None:
-            return self.kept[:, positions.to(self.device)]
-        pairs = self.task.clean.new_empty(2, len(positions), 1, self.crop, self.crop)
-        for row, position in enumerate(positions.tolist()):
-            pairs[0, row], pairs[1, row] = self._pair(position, epoch)
-        return pairs.to(self.device)
-
-    def _pair(self, position, epoch):
-        image = self.index[position].item()
-        height, width = self.task.clean.shape[-2:]
-        random = _random(_CROP, self.seed, epoch, image)
-        top, left = random.integers(height - self.crop + 1), random.integers(width - self.crop + 1)
-        window = slice(top, top + self.crop), slice(left, left + self.crop)
-        clean = self.task.clean[image, :, window[0], window[1]]
-        if self.fixed is not None:
-            return clean, self.fixed[position, :, window[0], window[1]]
-        return clean, self.task.noisy(image, window, _NOISE, self.seed, epoch + 1)
+            share = slice(start + rank, start + batch_size, ranks)
+            clean, noisy = self.crops[:, *places[:, share]].unsqueeze(2)
+            if self.fresh:
+                keys = [(_NOISE, self.seed, epoch + 1, i) for i in self.index[order[share]].tolist()]
+                noisy = add_noise(clean, noisy, keys)
+            yield clean, noisy, min(batch_size, len(order) - start)
 
 
 def _random(*key):
