@@ -32,14 +32,17 @@ def can_run(network, x, backend="auto"):
 
 def run(network, x):
     """What ``network``'s modules give on x ``[B, 1, H, W]``, their running statistics included."""
-    norms = [layer for layer in network if isinstance(layer, torch.nn.BatchNorm2d)]
+    # network.parameters() would search the tree of modules
+    layers = [layer for layer in network if not isinstance(layer, torch.nn.ReLU)]
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    norms = layers[2:-1:2]
     channels, eps = network[0].out_channels, norms[0].eps if norms else 0.0
     given = None
     if not network.training:
         given = x.new_empty(len(norms), 2, channels, dtype=torch.float64)
         for row, norm in zip(given, norms, strict=True):
             row[0], row[1] = norm.running_mean, norm.running_var
-    y, statistics = DnCNNFunction.apply(x, given, channels, len(norms), eps, *network.parameters())
+    y, statistics = DnCNNFunction.apply(x, given, channels, len(norms), eps, *parameters)
     if network.training:
         _update_running_statistics(norms, statistics, x.numel())
     return y
@@ -47,10 +50,14 @@ def run(network, x):
 
 @torch.no_grad()
 def _update_running_statistics(norms, statistics, count):
-    for norm, (mean, variance) in zip(norms, statistics, strict=True):
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    if not norms:
+        return
+    means, variances = statistics.to(norms[0].running_mean.dtype).unbind(1)
+    for norm, mean, variance in zip(norms, means, variances * (count / (count - 1)), strict=True):
+        # += would go through the module's __setattr__
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance, norm.momentum)
 
 
 class DnCNNFunction(torch.autograd.Function):
@@ -63,19 +70,20 @@ class DnCNNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, given, channels, hidden_layers, eps, *parameters):
         x = x.contiguous()
-        flat = torch.cat([p.reshape(-1) for p in parameters])
+        flat = torch.cat([p.flatten() for p in parameters])
         keep = any(ctx.needs_input_grad)
         op = torch.ops.unrolled_kernels.dncnn.default
         y, c, statistics = op(x, flat, given, channels, hidden_layers, eps, keep)
         ctx.mark_non_differentiable(statistics)
         if keep:
-            ctx.save_for_backward(x, flat, c, statistics, *parameters)
-        ctx.eps, ctx.training = eps, given is None
+            ctx.save_for_backward(x, flat, c, statistics)
+        # parameters for their shapes alone
+        ctx.eps, ctx.training, ctx.parameters = eps, given is None, parameters
         return y, statistics
 
     @staticmethod
     def backward(ctx, grad_y, _):
-        x, flat, c, statistics, *parameters = ctx.saved_tensors
+        x, flat, c, statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "DnCNN: the C++ op has no second derivative (create_graph=True); run the model with backend='eager'"
@@ -83,6 +91,6 @@ class DnCNNFunction(torch.autograd.Function):
         op = torch.ops.unrolled_kernels.dncnn_backward.default
         needs_x = ctx.needs_input_grad[0]
         d_flat, dx = op(grad_y.contiguous(), x, flat, c, statistics, ctx.eps, ctx.training, needs_x)
-        grads = d_flat.split([p.numel() for p in parameters])
-        grads = (g.view(p.shape) for g, p in zip(grads, parameters, strict=True))
+        parts = d_flat.split([p.numel() for p in ctx.parameters])
+        grads = (part.view_as(p) for part, p in zip(parts, ctx.parameters, strict=True))
         return dx if needs_x else None, None, None, None, None, *grads

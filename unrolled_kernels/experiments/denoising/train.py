@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import mse_loss
 
 from unrolled_kernels.experiments import checkpoint, ranks, study
 from unrolled_kernels.experiments.denoising import distributed, evaluation
@@ -83,7 +84,7 @@ class Trainer:
         """One step of Adam on this rank's share of a batch of ``count`` images; returns the sum of its losses."""
         with self._autocast():
             restored = self.parallel(noisy)
-        loss = (restored.float() - clean).square().mean((1, 2, 3)).sum()
+        loss = mse_loss(restored.float(), clean, reduction="sum") / math.prod(clean.shape[1:])
         self.optimizer.zero_grad()
         # gradients are averaged over ranks, whose shares may differ in size
         self.scaler.scale(loss * (ranks.ranks() / count)).backward()
