@@ -65,8 +65,10 @@ CEILINGS = {
     "momentum_diagonal": {
         ("momentum_diagonal_kernel", "gd"): {0: 43},
         ("momentum_diagonal_kernel", "momentum"): {0: 46},
-        ("momentum_diagonal_backward_kernel", "gd"): {0: 69},
-        ("momentum_diagonal_backward_kernel", "momentum"): {0: 128},
+        ("momentum_diagonal_backward_kernel", "gd"): {0: 48},
+        ("momentum_diagonal_backward_kernel", "momentum"): {0: 46},
+        ("momentum_diagonal_backward_kernel", "gd, scheduled"): {0: 69},
+        ("momentum_diagonal_backward_kernel", "momentum, scheduled"): {0: 128},
     },
     "momentum_resident": {
         ("momentum_resident_kernel", "gd"): {256: 61},

@@ -49,6 +49,8 @@ def _describe(symbol):
     if re.search(r"(dense|spectral)_kernelIf\w+?Lb1EEEv", symbol):
         return match[1] + " that stops", int(match[2])
     if re.search(r"diagonal_backward_kernelIf\w+?Lb1EEEv", symbol):
+        return match[1] + " of constant coefficients", None
+    if re.search(r"diagonal_backward_kernelIf\w+?Lb1ELb0EEEv", symbol):
         return match[1] + " of second order", None
     proximal = " with a map" if re.search(r"(Lb[01]E|shared_(backward_)?kernelIf)Lb1E", symbol) else ""
     return match[1] + proximal, int(match[2]) if match[2] and not match[3] else None
@@ -64,6 +66,7 @@ REGISTERS = {
     "momentum_dense_second_order_kernel": {d: 168 if d < 8 else 255 for d in TILES},
     "momentum_diagonal_kernel": {None: 80},
     "momentum_diagonal_backward_kernel": {None: 128},
+    "momentum_diagonal_backward_kernel of constant coefficients": {None: 128},
     "momentum_diagonal_backward_kernel of second order": {None: 168},
     "momentum_dense_kernel that stops": TILES | {4: 168, 5: 168, 8: 255, 16: 168, 32: 168},
     "momentum_spectral_kernel that stops": TILES,
@@ -285,6 +288,16 @@ def test_edges(structure, trajectory):
         for form, shared in (("step", True), ("sample", False)):
             tensors = _problem(structure, B, d, k, form=form, shared=shared, warm=warm, trajectory=trajectory, seed=5)
             _check(Momentum(), tensors, k, torch.float64)
+
+
+@needs_emulation
+@pytest.mark.parametrize("structure", ["diagonal", "tikhonov"])
+@pytest.mark.parametrize("method", ["gd", "momentum"])
+def test_constant_coefficients(structure, method):
+    """Backward leaves what they weigh to the end, over several segments of steps and wherever their iterates are."""
+    for B, d, k, form, limit in ((5, 6, 37, "scalar", 0), (3, 132, 20, "sample", 0), (2, 132, 20, "scalar", 12000)):
+        tensors = _problem(structure, B, d, k, method=method, form=form, warm=B != 3, shared=B == 5, seed=8)
+        _in_every_order(tensors, k, torch.float32, **({"CUDA_ON_CPU_SHARED_MEMORY": str(limit)} if limit else {}))
 
 
 @needs_emulation
