@@ -8,11 +8,10 @@ import math
 from collections import defaultdict
 
 from benchmarks import harness, suite
-from unrolled_kernels.functional import LARGE_DIAGONAL
 
 FILE = harness.ROOT / "unrolled_kernels/_auto.py"
 # Kinds of calls, as ``functional`` tells them apart by structure and size.
-KINDS = ("dense", "products", "diagonal", "large diagonal", "spectral", "rnn")
+KINDS = ("dense", "products", "diagonal", "spectral", "rnn")
 # Where nothing is measured: what is taken, and why. Slots are instructions that a step issues, predicted-sm_90.
 _CPU = {("cpu", kind): (("cpu",), "not measured") for kind in KINDS}
 _PREDICTED = "predicted, not measured"
@@ -25,9 +24,8 @@ UNMEASURED = _CPU | {
             "41 to 55 slots for 32 FMAs and the next Q on its way, Triton's 43 to 67 without",
         ),
         ("products", (), "as many products as the eager loop has, until a GPU has run what lies between them"),
-        ("diagonal", ("cuda", "triton"), "calls that are so short ask for the smaller cost of a launch"),
-        # at k = 10, gradient descent / with momentum; CUDA C++: 55 / 104
-        ("large diagonal", ("triton", "cuda"), "backward 30 / 72 slots a step of 4 elements, CUDA C++ 55 / 104"),
+        # gradient descent / with momentum; 55 / 104 with other coefficients at each step
+        ("diagonal", ("cuda", "triton"), "backward 33 / 61 slots a step of 4 elements, Triton's 30 / 72"),
         ("spectral", ("cuda", "triton"), "predicted to be bound by memory at k = 10; Triton's are not counted"),
         ("rnn", ("cuda", "triton"), "38 slots for 32 FMAs; Triton's are not counted"),
     )
@@ -42,7 +40,7 @@ def kind_of(file, row):
     if file.stem.startswith("shared_dense") and min(int(row["B"]), int(row["d"])) > 128:
         return "products"
     if row["structure"] in ("diagonal", "tikhonov"):
-        return "large diagonal" if int(row["B"]) * int(row["d"]) >= LARGE_DIAGONAL else "diagonal"
+        return "diagonal"
     return row["structure"]
 
 
@@ -54,7 +52,7 @@ def measured():
             for row in csv.DictReader(lines):
                 if "backend" in row:
                     key = "cpu" if file.parent.name.startswith("cpu") else "cuda", kind_of(file, row)
-                    case = (file.name, *(row[name] for name in _CASE))
+                    case = (file.parent.name, file.name, *(row[name] for name in _CASE))
                     tables[key][case][row["backend"]] = float(row["p50_us"])
     return tables
 

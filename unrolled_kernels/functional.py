@@ -488,17 +488,11 @@ def _differentiated(backward, backward_steps, return_trajectory):
     return _MINIMIZER
 
 
-LARGE_DIAGONAL = 2**24  # elements; an estimate of where Triton's slower launch, of some 30 µs, no longer counts
-
-
 def _kind(Q, shape):
     """What a call is, by structure and size, in the table of what ``backend="auto"`` takes."""
     if isinstance(Q, torch.Tensor):
         return "products" if _multiplies_matrices(Q, shape) else "dense"
-    if isinstance(Q, Spectral):
-        return "spectral"
-    # an exported program takes batches of any size
-    return "diagonal" if torch.compiler.is_exporting() or math.prod(shape) < LARGE_DIAGONAL else "large diagonal"
+    return "spectral" if isinstance(Q, Spectral) else "diagonal"
 
 
 def _multiplies_matrices(Q, shape):

@@ -262,12 +262,11 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
     if (in.weight.data && flip()) outputs.add(p.d_weight, B * d);
     momentum_cpu(structure, p);
   });
-  if (structure == Structure::spectral || k == 0) return;
+  if (k == 0) return;
 
-  // gradients of other kinds, which spectral kernels have none of: of the last steps alone, of a minimizer, with iterates
-  // that were kept, and second order
+  // gradients of other kinds: of the last steps alone, of a minimizer, with iterates that were kept, and second order
   const auto add_gradients = [&](Outputs& outputs, MomentumBackward<Storage>& p) {
-    if (dense) outputs.add(p.d_matrix, (in.separate ? B : matrices) * d * d);
+    if (!elementwise) outputs.add(p.d_matrix, (in.separate ? B : matrices) * d * d);
     if (!dense) outputs.add(p.d_diagonal, B * d);
     outputs.add(p.db, B * d);
   };
@@ -329,7 +328,7 @@ void momentum(Kind kind, int64_t B, int64_t d, int64_t k) {
         momentum_cpu(structure, p);
       });
     }
-    if (in.prox != Prox::none || in.observed) return;
+    if (structure == Structure::spectral || in.prox != Prox::none || in.observed) return;
     MomentumTangents<Storage> tangents{};
     std::vector<Array<Storage>> directions;
     const auto add_direction = [&](const Storage*& data, int64_t size) {
