@@ -183,9 +183,11 @@ def main(argv=None):
         name, *runs = arguments.collect
         print(*collect(name, [Path(run) for run in runs]), sep="\n")
     report.fill(PAGES, sections())
-    models = read("models")
-    for path in figures.draw(models[~models["diverged"]], None, FOLDER):
-        print(path)
+    for name, folder in (("models", FOLDER), ("fixed", FOLDER / "fixed")):
+        if (FOLDER / "results" / f"{name}.parquet").exists():
+            models = read(name)
+            folder.mkdir(exist_ok=True)
+            print(*figures.draw(models[~models["diverged"]], None, folder), sep="\n")
     return 0
 
 
