@@ -57,7 +57,7 @@ def environment(device):
         "commit": _git("rev-parse", "--short", "HEAD")
         + ("+" if _git("status", "--porcelain", "csrc", "unrolled_kernels") else ""),
         "kernel_sources_sha256": kernel_sources_sha256(),
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
     }
 
 

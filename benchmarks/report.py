@@ -36,6 +36,11 @@ def measured():
     return [Device(directory) for directory in sorted(RESULTS.glob("*/")) if (directory / "momentum.csv").exists()]
 
 
+def measured_last(devices):
+    """The device whose rows are the newest."""
+    return max(devices, key=lambda device: device.rows.date.max())
+
+
 def main():
     """Write a page for each directory of results, and the README's parts from the one measured last."""
     devices = measured()
@@ -44,7 +49,7 @@ def main():
     PAGES.mkdir(parents=True, exist_ok=True)
     for device in devices:
         (PAGES / f"{device.name}.md").write_text(device.page())
-    latest = max(devices, key=lambda device: device.rows.date.max())
+    latest = measured_last(devices)
     parts = {"headline": latest.headline(), "speed": latest.summary(), **latest.gradients()}
     report.fill((ROOT / "README.md", ROOT / "docs/mathematics.md"), parts)
     print(*(f"{PAGES}/{device.name}.md" for device in devices), sep="\n")
@@ -109,7 +114,7 @@ class Device:
         threads = "" if pd.isna(first.threads) else f", {first.threads:.0f} threads"
         commits = ", ".join(sorted(self.rows.commit.astype(str).unique()))
         return (
-            f"{first.device}{threads}, float32, torch {first.torch}, commit {commits}, {first.date}. Medians of "
+            f"{first.device}{threads}, float32, torch {first.torch}, commit {commits}, {first.date[:10]}. Medians of "
             "forward + backward with the gradient of every input."
         )
 
