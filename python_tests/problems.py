@@ -54,7 +54,7 @@ class Problem:
         """Size of the terms that the leaf's gradient sums, where they may cancel; 0 where they do not."""
         return 0.0
 
-    def run(self, backend, dtype, cotangent=None, without=()):
+    def run(self, backend, dtype, cotangent=None, without=(), create_graph=False):
         """The output and the gradient of every leaf not in ``without``, as ``{name: tensor}``."""
         leaves = {n: x.detach().clone().requires_grad_(n not in without) for n, x in self.cast(dtype).items()}
         y = self.call(backend, leaves)
@@ -65,8 +65,8 @@ class Problem:
         wanted = [n for n in leaves if n not in without]
         if not y.requires_grad:
             return {"y": y.detach()} | {n: None for n in wanted}
-        grads = torch.autograd.grad(y, [leaves[n] for n in wanted], g, allow_unused=True)
-        return {"y": y.detach()} | {n: g for n, g in zip(wanted, grads, strict=True)}
+        grads = torch.autograd.grad(y, [leaves[n] for n in wanted], g, allow_unused=True, create_graph=create_graph)
+        return {"y": y.detach()} | {n: g if g is None else g.detach() for n, g in zip(wanted, grads, strict=True)}
 
 
 class MomentumProblem(Problem):

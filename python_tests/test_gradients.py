@@ -287,6 +287,21 @@ def test_second_order_is_that_of_eager(backend, structure, mode):
         problems.assert_second_order_is_that_of_eager(problem, backend)
 
 
+@structures
+@methods
+@modes
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_gradients_that_may_be_differentiated(structure, method, mode, dtype):
+    """They come another way, and are as close to the exact ones; those of float32 are float32's under autocast, too."""
+    problem = MomentumProblem(structure, (3,), 4, 8, method=method, form="step", device="cpu")
+    problem.gradients = MODES[mode]
+    expected = compare(problem, "cpu", DTYPES[dtype], create_graph=True)
+    if dtype == "f32":
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = problem.run("cpu", DTYPES[dtype], create_graph=True)
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
 @backends
 @structures
 @modes

@@ -104,10 +104,10 @@ def gradient_descent(
         backward: ``"unrolled"``: the gradients of all k steps. ``"implicit"``: those of the minimizer, with y_k in its
             place, by k steps of the same method on Qᵀ; y0 and the coefficients get zero. It is as good as y_k is close.
         backward_steps: the gradients of the last n ≥ 1 steps alone, with y_{k-n} as a constant; 1 is known as one-step
-            or Jacobian-free. A method with momentum keeps the state of each of the n. None: of all steps.
+            or Jacobian-free. None: of all steps.
         tolerance: ≥ 0: a sample (of the last dimension, whatever Q is) stops after the first step with
             max_i |y_{t+1} - y_t| ≤ tolerance · max(1, max_i |y_{t+1}|); from there on its coefficients count as zero,
-            and get zero. ``num_steps`` stays the bound, and all of the steps are computed: it costs a forward more.
+            and get zero. ``num_steps`` stays the bound. With the trajectory all of the steps are computed.
         return_info: return ``(y, info)``, with the steps that each sample took and the size of the last.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; default: ``use_backend``'s, the
             environment variable ``UNROLLED_KERNELS_BACKEND``'s, else the fastest available.

@@ -91,7 +91,7 @@ struct ElementwiseBackward : Elementwise<C> {
   ProxSums<C> map_sums{};  // filled with zeros
   C* trace = nullptr;      // [2, k, vectors_at_once] vectors, with a proximal map [3, k, vectors_at_once]
 
-  // Lets `before` run up to `step`, from which y, z and m on this goes on; dm: what the gradient of m there goes to.
+  // Runs `before` up to `step`: this goes on from its y, z and m. dm_at: where the gradient of that m goes.
   void begin_after(ElementwiseForward<C> before, int64_t step, C* z_at, C* m_at, C* dm_at, int64_t vectors);
 
   // df = 2 f dlambda

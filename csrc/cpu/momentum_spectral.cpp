@@ -6,7 +6,7 @@
 //
 //     db = R dbh    dy_0 = ybar_0 + R dyh_0    dR = b dbh' + y_0 dyh_0' + sum_{t > 0} ybar_t yh_t'
 //
-// Where the steps before t = first are constant, y_first and, with momentum, m_first take the place of y_0 in dR. Implicit
+// Where the steps before t = f are constant, dR = b dbh' + y_f dyh_f' + m_f dmh_f' + sum_{t > f} ybar_t yh_t'. Implicit
 // gradients have what the steps make of R'ybar_k for dbh, dlambda = dbh yh_k, and no term of y_0.
 //
 // y_0 itself is never rotated: with k = 0 or t = 0 of a trajectory nothing of R is in it.

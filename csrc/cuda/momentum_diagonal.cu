@@ -7,8 +7,8 @@
 // A thread takes 16 bytes (half types: 8) of consecutive elements of one sample, a warp one chunk after another, of which
 // the next is on its way meanwhile. Backward keeps the iterates of `segment` steps in shared memory, a value for each
 // element and step; for more steps, it recomputes them from (y_t, y_{t-1}) at the start of each segment. What a proximal
-// map was given, v_t, it recomputes from y_t and y_{t-1} as well. Second order is the same of y and of its tangent, of half
-// as many elements.
+// map was given, v_t, it recomputes from y_t and y_{t-1} as well. Where all steps have the same coefficients these weigh sums
+// over the steps, at the end. Second order is the same of y and of its tangent, of half as many elements.
 // Where samples have the same schedule and their rows follow one another, the batch is one long sample.
 #include "cuda/launch.cuh"
 #include "cuda/momentum_kernels.h"
@@ -328,9 +328,8 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
       C dq[n] = {};
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        of_y(j) = Adjoint{0};
+        of_y(j) = Adjoint{dual ? C(0) : next.a[j]};
         given_to(j) = next.a[j];
-        if constexpr (constant) adjoint[j].of_y = next.a[j];
       }
       if (++item.chunk < item.end) next.load(p, item.sample, item.element(), item.exists);
       const auto tangents = [&](int t) {
@@ -446,7 +445,7 @@ __global__ void __launch_bounds__(block, proximal || dual ? 3 : 4)
 #pragma unroll
       for (int j = 0; j < n; ++j) {
         if constexpr (constant) {
-          a[j] = adjoint[j].of_y;
+          a[j] = adjoint[j].direct;
           db[j] = -of_all.phi * adjoint[j].sum;
           dq[j] = -of_all.phi * adjoint[j].sum_z;
         } else {

@@ -51,7 +51,7 @@ struct StepAdjoint {
 // The same of one element of a diagonal Q where all steps have the same coefficients, which weigh the sums at the end.
 template <typename C>
 struct ConstantStepAdjoint {
-  C a, of_y = a;                               // of y_{t+1}: by every way, and by y alone, without m_{t+1}
+  C a, direct = a;                             // of y_{t+1}: by every way, and by y alone, not by m_{t+1}
   C sum = 0, sum_z = 0, sum_g = 0, sum_m = 0;  // of a, a z, a g and a m
 
   // back through a step. p: phi q; r: beta - gamma p; g: q z + b, small where q sum_z and b sum would cancel
@@ -59,9 +59,9 @@ struct ConstantStepAdjoint {
     sum += a;
     sum_z += a * z;
     sum_g += a * g;
-    of_y -= p * a;
+    direct -= p * a;
     if (momentum) sum_m += a * m;
-    a = momentum ? of_y + r * a : of_y;
+    a = momentum ? direct + r * a : direct;
   }
   // p: phi q
   __device__ __forceinline__ void add_terms(C p, C (&terms)[4]) const {

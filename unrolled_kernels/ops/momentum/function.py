@@ -267,10 +267,9 @@ def in_eigenbasis(run, backend, *arguments):
     matrix, diagonal, _, b, y0, *rest = arguments
     storage, compute, trajectory = b.dtype, rest[0].dtype, rest[-1]
     matrix, diagonal, b, y0 = (x if x is None else x.to(compute) for x in (matrix, diagonal, b, y0))
-    with common.without_autocast(b.device.type):
-        b_hat, y0_hat = (x if x is None else common.matvec(matrix.mT, x) for x in (b, y0))
-        y_hat = run(backend, None, diagonal, None, b_hat, y0_hat, *rest)
-        y = common.matvec(matrix, y_hat[1:] if trajectory else y_hat)
+    b_hat, y0_hat = (x if x is None else common.matvec(matrix.mT, x) for x in (b, y0))
+    y_hat = run(backend, None, diagonal, None, b_hat, y0_hat, *rest)
+    y = common.matvec(matrix, y_hat[1:] if trajectory else y_hat)
     if trajectory:
         # y_0 itself is never rotated
         y = torch.cat([(torch.zeros_like(b) if y0 is None else y0).unsqueeze(0), y])
@@ -279,15 +278,15 @@ def in_eigenbasis(run, backend, *arguments):
 
 def backward_in_torch(run, grad_y, tensors, needs):
     """The gradients ``needs`` of the 13 canonical tensors, None for the others, as torch differentiates ``run``."""
-    with torch.enable_grad():
+    wanted = [i for i in range(13) if needs >> i & 1]
+    grads = [None] * 13
+    with torch.enable_grad(), common.without_autocast(grad_y.device.type):
         # as variables of their own: a tensor may follow from another
         tensors = [x if x is None else x.view_as(x) for x in tensors]
         y = run(*tensors)
-    wanted = [i for i in range(13) if needs >> i & 1]
-    grads = [None] * 13
-    found = torch.autograd.grad(
-        y, [tensors[i] for i in wanted], grad_y, create_graph=True, allow_unused=True, materialize_grads=True
-    )
+        found = torch.autograd.grad(
+            y, [tensors[i] for i in wanted], grad_y, create_graph=True, allow_unused=True, materialize_grads=True
+        )
     for i, g in zip(wanted, found, strict=True):
         grads[i] = g
     return grads
@@ -369,9 +368,8 @@ def _second_order_in_torch(cotangents, *arguments):
 
 def _has_second_order(backend, tensors, num_steps):
     """Whether the kernels of second order take the arguments of a backward pass, and nothing differentiates them."""
-    _, matrix, diagonal, observed, b, _, phi, _, _, _, *prox = tensors
-    spectral = matrix is not None and diagonal is not None
-    if spectral or observed is not None or prox != [None] * 4 or common.is_differentiated():
+    _, matrix, _, observed, b, _, phi, _, _, _, *prox = tensors
+    if is_spectral(tensors[1:]) or observed is not None or prox != [None] * 4 or common.is_differentiated():
         return False
     if backend not in _LARGEST or num_steps == 0 or b.dtype != phi.dtype:
         return False

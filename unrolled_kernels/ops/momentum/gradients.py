@@ -1,7 +1,7 @@
 """Gradients other than those of all k steps: truncated, and implicit.
 
 Both are derived in ``manual``, take the canonical arguments of the package's docstring, and are made of the op itself,
-so they hold for every backend. On a CPU the kernels have them to themselves.
+so they hold for every backend; on a CPU kernels take most of them (``has_kernel``).
 """
 
 import functools
@@ -52,8 +52,8 @@ def _is_transformed():
     return torch.compiler.is_compiling() or _torch_private.transforms_are_active() or common.runs_in_eager()
 
 
-def _composed(backend, tensors, num_steps, trajectory, backward_steps, hold=lambda y: y):
-    """``truncated`` as calls of the op; ``hold`` is called with what is constant, y_(k-n) and y_(k-n-1)."""
+def _composed(backend, tensors, num_steps, trajectory, backward_steps, as_constant=lambda y: y):
+    """``truncated`` as calls of the op; y_(k-n) and y_(k-n-1) are made constant."""
     if function.is_spectral(tensors):
         return _composed_in_eigenbasis(backend, tensors, num_steps, trajectory, backward_steps)
     first, previous = num_steps - backward_steps, None
@@ -65,8 +65,8 @@ def _composed(backend, tensors, num_steps, trajectory, backward_steps, hold=lamb
             previous = begun[-2] if trajectory else run(backend, *shorter, False)
     # detached: forward mode knows no torch.no_grad
     begun, previous = (x if x is None else x.detach() for x in (begun, previous))
-    start = hold(begun[-1] if trajectory else begun)
-    previous = previous if previous is None else hold(previous)
+    start = as_constant(begun[-1] if trajectory else begun)
+    previous = previous if previous is None else as_constant(previous)
     last = _last_steps(backend, _steps(tensors, first, num_steps), start, previous, backward_steps, trajectory)
     return torch.cat([begun, last[1:]]) if trajectory else last
 
@@ -76,19 +76,14 @@ def _composed_in_eigenbasis(backend, tensors, num_steps, trajectory, backward_st
     matrix = tensors[0]
     rotate, back = (lambda x, R=R: common.matvec(R, x) for R in (matrix.mT, matrix))
 
-    def hold(y_hat):
+    def as_constant(y_hat):
         # a value to which no rotation adds an error, with the derivatives of one
         rotated = rotate(back(y_hat).detach())
         return y_hat + (rotated - rotated.detach())
 
-    in_eigenbasis = [
-        None,
-        tensors[1],
-        None,
-        *(x if x is None else rotate(x) for x in tensors[_B:_PHI]),
-        *tensors[_PHI:],
-    ]
-    y_hat = _composed(backend, in_eigenbasis, num_steps, trajectory, backward_steps, hold)
+    b_hat, y0_hat = (x if x is None else rotate(x) for x in tensors[_B:_PHI])
+    diagonal = [None, tensors[1], None, b_hat, y0_hat, *tensors[_PHI:]]
+    y_hat = _composed(backend, diagonal, num_steps, trajectory, backward_steps, as_constant)
     if not trajectory:
         return back(y_hat)
     # y_0 itself is never rotated
@@ -135,8 +130,13 @@ def _backward_of_last_steps(grad_y, *arguments):
     begun = arguments[17:]
     if not common.is_differentiated():
         return native.backward(grad_y, *tensors, num_steps, trajectory, needs, None, first, *begun)
-    last_steps = lambda *tensors: _composed("cpu", list(tensors), num_steps, trajectory, num_steps - first)
-    return function.backward_in_torch(last_steps, grad_y, tensors, needs)
+
+    def last_steps(backend, *arguments):
+        *tensors, num_steps, trajectory = arguments
+        return _composed(backend, tensors, num_steps, trajectory, num_steps - first)
+
+    run = lambda *tensors: _in_compute_dtype(last_steps, "cpu", *tensors, num_steps, trajectory)
+    return function.backward_in_torch(run, grad_y, tensors, needs)
 
 
 def _in_compute_dtype(function, backend, *arguments, **options):
@@ -336,7 +336,7 @@ def of_known_minimizer(y, backend, *arguments):
 
 
 def _backward_of_minimizer(backend, grad_y, *arguments):
-    """Gradients of the 13 tensors, those of b and of the map whether needed or not, where ``y`` is taken for it."""
+    """Gradients of the 13 tensors, more of them than are needed it may be, where ``y`` is taken for it."""
     *tensors, num_steps, _, needs, y = arguments
     matrix, diagonal, observed, b, y0, *schedule = tensors[:9]
     needed = [bool(needs >> i & 1) for i in range(13)]

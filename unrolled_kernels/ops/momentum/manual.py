@@ -35,7 +35,10 @@ A proximal map, y_{t+1} = p_t(v_t) where y_{t+1} was v_t, leaves all of this as 
 Weights and thresholds below zero count as zero and have no gradient. D_t is constant where p_t is differentiable, so
 second-order gradients go through the same formulas.
 
-Truncated after n steps, the same is run for t = k-1 … k-n: y_{k-n} and y_{k-n-1} are constant, and y_0 gets zero.
+Truncated after n steps, the same is run for t = k-1 … k-n = f: y_f and y_{f-1} are constant, and y_0 gets zero. Of
+Q = R diag(λ) Rᵀ what is constant are these and not Rᵀ times them, so that with ŷ̄_f the adjoint of ŷ_f but for m̂_f
+
+    R̄ = b b̂̄ᵀ + y_f ŷ̄_fᵀ + m_f m̂̄_fᵀ + Σ_{t>f} ȳ_t^out ŷ_tᵀ
 
 Implicitly, y_k is taken for the fixed point y of the steps, where Q y + b = 0 whatever the schedule. Differentiated,
 Q dy + dQ y + db = 0, so with Qᵀa = ȳ
