@@ -345,7 +345,7 @@ def test_use_backend_nests_and_restores():
 
 
 def test_auto_takes_what_is_fastest_for_the_work(monkeypatch):
-    """As if everything were available: one large Q for many samples goes to torch's products, on a GPU only."""
+    """As if everything were available: one large Q for many samples goes to torch's products, on a GPU above all."""
     from unrolled_kernels import _backend
 
     monkeypatch.setattr(_backend, "unavailable_reason", lambda name: None)
@@ -355,6 +355,7 @@ def test_auto_takes_what_is_fastest_for_the_work(monkeypatch):
     assert choose("auto", "cuda", "products") == "eager"
     assert choose("cuda", "cuda", "products") == "cuda"
     assert choose("auto", "cpu", "products") == "cpu"
+    assert choose("auto", "cuda", "large products") == "eager"
     assert choose("auto", "meta", "dense") == "eager"
     asked = []
 
@@ -365,6 +366,7 @@ def test_auto_takes_what_is_fastest_for_the_work(monkeypatch):
     monkeypatch.setattr(_backend, "decide", decide)
     cases = (
         ((130, 130), 200, "products"),
+        ((1025, 1025), 200, "large products"),
         ((130, 130), 100, "dense"),
         ((128, 128), 200, "dense"),
         ((200, 130, 130), 200, "dense"),

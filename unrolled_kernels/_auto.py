@@ -2,20 +2,24 @@
 
 # By device and by what a call is, its structure and size: the first that is available, else eager.
 AUTO: dict[tuple[str, str], tuple[str, ...]] = {
-    # of 144 cases none has the eager loop before it
+    # of 263 cases none has the eager loop before it
     ("cpu", "dense"): ("cpu",),
-    # of 14 cases none has the eager loop before it
+    # of 18 cases none has the eager loop before it
     ("cpu", "products"): ("cpu",),
-    # of 16 cases none has the eager loop before it
+    # of 4 cases 2 has the eager loop before it
+    ("cpu", "large products"): (),
+    # of 46 cases none has the eager loop before it
     ("cpu", "diagonal"): ("cpu",),
-    # of 20 cases none has the eager loop before it
-    ("cpu", "spectral"): ("cpu",),
-    # of 6 cases none has the eager loop before it
+    # of 119 cases 6 has the eager loop before it
+    ("cpu", "spectral"): (),
+    # of 12 cases none has the eager loop before it
     ("cpu", "rnn"): ("cpu",),
     # predicted, not measured: 41 to 55 slots for 32 FMAs and the next Q on its way, Triton's 43 to 67 without
     ("cuda", "dense"): ("cuda", "triton"),
     # predicted, not measured: as many products as the eager loop has, until a GPU has run what lies between them
     ("cuda", "products"): (),
+    # predicted, not measured: the same
+    ("cuda", "large products"): (),
     # predicted, not measured: backward 33 / 61 slots a step of 4 elements, Triton's 30 / 72
     ("cuda", "diagonal"): ("cuda", "triton"),
     # predicted, not measured: predicted to be bound by memory at k = 10; Triton's are not counted

@@ -488,10 +488,15 @@ def _differentiated(backward, backward_steps, return_trajectory):
     return _MINIMIZER
 
 
+LARGE_PRODUCT = 1024  # d beyond which Q, 4 MiB, leaves a second-level cache, and torch's products have caught up
+
+
 def _kind(Q, shape):
     """What a call is, by structure and size, in the table of what ``backend="auto"`` takes."""
     if isinstance(Q, torch.Tensor):
-        return "products" if _multiplies_matrices(Q, shape) else "dense"
+        if not _multiplies_matrices(Q, shape):
+            return "dense"
+        return "large products" if shape[-1] > LARGE_PRODUCT else "products"
     return "spectral" if isinstance(Q, Spectral) else "diagonal"
 
 
