@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 
 from benchmarks import harness, suite
-from unrolled_kernels.functional import LARGE_PRODUCT
+from unrolled_kernels.functional import LARGE_DENSE, LARGE_SPECTRAL
 
 FILE = harness.ROOT / "unrolled_kernels/_auto.py"
 # Kinds of calls, as ``functional`` tells them apart by structure and size.
@@ -39,8 +39,11 @@ def kind_of(file, row):
     """What a row is in the table."""
     if file.stem == "rnn":
         return "rnn"
-    if file.stem.startswith("shared_dense") and min(int(row["B"]), int(row["d"])) > 128:
-        return "large products" if int(row["d"]) > LARGE_PRODUCT else "products"
+    B, d = int(row["B"]), int(row["d"])
+    if file.stem.startswith("shared_dense") and min(B, d) > 128:
+        return "large products" if d > LARGE_DENSE else "products"
+    if file.stem.startswith("shared_spectral") and d > LARGE_SPECTRAL[0] and B * d > LARGE_SPECTRAL[1]:
+        return "large products"
     if row["structure"] in ("diagonal", "tikhonov"):
         return "diagonal"
     return row["structure"]

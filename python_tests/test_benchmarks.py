@@ -81,7 +81,8 @@ def test_auto_takes_no_path_that_was_slower(file):
     keys = ["structure", "method", "mode", "dtype", "B", "d", "k"]
     for key, group in rows.groupby([*keys, "threads"], dropna=False):
         case = dict(zip(keys, key, strict=False))
-        times = group.set_index("backend").p50_us
+        # two sweeps may share a case
+        times = group.groupby("backend").p50_us.median()
         candidates = _backend.AUTO[device, auto.kind_of(file, case)]
         taken = next((name for name in candidates if name in times), "eager")
         assert "eager" not in times or times[taken] <= times["eager"], f"{case}: {taken}, {times.to_dict()}"

@@ -379,6 +379,7 @@ def test_auto_takes_what_is_fastest_for_the_work(monkeypatch):
         (uk.Diagonal(torch.zeros(3)), torch.zeros(3), "diagonal"),
         (uk.Tikhonov(torch.zeros(3), torch.zeros(3)), torch.zeros(3), "diagonal"),
         (uk.Spectral(torch.zeros(3), torch.eye(3)), torch.zeros(3), "spectral"),
+        (uk.Spectral(torch.zeros(257), torch.eye(257)), torch.zeros(1, 257).expand(512, 257), "large products"),
     ):
         F.gradient_descent(Q, b, 0.5, 0)
         assert asked[-1] == kind

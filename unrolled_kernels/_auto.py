@@ -6,12 +6,12 @@ AUTO: dict[tuple[str, str], tuple[str, ...]] = {
     ("cpu", "dense"): ("cpu",),
     # of 18 cases none has the eager loop before it
     ("cpu", "products"): ("cpu",),
-    # of 4 cases 2 has the eager loop before it
+    # of 11 cases 8 has the eager loop before it
     ("cpu", "large products"): (),
     # of 46 cases none has the eager loop before it
     ("cpu", "diagonal"): ("cpu",),
-    # of 119 cases 6 has the eager loop before it
-    ("cpu", "spectral"): (),
+    # of 112 cases none has the eager loop before it
+    ("cpu", "spectral"): ("cpu",),
     # of 12 cases none has the eager loop before it
     ("cpu", "rnn"): ("cpu",),
     # predicted, not measured: 41 to 55 slots for 32 FMAs and the next Q on its way, Triton's 43 to 67 without
