@@ -1,6 +1,6 @@
 """Every figure, table and number of docs/denoising that a run measured, from the tables in docs/denoising/results.
 
-``--collect NAME RUN…`` first writes the models of some runs to ``results/NAME.parquet``, a row each: ``models``, those
+``--collect NAME RUN…`` first adds the models of some runs to ``results/NAME.parquet``, a row each: ``models``, those
 of short trainings, with other methods and the picture of the first run beside them, ``fixed``, those of 3000 epochs.
 ``--compare BSD400`` first restores test images of that folder, and photographs that no model was trained on, with the
 models of the package and other methods, a row an image in ``results/compared.parquet``. BM3D is among them where the
@@ -46,12 +46,15 @@ _HOW = [name for name in Training.__dataclass_fields__ if name != "epochs"]
 
 
 def collect(name, runs):
-    """Merge the results of runs, with how each trained its models; returns the files that were written."""
-    tables = []
+    """Merge the results of runs, with how each trained its models, into the table; returns the written files."""
+    tables, file = [], FOLDER / "results" / f"{name}.parquet"
     for run in runs:
         settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
         table = pd.read_parquet(run / "results.parquet")
         tables.append(table.assign(**{name: settings[name] for name in _HOW}))
+    if file.exists():
+        # of models that are there already the new rows count
+        tables.append(read(name))
     models = pd.concat(tables, ignore_index=True).drop_duplicates(IDENTITY).sort_values(IDENTITY)
     written, files = [], {name: models}
     if name == "models":
