@@ -138,6 +138,20 @@ def test_implicit_is_the_gradient_of_the_minimizer(backend, structure, shared):
         torch.testing.assert_close(y, F.nesterov(leaves[0], b, phi, mu, 4, y0=inputs[-1], backend="eager"))
 
 
+@backends
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_no_step_is_no_rotation(backend, shared):
+    """Implicitly, too: y_0 comes back whatever R is, and nothing has a gradient."""
+    device = device_of(backend)
+    R = torch.rand(*(() if shared else (3,)), 4, 4, dtype=torch.float64, device=device)
+    leaves = [x.requires_grad_() for x in (torch.rand(3, 4).to(R), R, torch.rand(3, 4).to(R), torch.rand(3, 4).to(R))]
+    q, R, b, y0 = leaves
+    y = F.gradient_descent(uk.Spectral(q, R), b, 0.5, 0, y0=y0, backward="implicit", backend=backend)
+    assert torch.equal(y, y0)
+    for grad in torch.autograd.grad(y.sum(), leaves, allow_unused=True, materialize_grads=True):
+        assert not grad.any()
+
+
 PROXES = {
     "box": (uk.prox.Box, ((3, 4), (4,))),
     "lower": (lambda lower: uk.prox.Box(lower), ((4,),)),

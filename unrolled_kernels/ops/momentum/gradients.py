@@ -196,7 +196,8 @@ def implicit(backend, *arguments):
         y = function.in_cpp(*arguments, differentiated=function.MINIMIZER)
         if y is not None:
             return y
-    elif function.is_spectral(tensors):
+    elif function.is_spectral(tensors) and num_steps > 0:
+        # y_0 itself is never rotated
         return function.in_eigenbasis(implicit, backend, *arguments)
     if not (common.runs_in_eager() or torch.compiler.is_exporting()):
         return ImplicitFunction.apply(backend, *tensors, num_steps)
@@ -344,7 +345,7 @@ def _backward_of_minimizer(backend, grad_y, *arguments):
     # the bounds take one product more
     if backend == "cpu" and not (needed[9] or needed[10]) and not common.is_differentiated():
         return native.backward(grad_y, *tensors, num_steps, False, needs, None, 0, None, None, y)
-    if function.is_spectral(tensors):
+    if function.is_spectral(tensors) and num_steps > 0:
         run_rotated = lambda *tensors: function.in_eigenbasis(implicit, backend, *tensors, num_steps, False)
         return function.backward_in_torch(run_rotated, grad_y, tensors, needs)
     # y_k forgets where it began and how it got there
