@@ -89,7 +89,7 @@ def text():
         compared = [times for times in compared if any(name in times for name in suite.FUSED)]
         behind = sum(min(times[name] for name in suite.FUSED if name in times) > times["eager"] for times in compared)
         names = unmeasured if found is None else found
-        told = why if found is None else f"of {len(compared)} cases {behind or 'none'} has the eager loop before it"
+        told = why if found is None else f"of {len(compared)} cases the eager loop is ahead in {behind or 'none'}"
         shown = ", ".join(f'"{name}"' for name in names) + ("," if len(names) == 1 else "")
         lines += [f"    # {told}", f'    ("{key[0]}", "{key[1]}"): ({shown}),']
     return "\n".join([*lines, "}"]) + "\n"

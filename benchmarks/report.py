@@ -284,7 +284,7 @@ def losses(rows):
     for case, group in rows.groupby(_CASE, sort=False):
         best = group[group.backend.isin(FUSED)].p50_us.min()
         for row in group[~group.backend.isin(FUSED) & (group.p50_us < best)].itertuples():
-            shape = f"{title(case)} ({', '.join(map(str, case[3:6]))}) at {row.p50_us / best:.1f}× its time"
+            shape = f"{title(case)} ({', '.join(map(str, case[3:6]))}) at {row.p50_us / best:.2f}× its time"
             lost.setdefault(row.backend, []).append(shape)
     if not lost:
         return "No peer is faster on any row."

@@ -2,17 +2,17 @@
 
 # By device and by what a call is, its structure and size: the first that is available, else eager.
 AUTO: dict[tuple[str, str], tuple[str, ...]] = {
-    # of 263 cases none has the eager loop before it
+    # of 263 cases the eager loop is ahead in none
     ("cpu", "dense"): ("cpu",),
-    # of 18 cases none has the eager loop before it
+    # of 18 cases the eager loop is ahead in none
     ("cpu", "products"): ("cpu",),
-    # of 11 cases 8 has the eager loop before it
+    # of 11 cases the eager loop is ahead in 8
     ("cpu", "large products"): (),
-    # of 46 cases none has the eager loop before it
+    # of 46 cases the eager loop is ahead in none
     ("cpu", "diagonal"): ("cpu",),
-    # of 112 cases none has the eager loop before it
+    # of 112 cases the eager loop is ahead in none
     ("cpu", "spectral"): ("cpu",),
-    # of 12 cases none has the eager loop before it
+    # of 12 cases the eager loop is ahead in none
     ("cpu", "rnn"): ("cpu",),
     # predicted, not measured: 41 to 55 slots for 32 FMAs and the next Q on its way, Triton's 43 to 67 without
     ("cuda", "dense"): ("cuda", "triton"),

@@ -250,7 +250,7 @@ def _differentiable_backward(backend, *arguments):
         # the rotations are torch's
         run = lambda *tensors: in_eigenbasis(momentum, backend, *tensors, num_steps, trajectory)
         return backward_in_torch(run, grad_y, tensors, needs)
-    if backend != "cpu" or arguments[-1] & _COEFFICIENTS:
+    if backend != "cpu" or needs & _COEFFICIENTS:
         run = lambda *args: MomentumBackwardFunction.apply(backend, *args[:9], None, *args[9:])
         return manual.with_nesterov(_of_diagonal(run) if backend in _LARGEST else run)(*arguments)
     # the kernels of second order take μ where no gradient of a coefficient is differentiated

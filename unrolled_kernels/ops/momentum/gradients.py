@@ -78,7 +78,9 @@ def _composed_in_eigenbasis(backend, tensors, num_steps, trajectory, backward_st
 
     def as_constant(y_hat):
         # a value to which no rotation adds an error, with the derivatives of one
-        rotated = rotate(back(y_hat).detach())
+        with torch.no_grad():
+            y = back(y_hat)
+        rotated = rotate(y.detach())
         return y_hat + (rotated - rotated.detach())
 
     b_hat, y0_hat = (x if x is None else rotate(x) for x in tensors[_B:_PHI])
