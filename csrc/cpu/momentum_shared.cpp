@@ -4,7 +4,7 @@
 // a larger one is the product of the rows of a slab of tiles, cut into rows of the gradient.
 //
 //     dense      a row for each step: a_t = -phi_t s_{t+1} and z_t           dQ = sum a_t z_t'
-//     spectral   [b; y_0; ybar_t] and [dbh; dyh_0; yh_t] (momentum_spectral.cpp)
+//     spectral   [b; y_0; ybar_t] and [dbh; dyh_0; yh_t] (momentum_spectral.cpp); without y_0 it has no row
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -364,10 +364,11 @@ class SpectralRows {
         arena_(scratch),
         panels_(plan.panels),
         states_(outputs(p)),
+        given_(given(p, backward)),
         schedule_(arena_, p, plan.schedule_steps),
         gradient_(arena_, backward ? *backward : MomentumBackward<Storage>{}, backward ? plan.schedule_steps : 0,
                   false) {
-    // of each sample: b, y_0 and the outputs or their cotangents, and the same rotated
+    // of each sample: what is given and the outputs or their cotangents, and the same rotated
     const int64_t size = plan.tile_rows * plan.terms * plan.row;
     rows_ = arena_.take<C>(size);
     rotated_ = arena_.take<C>(size);
@@ -388,21 +389,25 @@ class SpectralRows {
   static int64_t outputs(const MomentumInputs<Storage>& p) {
     return p.stopping ? steps_between_stops + 1 : p.trajectory ? p.k + 1 : 1;
   }
-  // terms of dR: those of b, of y_0 or y_first, of the outputs, and of m_first
+  // b, and y_0 or y_first where there is one
+  static int64_t given(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
+    return 1 + (p.y0 || (backward && backward->first > 0));
+  }
+  // terms of dR: those of what is given, of the outputs, and of m_first
   static int64_t terms(const MomentumInputs<Storage>& p, const MomentumBackward<Storage>* backward) {
-    return outputs(p) + 2 + (backward && backward->first > 0 && p.beta.data);
+    return given(p, backward) + outputs(p) + (backward && backward->first > 0 && p.beta.data);
   }
 
   void forward(const MomentumForward<Storage>& p, const SharedMomentumTile<C>& tile) {
     const int64_t count = tile.end - tile.begin;
-    const Panels<C> inputs{rows_, 2 * count * W}, rotated{rotated_, inputs.plane};
+    const Panels<C> inputs{rows_, given_ * count * W}, rotated{rotated_, inputs.plane};
     const Panels<C> outputs{rows_, states_ * count * W}, y{rotated_, outputs.plane};
-    for (int64_t r = 0; r < count; ++r) load_inputs(tile.begin + r, inputs, 2 * r);
-    multiply(inputs, 2 * count, tile.packed_transposed, rotated);
+    for (int64_t r = 0; r < count; ++r) load_inputs(tile.begin + r, inputs, given_ * r);
+    multiply(inputs, given_ * count, tile.packed_transposed, rotated);
     if (p.stopping) return run_until_stopped(p, tile, inputs, rotated);
     for (int64_t r = 0; r < count; ++r) {
       stage(tile.begin + r, r == 0);
-      for (int64_t i = 0; i < 2; ++i) to_row(rotated, 2 * r + i, hat_ + i * row());
+      for (int64_t i = 0; i < given_; ++i) to_row(rotated, given_ * r + i, hat_ + i * row());
       forward_eigenbasis(out_);
       for (int64_t t = 0; t < states_; ++t) from_row(out_ + t * row(), outputs, r * states_ + t);
     }
@@ -425,27 +430,28 @@ class SpectralRows {
     for (int64_t r = 0; r < count; ++r) {
       load_inputs(tile.begin + r, left, r * terms);
       for (int64_t t = 0; t < states_; ++t) {
-        load_sample(p.grad_y + t * p.B * p.d, p.d, tile.begin + r, left, r * terms + 2 + t);
+        load_sample(p.grad_y + t * p.B * p.d, p.d, tile.begin + r, left, r * terms + given_ + t);
       }
-      if (images > 2) set_zero(left, (r + 1) * terms - 1);
+      if (images > given_) set_zero(left, (r + 1) * terms - 1);
     }
     multiply(left, count * terms, tile.packed_transposed, rotated);
     for (int64_t r = 0; r < count; ++r) {
       stage(tile.begin + r, r == 0);
       if (gradient_.wanted()) gradient_.begin_tile(r == 0);
       for (int64_t i = 0; i < terms; ++i) to_row(rotated, r * terms + i, hat_ + i * row());
-      C* const yh = out_ + 2 * row();
-      fill_zero(hat_ + 2 * row(), constant_outputs(p) * row());
+      C* const yh = out_ + given_ * row();
+      fill_zero(hat_ + given_ * row(), constant_outputs(p) * row());
       forward_eigenbasis(yh);
       p.minimizer ? backward_of_minimizer(yh) : backward_of_steps(p, terms - 1);
       fill_zero(yh, constant_outputs(p) * row());
       if (p.d_diagonal) layout(tile.begin + r).store_state(dlambda_, p.d_diagonal);
       if (gradient_.wanted()) gradient_.end_tile(layout(tile.begin + r));
-      // without y_0 what its rotation would get may not be finite, and counts for nothing
-      if (p.minimizer || (!p.y0 && p.first == 0)) fill_zero(out_ + row(), row());
+      if (p.minimizer && given_ > 1) fill_zero(out_ + row(), row());
       for (int64_t i = 0; i < terms; ++i) from_row(out_ + i * row(), right, r * terms + i);
-      for (int64_t i = 0; i < 2; ++i) from_row(i == 1 && p.first > 0 ? y_ : out_ + i * row(), hat, r * images + i);
-      if (images > 2) from_row(m_, hat, r * images + 2);
+      for (int64_t i = 0; i < given_; ++i) {
+        from_row(i == 1 && p.first > 0 ? y_ : out_ + i * row(), hat, r * images + i);
+      }
+      if (images > given_) from_row(m_, hat, r * images + given_);
     }
     if (gradient_.wanted()) gradient_.end_chunk(tile.schedule);
     if (p.db || p.dy0 || (p.first > 0 && p.d_matrix)) multiply(hat, images * count, tile.packed, from_hat);
@@ -454,14 +460,14 @@ class SpectralRows {
       if (p.dy0) {
         for (int64_t i = 0; constant_outputs(p) > 0 && i < panels_; ++i) {
           C* dy0 = from_hat.at(r * images + 1, i);
-          store(dy0, load(dy0) + load(left.at(r * terms + 2, i)));
+          store(dy0, load(dy0) + load(left.at(r * terms + given_, i)));
         }
         store_panels(from_hat, r * images + 1, p.d, p.dy0 + (tile.begin + r) * p.d);
       }
-      for (int64_t t = 0; t < constant_outputs(p); ++t) set_zero(left, r * terms + 2 + t);
+      for (int64_t t = 0; t < constant_outputs(p); ++t) set_zero(left, r * terms + given_ + t);
       if (p.first == 0) continue;
       copy_row(from_hat, r * images + 1, left, r * terms + 1);
-      if (images > 2) copy_row(from_hat, r * images + 2, left, (r + 1) * terms - 1);
+      if (images > given_) copy_row(from_hat, r * images + given_, left, (r + 1) * terms - 1);
     }
   }
 
@@ -497,7 +503,7 @@ class SpectralRows {
   }
   void load_inputs(int64_t sample, Panels<C> out, int64_t r) const {
     load_sample(p_.b, p_.b_stride, sample, out, r);
-    load_start(sample, out, r + 1);
+    if (given_ > 1) load_start(sample, out, r + 1);
   }
   void stage(int64_t sample, bool first_of_tile) {
     schedule_.stage(layout(sample), first_of_tile);
@@ -505,10 +511,7 @@ class SpectralRows {
   }
 
   void multiply(Panels<C> x, int64_t rows, const C* packed, Panels<C> out) const {
-    for_blocks(rows, panels_ * p_.d, [&](int64_t begin, int64_t end) {
-      multiply_rows<C>(x.from(begin), end - begin, packed, p_.d,
-                       [&](int64_t r, int64_t i, Vector<C> v) { store(out.at(begin + r, i), v); });
-    });
+    multiply_rows<C>(x, rows, packed, p_.d, [&](int64_t r, int64_t i, Vector<C> v) { store(out.at(r, i), v); });
   }
 
   ElementwiseForward<C> in_eigenbasis(const C* hat, C* y) const {
@@ -523,24 +526,24 @@ class SpectralRows {
   // yh_k, or yh_0 ... yh_k
   void forward_eigenbasis(C* y) const { run_elementwise(in_eigenbasis(hat_, y), panels_); }
 
-  // rows of hat_ are bh, yh_0 and R'ybar_t; of out_ dbh, dyh_0 or dyh_first and, at `last`, dmh_first
+  // rows of hat_ are bh, yh_0 and R'ybar_t; of out_ dbh, dyh_0 or dyh_first, yh_t and, at `last`, dmh_first
   void backward_of_steps(const MomentumBackward<Storage>& p, int64_t last) {
     ElementwiseBackward<C> e(p, schedule_.view());
     e.lambda = lambda_;
     e.b = hat_;
     e.y0 = p.y0 ? hat_ + row() : nullptr;
-    e.grad_y = hat_ + 2 * row();
+    e.grad_y = hat_ + given_ * row();
     e.row = p.trajectory ? row() : 0;
     e.dlambda = dlambda_;
     e.db = out_;
-    e.dy0 = out_ + row();
+    e.dy0 = given_ > 1 ? out_ + row() : nullptr;
     e.sums = gradient_.sums();
     e.trace = trace_;
     if (p.first > 0) e.begin_after(in_eigenbasis(hat_, y_), p.first, z_, m_, out_ + last * row(), panels_);
     run_elementwise(e, panels_);
   }
   void backward_of_minimizer(const C* yh) {
-    ElementwiseForward<C> e = in_eigenbasis(hat_ + 2 * row(), out_);
+    ElementwiseForward<C> e = in_eigenbasis(hat_ + given_ * row(), out_);
     e.y0 = nullptr;
     run_elementwise(e, panels_);
     for (int64_t i = 0; i < row(); i += W) store(dlambda_ + i, load(out_ + i) * load(yh + i));
@@ -556,8 +559,8 @@ class SpectralRows {
     Poll poll;
     const int64_t count = tile.end - tile.begin, steps = steps_between_stops;
     for (int64_t r = 0; r < count; ++r) {
-      for (int64_t i = 0; i < 2; ++i) to_row(rotated, 2 * r + i, moving_row(r, i));
-      to_row(inputs, 2 * r + 1, moving_row(r, 4));
+      for (int64_t i = 0; i < given_; ++i) to_row(rotated, given_ * r + i, moving_row(r, i));
+      given_ > 1 ? to_row(inputs, given_ * r + 1, moving_row(r, 4)) : fill_zero(moving_row(r, 4), row());
       moving_[r].begin(tile.begin + r, 1);
     }
     const Panels<C> outputs{rows_, steps * count * W}, y{rotated_, outputs.plane};
@@ -590,7 +593,7 @@ class SpectralRows {
 
   const MomentumInputs<Storage>& p_;
   Arena arena_;
-  int64_t panels_, states_;  // states that are outputs
+  int64_t panels_, states_, given_;  // states that are outputs, and rows that are given
   Schedule<C> schedule_;
   ScheduleGradient<C> gradient_;
   C *rows_, *rotated_, *lambda_, *hat_, *out_, *dlambda_, *trace_;

@@ -74,23 +74,26 @@ UNROLLED_KERNELS_NOINLINE void multiply_block(Panels<const C> x, const C* M, int
   }
 }
 
-// end(row, panel, vector) for every vector of x M, x [rows, d]
+// end(row, panel, vector) for every vector of x M, x [rows, d]. Two panels of M, which comes from far away, meet all
+// rows before the next two.
 template <typename C, typename End>
 UNROLLED_KERNELS_INLINE void multiply_rows(Panels<const C> x, int64_t rows, const C* M, int64_t d, const End& end) {
   constexpr int64_t W = lanes<C>;
   const int64_t panels = ceil_div(d, W);
   C buffer[block_of_rows * 2 * W];
-  for (int64_t p = 0; p < panels; p += 2) {
-    const int64_t J = min(2, panels - p);
-    for_constant_blocks<block_of_rows>(rows, [&](int64_t first, auto size) {
-      constexpr int R = decltype(size)::value;
-      J == 2 ? multiply_block<R, 2, C>(x.from(first), M + p * d * W, d, buffer)
-             : multiply_block<R, 1, C>(x.from(first), M + p * d * W, d, buffer);
-      for (int64_t r = 0; r < R; ++r) {
-        for (int64_t j = 0; j < J; ++j) end(first + r, p + j, load(buffer + (r * J + j) * W));
-      }
-    });
-  }
+  for_blocks(ceil_div(panels, 2), 2 * rows * d, [&](int64_t begin, int64_t last) {
+    for (int64_t p = 2 * begin; p < min(2 * last, panels); p += 2) {
+      const int64_t J = min(2, panels - p);
+      for_constant_blocks<block_of_rows>(rows, [&](int64_t first, auto size) {
+        constexpr int R = decltype(size)::value;
+        J == 2 ? multiply_block<R, 2, C>(x.from(first), M + p * d * W, d, buffer)
+               : multiply_block<R, 1, C>(x.from(first), M + p * d * W, d, buffer);
+        for (int64_t r = 0; r < R; ++r) {
+          for (int64_t j = 0; j < J; ++j) end(first + r, p + j, load(buffer + (r * J + j) * W));
+        }
+      });
+    }
+  });
 }
 
 template <int I, int J, typename C>
