@@ -606,6 +606,21 @@ def test_sums_over_many_samples(backend, structure, form, dtype):
         assert plan["chunks"] > 2
 
 
+def test_a_step_size_rounds_no_more_than_its_terms():
+    """Its gradient sums d^2 products for each sample: what rounding leaves is of the size of eps times their norm."""
+    leaves, make_Q, b = random_quadratic("dense", (1,), 2048, dtype=torch.float64)
+    cotangent = torch.randn(b.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = {}
+    for dtype, backend in ((torch.float64, "eager"), (torch.float32, "cpu")):
+        values = [x.to(dtype).detach().requires_grad_() for x in (*leaves, b, torch.tensor(0.9))]
+        y = F.nesterov(make_Q(*values[:-2]), values[-2], values[-1], 0.5, 4, backend=backend)
+        gradients[dtype] = torch.autograd.grad(y, values, cotangent.to(dtype))
+    *terms, exact = gradients[torch.float64]
+    size = max((x * g).norm().item() for x, g in zip((*leaves, b), terms, strict=True))
+    error = abs(gradients[torch.float32][-1].double() - exact).item()
+    assert error <= 16 * torch.finfo(torch.float32).eps * size
+
+
 @backends
 @structures
 @pytest.mark.parametrize("form", ["step", "both"])

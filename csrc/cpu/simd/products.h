@@ -215,8 +215,9 @@ UNROLLED_KERNELS_NOINLINE Vector<C> outer_products(const OuterProducts<E, M, C>&
   Poll poll;
   for_constant_blocks<columns, least_groups<E, C>>(o.m.groups, [&](int64_t j0, auto J) {
     constexpr int width = decltype(J)::value;
+    Vector<C> of_columns{};  // one sum of d^2 terms would round too often
     const auto block = [&](int64_t i0, auto I) {
-      outer_block<decltype(I)::value, width>(o, i0, j0, inner);
+      outer_block<decltype(I)::value, width>(o, i0, j0, of_columns);
       poll.after(o.steps * (I * J));
     };
     if constexpr (E == 1 && width < (columns + 1) / 2) {
@@ -226,6 +227,7 @@ UNROLLED_KERNELS_NOINLINE Vector<C> outer_products(const OuterProducts<E, M, C>&
     } else {
       for (int64_t i0 = 0; i0 < o.m.groups * E; i0 += rows) block(i0, std::integral_constant<int, rows>());
     }
+    inner += of_columns;
   });
   return inner;
 }
