@@ -8,11 +8,10 @@ import math
 from collections import defaultdict
 
 from benchmarks import harness, suite
-from unrolled_kernels.functional import LARGE_DENSE, LARGE_SPECTRAL
 
 FILE = harness.ROOT / "unrolled_kernels/_auto.py"
 # Kinds of calls, as ``functional`` tells them apart by structure and size.
-KINDS = ("dense", "products", "large products", "diagonal", "spectral", "rnn")
+KINDS = ("dense", "products", "diagonal", "spectral", "rnn")
 # Where nothing is measured: what is taken, and why. Slots are instructions that a step issues, predicted-sm_90.
 _CPU = {("cpu", kind): (("cpu",), "not measured") for kind in KINDS}
 _PREDICTED = "predicted, not measured"
@@ -25,7 +24,6 @@ UNMEASURED = _CPU | {
             "41 to 55 slots for 32 FMAs and the next Q on its way, Triton's 43 to 67 without",
         ),
         ("products", (), "as many products as the eager loop has, until a GPU has run what lies between them"),
-        ("large products", (), "the same"),
         # gradient descent / with momentum; 55 / 104 with other coefficients at each step
         ("diagonal", ("cuda", "triton"), "backward 33 / 61 slots a step of 4 elements, Triton's 30 / 72"),
         ("spectral", ("cuda", "triton"), "predicted to be bound by memory at k = 10; Triton's are not counted"),
@@ -39,11 +37,8 @@ def kind_of(file, row):
     """What a row is in the table."""
     if file.stem == "rnn":
         return "rnn"
-    B, d = int(row["B"]), int(row["d"])
-    if file.stem.startswith("shared_dense") and min(B, d) > 128:
-        return "large products" if d > LARGE_DENSE else "products"
-    if file.stem.startswith("shared_spectral") and d > LARGE_SPECTRAL[0] and B * d > LARGE_SPECTRAL[1]:
-        return "large products"
+    if file.stem.startswith("shared_dense") and min(int(row["B"]), int(row["d"])) > 128:
+        return "products"
     if row["structure"] in ("diagonal", "tikhonov"):
         return "diagonal"
     return row["structure"]

@@ -488,33 +488,19 @@ def _differentiated(backward, backward_steps, return_trajectory):
     return _MINIMIZER
 
 
-# beyond, torch's products of one matrix with the batch have been ahead of the CPU kernels: d of a dense Q; d of a
-# Spectral and elements of y
-LARGE_DENSE, LARGE_SPECTRAL = 1024, (256, 2**17)
-
-
 def _kind(Q, shape):
     """What a call is, by structure and size, in the table of what ``backend="auto"`` takes."""
     if isinstance(Q, torch.Tensor):
-        if not _multiplies_matrices(Q, shape):
-            return "dense"
-        return "large products" if shape[-1] > LARGE_DENSE else "products"
-    if not isinstance(Q, Spectral):
-        return "diagonal"
-    large = Q.eigenvectors.dim() == 2 and shape[-1] > LARGE_SPECTRAL[0] and _has_more(shape, LARGE_SPECTRAL[1])
-    return "large products" if large else "spectral"
+        return "products" if _multiplies_matrices(Q, shape) else "dense"
+    return "spectral" if isinstance(Q, Spectral) else "diagonal"
 
 
 def _multiplies_matrices(Q, shape):
     """Whether one Q serves many samples, beyond what the GPU kernels hold in registers."""
     if not (isinstance(Q, torch.Tensor) and Q.dim() == 2 and shape[-1] > 128):
         return False
-    return _has_more(shape[:-1], 128)
-
-
-def _has_more(shape, elements):
     # an exported program takes batches of any size: none is compared; elsewhere the branch makes a symbolic bool a bool
-    return True if torch.compiler.is_exporting() or math.prod(shape) > elements else False  # noqa: SIM210
+    return True if torch.compiler.is_exporting() or math.prod(shape[:-1]) > 128 else False  # noqa: SIM210
 
 
 def _is_plain(Q, b):
