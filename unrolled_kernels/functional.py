@@ -4,8 +4,9 @@ Shapes: ``*batch`` are the batch dimensions of Q and b, broadcast against each o
 coefficient (step size, μ, momentum, extrapolation) broadcasts to ``(*batch, num_steps)``: a float, a 0-dim tensor,
 ``(num_steps,)`` per step, ``(*batch, 1)`` per sample, ``(*batch, num_steps)`` both. Gradients of what was broadcast
 are summed. All functions are differentiable to second order and beyond in every tensor, and keep nothing for backward
-but their inputs. On a CPU with one dense Q for the batch, d > 128, they keep the iterates too, half of what the eager
-loop keeps, if those take at most ``UNROLLED_KERNELS_KEPT_BYTES`` (environment variable; 2^28 by default).
+but their inputs; of other gradients also y_k, or where the last steps begin. With one dense Q for the batch, d > 128,
+the kernels in C++ and CUDA keep the iterates too, half of what the eager loop keeps, if those take at most
+``UNROLLED_KERNELS_KEPT_BYTES`` (environment variable; 2^28 by default).
 
 Under autocast all of them take float16, bfloat16 and float32 side by side, compute in float32, as torch's own sums do,
 and return float32.

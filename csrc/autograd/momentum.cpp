@@ -2,8 +2,8 @@
 //
 // It does what MomentumFunction of ops/momentum/function.py does, and the Functions of gradients.py, without Python's
 // part of autograd and without the dispatcher, which take several times as long as a small kernel. Unlike the ops it needs
-// the very torch that it was built against. Whatever is more than plain tensors and one derivative is left to the
-// Functions in Python.
+// the very torch that it was built against. Whatever is more than plain tensors, and second derivatives of coefficients
+// and of a Tikhonov Q, is left to the Functions in Python.
 #include <algorithm>
 
 #include <ATen/EmptyTensor.h>
