@@ -44,8 +44,9 @@ fuzz: build $(VENV)/.dev
 	UNROLLED_KERNELS_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest python_tests/test_fuzz.py \
 	  $(SIDE_BY_SIDE)
 
-# this machine's results, their page under docs/speed and the README's numbers: half an hour or more, with
-# nothing else running, as a program has torch that sets nothing: where waiting threads sleep, eager loops take several times longer
+# this machine's results, their page under docs/speed and the README's numbers: half an hour or more, with nothing
+# else running
+# as a program has torch that sets nothing: where waiting threads sleep, eager loops take several times longer
 BENCH := env -u OMP_WAIT_POLICY $(BIN)/python -m
 bench: build $(VENV)/.experiments $(VENV)/.dev
 	$(BENCH) benchmarks.momentum --record
